@@ -1,0 +1,84 @@
+# `make demo` and `make test` work as the first command after a checkout: they make .venv, install
+# the dependencies, compile the kernels and run. Needs Python >= 3.11 with venv, g++ and make.
+PYTHON      ?= python3
+CONSTRAINTS ?= constraints.txt
+BIN         := .venv/bin
+SOURCES     := $(shell find csrc -type f 2>/dev/null)
+CXX_SOURCES := $(filter %.h %.inc %.cpp,$(SOURCES))
+THREADS     ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help dev test test-all demo bench lint format clang-format type wheel clean clean-venv
+
+help:
+	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
+	@echo "make test          install, build, then every test that is not slow"
+	@echo "make test-all      the slow tests too"
+	@echo "make dev           install and build only (editable)"
+	@echo "make bench         time the RN50 trunk: dense variants against accelerated (THREADS=1)"
+	@echo "make lint          ruff check, ruff format --check, clang-format --dry-run if present"
+	@echo "make format        ruff and clang-format, in place"
+	@echo "make type          mypy, if installed"
+	@echo "make wheel         one abi3 wheel in dist/"
+	@echo "make clean         build outputs; make clean-venv also removes .venv"
+
+.venv/.deps: requirements.txt $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "$(PYTHON) is missing or older than 3.11. Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo \
+	  "$(PYTHON) has no venv module. On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt -c $(CONSTRAINTS)
+	@touch $@
+
+# PATH: torch's build looks for ninja there. The newest source decides; Python files are editable.
+.venv/.built: .venv/.deps setup.py pyproject.toml $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+dev: .venv/.built
+
+test: .venv/.built
+	$(BIN)/python -m pytest -q -rs -m "not slow" tests
+
+test-all: .venv/.built
+	$(BIN)/python -m pytest -q -rs tests
+
+demo: .venv/.built
+	$(BIN)/python -m opentrans.demo
+
+bench: .venv/.built
+	$(BIN)/opentrans bench trunk --mask global:0.90 --size 224 --threads $(THREADS)
+
+lint: .venv/.deps
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@if command -v clang-format >/dev/null; then clang-format --dry-run --Werror $(CXX_SOURCES); \
+	  else echo "clang-format is not installed: C++ formatting was not checked"; fi
+
+format: .venv/.deps
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@if command -v clang-format >/dev/null; then $(MAKE) clang-format; fi
+
+clang-format:
+	clang-format -i $(CXX_SOURCES)
+
+type: .venv/.deps
+	@$(BIN)/python -m mypy --version >/dev/null 2>&1 || { echo \
+	  "mypy is not installed: $(BIN)/python -m pip install mypy" >&2; exit 1; }
+	$(BIN)/python -m mypy
+
+# build/lib* would carry modules into the wheel that the source tree no longer has.
+wheel: .venv/.deps
+	rm -rf build/lib* build/bdist*
+	PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/python -m pip wheel . --no-build-isolation --no-deps -w dist
+
+clean:
+	rm -rf build dist demo-report *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -f opentrans_kernels/*.so opentrans_kernels/_build.json .venv/.built
+
+clean-venv: clean
+	rm -rf .venv

@@ -1,0 +1,34 @@
+// Per-thread scratch memory: one block that grows to the largest request and is handed out from the
+// front. Blocks of 1 MB and more sit on huge pages where the system offers them, so that a tile
+// spread over hundreds of channels needs a handful of TLB entries.
+#pragma once
+
+#include <cstdint>
+
+namespace otk {
+
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena();
+
+  // Forgets what was handed out and makes room for `floats` more. Throws std::bad_alloc.
+  void reset(int64_t floats);
+  // The next `floats` floats (rounded up to a cache line), 64-byte aligned, not initialised.
+  float* take(int64_t floats);
+  static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+ private:
+  float* base_ = nullptr;
+  int64_t capacity_ = 0, used_ = 0;
+};
+
+// `local` belongs to the unit of work a thread is in; `shared` to the call it started.
+struct ThreadScratch {
+  Arena local, shared;
+};
+ThreadScratch& thread_scratch();
+
+}  // namespace otk

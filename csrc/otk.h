@@ -1,0 +1,103 @@
+// The whole raw-pointer interface of the kernels. No torch here: kernels take pointers, sizes (in
+// elements unless a name says bytes) and a way to run a loop in parallel, so they build and test
+// with a C++ compiler alone.
+#pragma once
+
+#include <cstdint>
+
+namespace otk {
+
+// Runs body(ctx, begin, end) over [0, n), possibly on several threads at once.
+using RangeBody = void (*)(void* ctx, int64_t begin, int64_t end);
+struct Parallel {
+  void (*run)(int64_t n, void* ctx, RangeBody body);
+  int threads;
+};
+
+// A packed convolution. Independent of the image size: offsets are made from codes when it runs.
+//
+// The nonzeros are ordered row block > input-channel chunk > output row (shortest first) > code.
+// entries: one per (output row, chunk) that has nonzeros, and one for an empty row:
+//   bits 0..15 row inside its block, 16..29 number of nonzeros, 30 first entry of that row,
+//   31 last entry of that row.
+// blocks[2 * b], blocks[2 * b + 1]: first entry and first nonzero of block b = row_block * n_chunks
+//   + chunk; one more pair closes the list.
+// codes: (input channel - first channel of the chunk) * kernel^2 + tap, tap = ky * kernel + kx.
+struct SparseWeight {
+  const int32_t* blocks;
+  const uint32_t* entries;
+  const uint16_t* codes;
+  const float* values;
+  const float* bias;  // [cout] or null
+  int64_t nnz;
+  int cin, cout, kernel, stride, padding;
+  int chunk;      // input channels per chunk
+  int row_block;  // output rows per block
+  int n_chunks, n_row_blocks;
+};
+
+constexpr uint32_t kEntryFirst = 1u << 30;
+constexpr uint32_t kEntryLast = 1u << 31;
+constexpr int kEntryCountShift = 16;
+constexpr uint32_t kEntryCountMask = 0x3fff;
+constexpr uint32_t kEntryRowMask = 0xffff;
+
+// A batch of planar float32 images; element (n, c, h, w) at
+// data[n * batch_stride + c * plane_stride + h * row_stride + w * col_stride].
+struct Planes {
+  float* data;
+  int64_t batch_stride, plane_stride, row_stride, col_stride;
+  int n, c, h, w;
+  // Floats that may be read at and after data (the rest of the storage).
+  int64_t readable;
+};
+
+// Floats between planes of a tensor the kernels allocate: whole cache lines, an odd number of them
+// so that the channels of one tile spread over all L1 sets (a power-of-two stride maps them to a
+// few sets only).
+inline int64_t plane_stride(int64_t pixels) {
+  const int64_t lines = (pixels + 15) / 16;
+  return (lines + 1 - lines % 2) * 16;
+}
+
+// out = act(conv(x) + bias [+ residual]). out and residual have the convolution's output shape;
+// out.plane_stride must be plane_stride(h * w) with dense rows. residual may be out itself.
+void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
+                   const Planes* residual, bool relu, const Parallel& par);
+
+// grad_values[i] = sum over batch and pixels of grad_out * x at nonzero i, in packed order.
+void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& grad_out,
+                         float* grad_values, const Parallel& par);
+
+// A residual bottleneck in one pass over bands of rows, intermediates in per-thread scratch:
+// out = relu(c3(pool(relu(c2(relu(c1(x)))))) + shortcut), shortcut = x or down(pool(x)).
+// c1, c3 and down are 1x1 with stride 1, c2 is 3x3 with stride 1 and padding 1.
+struct Bottleneck {
+  SparseWeight c1, c2, c3, down;
+  bool has_down;
+  int pool;       // average pooling after c2, 1 = none
+  int down_pool;  // average pooling before down, 1 = none
+};
+void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& out,
+                       const Parallel& par);
+
+// out[h, w] = mean of the k x k window at (k h, k w); rows and columns that do not fill a window
+// are dropped, as AvgPool2d(k) does.
+void avg_pool2d(const Planes& x, const Planes& out, int k, const Parallel& par);
+
+// The instruction set in use ("avx512", "avx2", "neon", "generic"). Chosen once, from the CPU and
+// OPENTRANS_CPU_CAPABILITY. Returns null if the forced one is unknown or not supported here, with
+// the reason in *why.
+const char* cpu_capability(const char** why);
+
+// Memory of large outputs, 2 MB-aligned, reused from call to call. pool_take throws std::bad_alloc.
+// pool_trim returns what is idle to the system; pool_bytes counts idle and used.
+void* pool_take(int64_t bytes);
+void pool_give(void* block);
+void pool_trim();
+int64_t pool_bytes();
+
+// Bytes of scratch memory held by all threads at the moment.
+int64_t scratch_bytes();
+
+}  // namespace otk

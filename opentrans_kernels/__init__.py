@@ -1,0 +1,93 @@
+"""Exact, measurably faster inference for pruned networks.
+
+The public names are imported when they are first used, so ``import opentrans_kernels`` touches
+neither CUDA nor triton nor the compiled extension::
+
+    import opentrans_kernels as otk
+
+    masks = otk.load_masks("mask.pth")
+    plan = otk.make_plan(model, masks, input_size=(512, 512))
+    print(plan)
+    report = otk.accelerate(model, masks, plan=plan)
+    print(report)
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "MaskSet": "masks",
+    "load_masks": "masks",
+    "Plan": "plan",
+    "make_plan": "plan",
+    "Report": "accelerate",
+    "accelerate": "accelerate",
+    "restore": "accelerate",
+    "SparseWeight": "pack",
+    "backends": "dispatch",
+    "explain": "dispatch",
+    "sparse_bottleneck": "ops",
+    "sparse_conv2d": "ops",
+    "BuildMismatch": "errors",
+    "CheckpointError": "errors",
+    "KernelUnavailable": "errors",
+    "MaskError": "errors",
+    "OpenTransError": "errors",
+    "PlanError": "errors",
+    "UnsupportedModelError": "errors",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+if TYPE_CHECKING:  # "as" marks a re-export for type checkers
+    from .accelerate import Report as Report
+    from .accelerate import accelerate as accelerate
+    from .accelerate import restore as restore
+    from .dispatch import backends as backends
+    from .dispatch import explain as explain
+    from .errors import BuildMismatch as BuildMismatch
+    from .errors import CheckpointError as CheckpointError
+    from .errors import KernelUnavailable as KernelUnavailable
+    from .errors import MaskError as MaskError
+    from .errors import OpenTransError as OpenTransError
+    from .errors import PlanError as PlanError
+    from .errors import UnsupportedModelError as UnsupportedModelError
+    from .masks import MaskSet as MaskSet
+    from .masks import load_masks as load_masks
+    from .ops import sparse_bottleneck as sparse_bottleneck
+    from .ops import sparse_conv2d as sparse_conv2d
+    from .pack import SparseWeight as SparseWeight
+    from .plan import Plan as Plan
+    from .plan import make_plan as make_plan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``opentrans_kernels.accelerate`` the function, whoever imports the module first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system binds every submodule to its package under its own name.
+        if isinstance(value, ModuleType) and _EXPORTS.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,255 @@
+"""What a command works on: a tower with weights, its masks, and honest labels for both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, MaskError, OpenTransError, UnsupportedModelError
+from ..masks import MaskMatch, MaskSet, read_state_dict
+from ..synthetic import is_mask_spec, parse_mask_spec, synthetic_masks, synthetic_rn50
+from ..topology import conv_shapes, find_trunk
+
+_FAMILIES = ("torchvision", "timm")
+
+
+@dataclass
+class Subject:
+    """A dense tower (eval, float32, no gradients), masks for it, and where both come from.
+
+    ``masks`` are under the tower's own names and all fit; ``match`` tells how the file's masks
+    found their convolutions, and which did not.
+    ``weights`` and ``mask`` are labels for people; the two flags say whether numbers measured on
+    this subject concern trained weights or a trained mask at all.
+    """
+
+    model: nn.Module
+    masks: MaskSet
+    match: MaskMatch
+    arch: str
+    weights: str
+    mask: str
+    synthetic_weights: bool
+    synthetic_mask: bool
+
+    @property
+    def synthetic(self) -> bool:
+        """True unless both the weights and the mask were trained."""
+        return self.synthetic_weights or self.synthetic_mask
+
+    def masked_copy(self) -> nn.Module:
+        """A copy of the tower whose pruned weights are zero."""
+        twin = copy.deepcopy(self.model)
+        self.masks.apply_(twin)
+        return twin
+
+    def densities(self, input_size: tuple[int, int]) -> dict[str, float]:
+        """Shares of nonzeros over all trunk convolutions: of weights, and of multiply-adds.
+
+        An unmasked convolution counts as dense. ``input_size`` is (height, width) in pixels.
+        """
+        shapes = conv_shapes(self.model, input_size)
+        weights = kept = work = done = 0
+        for node in find_trunk(self.model).convs():
+            if node.name not in shapes:
+                continue
+            total = node.conv.weight.numel()
+            mask = self.masks.masks.get(node.name)
+            nonzero = total if mask is None else int(mask.sum())
+            pixels = shapes[node.name].h_out * shapes[node.name].w_out
+            weights, kept = weights + total, kept + nonzero
+            work, done = work + total * pixels, done + nonzero * pixels
+        return {"parameters": kept / weights, "flops": done / work}
+
+    def describe(self) -> dict[str, Any]:
+        """Labels for JSON."""
+        return {
+            "arch": self.arch,
+            "weights": self.weights,
+            "mask": self.mask,
+            "synthetic": self.synthetic,
+            "synthetic_weights": self.synthetic_weights,
+            "synthetic_mask": self.synthetic_mask,
+        }
+
+    def banner(self) -> str | None:
+        """A sentence that must accompany every number when something is synthetic."""
+        parts = []
+        if self.synthetic_weights:
+            parts.append("weights")
+        if self.synthetic_mask:
+            parts.append("mask")
+        if not parts:
+            return None
+        return (
+            f"SYNTHETIC {' and '.join(parts)}: speed and exactness are real measurements, "
+            "the network's predictions mean nothing."
+        )
+
+
+def load_subject(
+    mask: str | None,
+    *,
+    arch: str = "RN50",
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+) -> Subject:
+    """Build the tower and its masks.
+
+    Args:
+        mask: a mask file, a recipe ("global:0.90", "uniform:0.90"), or None: the zeros of the
+            checkpoint's weights are the mask.
+        arch: a CLIP ResNet ("RN50", "RN101", "RN50x4"), "torchvision:NAME" or "timm:NAME".
+        checkpoint: weights file; without one the weights are synthetic.
+        seed: seed of synthetic weights.
+
+    Raises:
+        OpenTransError: an unreadable file, an unknown arch, or masks that do not fit.
+    """
+    if mask is None and checkpoint is None:
+        raise MaskError(
+            "neither a mask nor a checkpoint was given, so there are no zeros to work on. Pass a "
+            "mask file, or a recipe such as global:0.90."
+        )
+    # Errors of the mask come first: building a tower takes seconds.
+    spec = parse_mask_spec(mask) if mask is not None and is_mask_spec(mask) else None
+    found = load_masks_file(mask) if mask is not None and spec is None else None
+    model = build_tower(arch, seed=seed)
+    weights = f"synthetic weights (seed {seed})"
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+        weights = f"weights of {Path(checkpoint).name}"
+    if found is None:
+        found = MaskSet.from_model_zeros(model) if spec is None else synthetic_masks(model, spec)
+    match = found.match(model)
+    if not match.masks:
+        raise MaskError(f"no mask of {mask} fits {arch}.\n{match}")
+    masks = replace(found, masks=match.masks)
+    label = mask if mask is not None else f"zeros of {Path(str(checkpoint)).name}"
+    if masks.source.synthetic:
+        label = f"{label} (synthetic mask)"
+    elif mask is not None:
+        label = f"{Path(mask).name} ({masks.source.kind})"
+    return Subject(
+        model=model,
+        masks=masks,
+        match=match,
+        arch=arch,
+        weights=weights,
+        mask=label,
+        synthetic_weights=checkpoint is None,
+        synthetic_mask=masks.source.synthetic,
+    )
+
+
+def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
+    """A tower without trained weights, eval mode, float32, no gradients.
+
+    CLIP ResNets get synthetic weights; "torchvision:NAME" and "timm:NAME" their library's random
+    initialisation under ``seed``.
+
+    Raises:
+        OpenTransError: the library is missing or does not know the name.
+    """
+    family, colon, name = arch.partition(":")
+    if not colon:
+        return synthetic_rn50(arch, seed=seed, image_size=_clip_image_size(arch))
+    if family not in _FAMILIES:
+        raise OpenTransError(
+            f"arch {arch!r}: {family!r} is not a known library. Write RN50, RN101 or RN50x4 for "
+            "CLIP, or torchvision:resnet50, timm:resnet50."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if family == "torchvision":
+                import torchvision
+
+                model = torchvision.models.get_model(name, weights=None)
+            else:
+                import timm
+
+                model = timm.create_model(name, pretrained=False)
+        except ImportError as error:
+            raise OpenTransError(
+                f"arch {arch!r} needs {family}, which cannot be imported ({error}). Install it "
+                f"with: pip install {family}"
+            ) from error
+        except (ValueError, RuntimeError) as error:
+            raise OpenTransError(
+                f"{family} does not know {name!r} ({error}). Write for example {family}:resnet50."
+            ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _clip_image_size(arch: str) -> int:
+    """Side in pixels that ``arch``'s attention pool is made for; 224 where that is unknown."""
+    try:
+        import open_clip
+    except ImportError:
+        return 224  # synthetic_rn50 reports the missing package, with the fix
+    config = open_clip.get_model_config(arch) or {}
+    return int(config.get("vision_cfg", {}).get("image_size", 224))
+
+
+def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
+    """Load a checkpoint into ``model``, finding the prefix the tower has in the file.
+
+    ``model`` is only written when every one of its tensors was found with its shape.
+
+    Raises:
+        CheckpointError: the file is unreadable or lacks tensors of the model.
+        UnsupportedModelError: the file holds the model in other shapes.
+    """
+    load_weights_from(model, read_state_dict(checkpoint), Path(checkpoint).name)
+
+
+def load_weights_from(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
+    """:func:`load_weights` for tensors already read; ``where`` names them in messages."""
+    own = model.state_dict()
+    prefix = _matching_prefix(own, state)
+    found = {key: state[prefix + key] for key in own if prefix + key in state}
+    missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} of {len(own)} tensors of the model, for instance "
+            f"{missing[:3]} (best prefix: {prefix!r}). Give the checkpoint of this architecture, "
+            "or name its architecture with --arch."
+        )
+    wrong = [key for key, value in found.items() if value.shape != own[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise UnsupportedModelError(
+            f"{where}: {len(wrong)} tensors have other shapes than the model, for instance {key} "
+            f"is {tuple(found[key].shape)} in the file and {tuple(own[key].shape)} in the model. "
+            "Name the checkpoint's architecture with --arch."
+        )
+    model.load_state_dict(found, strict=False)
+
+
+def _matching_prefix(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> str:
+    """The prefix under which most of the model's tensors are in the file."""
+    anchor = next(key for key in own if key.endswith("weight"))
+    candidates = {key[: -len(anchor)] for key in state if key.endswith(anchor)} | {""}
+    return max(sorted(candidates), key=lambda prefix: sum(prefix + key in state for key in own))
+
+
+def load_masks_file(path: str) -> MaskSet:
+    """Masks of a file.
+
+    Raises:
+        MaskError: ``path`` is no file, or holds no valid masks.
+        CheckpointError: the file cannot be read safely.
+    """
+    if not Path(path).exists():
+        raise MaskError(
+            f"mask {path!r} is neither a file nor a recipe. Pass an existing file, or a recipe "
+            "such as global:0.90 or uniform:0.90."
+        )
+    return MaskSet.load(path)

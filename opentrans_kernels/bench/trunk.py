@@ -1,0 +1,249 @@
+"""``opentrans bench trunk``: the masked trunk, dense in every way and accelerated, interleaved.
+
+Everything runs in one process on pinned CPUs. The caller has already limited the instruction set
+(see :mod:`.environment`); this module checks that the limit holds and records it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import OpenTransError
+from .cores import CoreCheck, physical_core_check
+from .environment import SIMD_BITS, environment_block, missing_limits, onednn_isa
+from .layers import LayerRow, measure_layers
+from .subject import Subject
+from .timing import TimingTable, available_cpus, interleave
+from .variants import NAMES, TrunkModule, Variant, build_variants, relative_error
+
+OURS = "accelerated"
+ONE_THREAD = "accelerated_one_thread"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrunkOptions:
+    """What to measure. Sizes in pixels; ``cpus`` are the pinned CPUs or None if not pinned."""
+
+    height: int = 224
+    width: int = 224
+    batch: int = 1
+    threads: int = 1
+    isa: str = "native"
+    rounds: int = 15
+    warmup_s: float = 0.5
+    variants: tuple[str, ...] = NAMES
+    seed: int = 0
+    layers: bool = True
+    core_attempts: int = 3
+    cpus: tuple[int, ...] | None = None
+
+    def check(self) -> None:
+        """Raise OpenTransError for numbers that make no sense, before anything is built."""
+        for name in ("height", "width", "batch", "threads", "rounds"):
+            if getattr(self, name) < 1:
+                raise OpenTransError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1. Correct the option."
+                )
+        missing = missing_limits(self.isa, self.threads)
+        if missing:
+            raise OpenTransError(
+                f"this process was not started for isa={self.isa} and threads={self.threads}: "
+                f"{', '.join(missing)} are not set accordingly, so the two sides could run on "
+                "different instruction sets. Start it with 'opentrans bench trunk', which sets "
+                "them."
+            )
+
+
+def run(
+    subject: Subject, options: TrunkOptions, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Measure and return the whole result as plain values; see ``benchmarks/README.md``.
+
+    Raises:
+        OpenTransError: bad options, a model that cannot be accelerated, or no dense variant that
+            runs.
+    """
+    tell = progress or (lambda _: None)
+    options.check()
+    torch.set_num_threads(options.threads)
+    cores_before = _core_checks(options, tell)
+    generator = torch.Generator().manual_seed(options.seed)
+    x = torch.randn(options.batch, 3, options.height, options.width, generator=generator)
+    masked = subject.masked_copy()
+
+    tell("float64 reference")
+    with torch.no_grad():
+        reference = TrunkModule(copy.deepcopy(masked).double())(x.double())
+        eager = TrunkModule(masked)(x)
+    own_error = relative_error(eager, reference)
+
+    ours, calls, before, report = _accelerated(subject, x, options, tell)
+    with torch.no_grad():
+        error = relative_error(ours(x), reference)
+    variants = build_variants(
+        masked,
+        x,
+        options.variants,
+        simd_bits=SIMD_BITS[options.isa],
+        on_build=lambda name: tell(f"building {name}"),
+    )
+    running = [variant for variant in variants if variant.run is not None]
+    if not running:
+        reasons = "; ".join(f"{variant.name}: {variant.error}" for variant in variants)
+        raise OpenTransError(
+            f"no dense variant runs here, so there is no baseline ({reasons}). Choose others "
+            f"with --variants; known: {', '.join(NAMES)}."
+        )
+    errors = {variant.name: relative_error(variant.run(), reference) for variant in running}
+    calls.update({variant.name: variant.run for variant in running})
+    started = time.time()
+    table = interleave(
+        calls,
+        rounds=options.rounds,
+        warmup_s=options.warmup_s,
+        before=before,
+        on_round=lambda done, total: tell(f"round {done} of {total}"),
+    )
+    seconds = time.time() - started
+    cores_after = _core_checks(options, tell, attempts=1)
+    rows: list[LayerRow] = []
+    if options.layers:
+        rows = measure_layers(
+            subject,
+            (options.height, options.width),
+            batch=options.batch,
+            on_layer=lambda done, total, name: tell(f"layer {done + 1} of {total}: {name}"),
+        )
+    result = summarise(table, variants, errors)
+    result.update(max_rel_err=error, dense_own_rel_err=own_error, timed_seconds=seconds)
+    result["exact"] = error <= 2 * own_error
+    if options.threads > 1:
+        result["thread_scaling"] = {
+            "one_thread_ms": table[ONE_THREAD].wall.median,
+            "ms": table[OURS].wall.median,
+            "speedup": table.ratio(ONE_THREAD, OURS).to_dict(),
+            "cores_before": [check.to_dict() for check in cores_before],
+            "cores_after": [check.to_dict() for check in cores_after],
+        }
+    result["report"] = report
+    result["layers"] = [row.to_dict() for row in rows]
+    result["losing_layers"] = [row.to_dict() for row in rows if row.loses]
+    result.update(_labels(subject, options))
+    return result
+
+
+def summarise(
+    table: TimingTable, variants: list[Variant], errors: dict[str, float]
+) -> dict[str, Any]:
+    """Baseline, accelerated, speed-up and every variant of an interleaved run.
+
+    ``speedup`` is the median over rounds of baseline / accelerated wall time within a round;
+    ``speedup_of_medians`` divides the two medians.
+    """
+    dense = [variant.name for variant in variants if variant.run is not None]
+    best = table.fastest(dense)
+    ratio = table.ratio(best, OURS)
+    every: dict[str, Any] = {}
+    for variant in variants:
+        entry: dict[str, Any] = {"available": variant.run is not None, **variant.detail}
+        if variant.run is None:
+            entry["error"] = variant.error
+        else:
+            entry.update(table[variant.name].to_dict())
+            entry["rel_err"] = errors[variant.name]
+            entry["speedup_of_accelerated"] = table.ratio(variant.name, OURS).to_dict()
+        every[variant.name] = entry
+    base, fast = table[best].to_dict(), table[OURS].to_dict()
+    return {
+        "baseline": {"name": best, **base},
+        "accelerated": fast,
+        "speedup": ratio.median,
+        "speedup_spread": ratio.to_dict(),
+        "speedup_cpu_time": table.ratio(best, OURS, "cpu").median,
+        "speedup_of_medians": base["ms"] / fast["ms"],
+        "rounds": table.rounds,
+        "variants": every,
+    }
+
+
+def _accelerated(
+    subject: Subject, x: torch.Tensor, options: TrunkOptions, tell: Progress
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The accelerated trunk, its timed calls, their preparations, and the report as JSON."""
+    from ..accelerate import accelerate
+
+    size = (options.height, options.width)
+    calls: dict[str, Any] = {}
+    before: dict[str, Any] = {}
+    trunks = {}
+    counts = {OURS: options.threads}
+    if options.threads > 1:
+        counts[ONE_THREAD] = 1
+    report: dict[str, Any] = {}
+    for name, threads in counts.items():
+        tell(f"accelerating for {threads} thread{'s' if threads > 1 else ''}")
+        torch.set_num_threads(threads)
+        tower = copy.deepcopy(subject.model)
+        start = time.perf_counter()
+        outcome = accelerate(tower, subject.masks, input_size=size)
+        if name == OURS:
+            report = {"accelerate_s": time.perf_counter() - start, "text": str(outcome)}
+        trunks[name] = TrunkModule(tower).eval()
+        calls[name] = _no_grad(trunks[name], x)
+    torch.set_num_threads(options.threads)
+    if options.threads > 1:
+        before[ONE_THREAD] = lambda: torch.set_num_threads(1)
+        for name in (OURS, *options.variants):
+            before[name] = lambda: torch.set_num_threads(options.threads)
+    return trunks[OURS], calls, before, report
+
+
+def _no_grad(module: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    return call
+
+
+def _core_checks(
+    options: TrunkOptions, tell: Progress, attempts: int | None = None
+) -> list[CoreCheck]:
+    """Core checks for two threads; repeated while the two CPUs share a core."""
+    if options.threads != 2 or options.cpus is None or len(options.cpus) != 2:
+        return []
+    checks = []
+    for attempt in range(attempts or options.core_attempts):
+        tell(f"do CPUs {list(options.cpus)} share a core? (attempt {attempt + 1})")
+        checks.append(physical_core_check(options.cpus))
+        if checks[-1].verdict == "two physical cores":
+            break
+    return checks
+
+
+def _labels(subject: Subject, options: TrunkOptions) -> dict[str, Any]:
+    density = subject.densities((options.height, options.width))
+    return {
+        "subject": subject.describe(),
+        "mask": {
+            "label": subject.mask,
+            "synthetic": subject.synthetic_mask,
+            "parameter_density": density["parameters"],
+            "flop_density": density["flops"],
+        },
+        "input": [options.batch, 3, options.height, options.width],
+        "threads": options.threads,
+        "isa": options.isa,
+        "onednn_isa": onednn_isa(),
+        "pinned_cpus": list(options.cpus) if options.cpus is not None else None,
+        "available_cpus": available_cpus(),
+        **environment_block(),
+    }

@@ -1,0 +1,73 @@
+"""Checkpoint and mask in, packed checkpoint out; written only if the result is exact."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+from .options import ARCH_HELP, add_json, add_size, add_threads, input_size
+from .render import Output, check_writable
+
+SUMMARY = "checkpoint + mask in, packed checkpoint out"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``opentrans accelerate``."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights (.pt, .safetensors)")
+    parser.add_argument(
+        "--mask", metavar="MASK", help="mask file or recipe; without it the weights' own zeros"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="packed checkpoint")
+    parser.add_argument("--arch", default="RN50", help=ARCH_HELP)
+    add_size(parser)
+    add_threads(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace, out: Output) -> int:
+    """Accelerate, compare with the float64 masked network, save; 1 and no file if inexact."""
+    check_writable(options.output)
+    import torch
+
+    from ..accelerate import accelerate
+    from ..bench.subject import load_subject
+    from ..bench.variants import TrunkModule, relative_error
+    from ..checkpoint import save_accelerated
+
+    torch.set_num_threads(options.threads)
+    subject = load_subject(options.mask, arch=options.arch, checkpoint=options.checkpoint)
+    if subject.banner():
+        out.warn(str(subject.banner()))
+    size = input_size(options)
+    with out.progress("accelerate") as step, torch.no_grad():
+        step("float64 reference")
+        masked = subject.masked_copy()
+        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        own = TrunkModule(masked)(x)
+        reference = TrunkModule(copy.deepcopy(masked).double())(x.double())
+        step("planning and packing")
+        report = accelerate(subject.model, subject.masks, input_size=size)
+        error = relative_error(TrunkModule(subject.model)(x), reference)
+    own_error = relative_error(own, reference)
+    exact = error <= 2 * own_error
+    out.text(str(report))
+    out.text(f"max error against float64: {error:.2e}; dense float32's own: {own_error:.2e}")
+    if exact:
+        save_accelerated(options.output, subject.model, subject.masks)
+        out.text(f"wrote {options.output}")
+    else:
+        out.warn(
+            f"inexact: the error is more than twice dense float32's own; {options.output} was "
+            "not written. Report this with the output of 'opentrans info'."
+        )
+    out.finish(
+        {
+            "subject": subject.describe(),
+            "output": str(options.output) if exact else None,
+            "max_rel_err": error,
+            "dense_own_rel_err": own_error,
+            "exact": exact,
+            "report": str(report),
+        }
+    )
+    return 0 if exact else 1

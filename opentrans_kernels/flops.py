@@ -1,0 +1,196 @@
+"""The three work counts of a convolution, and their registration with FLOP counters.
+
+* nominal: the dense convolution, zeros included.
+* effective: nonzero weights only. This is what the network needs.
+* executed: what a kernel really computes, with vector padding. Always at least effective.
+
+All functions return MACs (multiply-accumulates) as integers. ``torch.utils.flop_counter`` counts
+2 FLOPs per MAC, fvcore counts 1; the registrations below follow each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from opentrans_kernels.errors import OpenTransError
+
+Formula = Callable[[Mapping[str, Any], tuple[int, ...]], int]
+
+
+def nominal_macs(
+    weight_shape: tuple[int, ...], h_out: int, w_out: int, batch: int = 1, groups: int = 1
+) -> int:
+    """MACs of the dense convolution. weight_shape: [Cout, Cin/groups, kh, kw]; output in pixels.
+
+    ``groups`` is already contained in the weight's shape and only checked against Cout.
+    """
+    if weight_shape[0] % groups:
+        raise OpenTransError(
+            f"{weight_shape[0]} output channels cannot be split into {groups} groups; pass the "
+            "shape and groups of the same convolution."
+        )
+    count = batch * h_out * w_out
+    for size in weight_shape:
+        count *= size
+    return count
+
+
+def effective_macs(nnz: int, h_out: int, w_out: int, batch: int = 1) -> int:
+    """MACs on nonzero weights: each one is used once per output pixel."""
+    return nnz * batch * h_out * w_out
+
+
+def executed_macs(
+    nnz: int, h_out: int, w_out: int, batch: int = 1, kernel: int = 1, lanes: int = 8
+) -> int:
+    """MACs a planar vector kernel computes for ``nnz`` nonzeros.
+
+    A 1x1 runs over the flat plane of H*W pixels. A larger kernel runs on a grid whose rows carry
+    the padding between them, H*(W + kernel - 2) for a 3x3 with one shared pad column. Either is
+    rounded up to whole vectors of ``lanes`` pixels (8 floats on AVX2, 16 on AVX-512, 4 on NEON).
+    """
+    row = w_out + max(0, kernel - 2)
+    pixels = -(-(h_out * row) // lanes) * lanes
+    return nnz * batch * pixels
+
+
+def conv_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) -> int:
+    """Effective MACs of one sparse convolution call.
+
+    arguments: the operator's arguments by name, tensors as shapes; ``values`` holds the nonzeros.
+    out_shape: [N, Cout, H, W].
+    """
+    return effective_macs(arguments["values"][0], out_shape[2], out_shape[3], out_shape[0])
+
+
+def dgrad_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) -> int:
+    """Effective MACs of the input gradient: every nonzero meets every pixel of ``grad`` once."""
+    batch, _, height, width = arguments["grad"]
+    return effective_macs(arguments["values"][0], height, width, batch)
+
+
+def wgrad_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) -> int:
+    """Effective MACs of the gradient of the nonzeros."""
+    batch, _, height, width = arguments["grad_out"]
+    return effective_macs(arguments["values"][0], height, width, batch)
+
+
+def bottleneck_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) -> int:
+    """Effective MACs of one fused bottleneck call; ``v1``, ``v2``, ``v3``, ``vd`` hold nonzeros."""
+    roles = (("conv1", "v1"), ("conv2", "v2"), ("conv3", "v3"), ("downsample", "vd"))
+    nnz = {role: arguments[key][0] for role, key in roles if arguments.get(key) is not None}
+    batch, _, height, width = arguments["x"]
+    return block_macs(nnz, (height, width), pool=arguments["pool"], batch=batch)
+
+
+# Operator name without its namespace -> formula.
+FORMULAS: dict[str, Formula] = {
+    "sparse_conv2d": conv_macs,
+    "sparse_conv2d_dgrad": dgrad_macs,
+    "sparse_conv2d_wgrad": wgrad_macs,
+    "sparse_bottleneck": bottleneck_macs,
+}
+
+
+def block_macs(
+    nnz: Mapping[str, int],
+    in_size: tuple[int, int],
+    *,
+    pool: int = 1,
+    stride: int = 1,
+    basic: bool = False,
+    batch: int = 1,
+) -> int:
+    """Effective MACs of a fused residual block.
+
+    nnz: nonzeros of "conv1", "conv2", ("conv3"), ("downsample").
+    in_size: height and width of the block's input.
+    pool: average pool after conv2 (and before the shortcut convolution); stride: of conv2 in a
+        bottleneck, of conv1 in a basic block, of the shortcut convolution in both.
+    """
+    height, width = in_size
+    full = height * width
+    strided = (-(-height // stride)) * (-(-width // stride))
+    out = (height // pool) * (width // pool) if pool > 1 else strided
+    first = strided if basic else full
+    pixels = {"conv1": first, "conv2": strided, "conv3": out, "downsample": out}
+    unknown = sorted(set(nnz) - set(pixels))
+    if unknown:
+        raise OpenTransError(
+            f"block_macs does not know {', '.join(unknown)}; name the convolutions "
+            f"{', '.join(pixels)}."
+        )
+    return batch * sum(count * pixels[name] for name, count in nnz.items())
+
+
+def _overload(op: Any) -> Any:
+    return op.default if isinstance(op, torch._ops.OpOverloadPacket) else op
+
+
+def _formula(op: Any, macs: Formula | None) -> Formula:
+    if macs is not None:
+        return macs
+    name = _overload(op)._schema.name.rpartition("::")[2]
+    if name not in FORMULAS:
+        raise OpenTransError(
+            f"no formula for the operator {name}; formulas exist for {', '.join(FORMULAS)}. Pass "
+            "one as macs=(arguments, out_shape) -> MACs."
+        )
+    return FORMULAS[name]
+
+
+def _by_name(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by schema name, defaults filled in; tensors arrive as shapes."""
+    arguments = _overload(op)._schema.arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return {**defaults, **dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+
+
+def register(op: Any, macs: Formula | None = None) -> None:
+    """Make ``torch.utils.flop_counter.FlopCounterMode`` count calls of ``op``.
+
+    op: an operator such as ``torch.ops.opentrans_kernels.sparse_conv2d`` (or its ``.default``).
+    macs: (arguments by schema name with tensors as shapes, output shape) -> MACs; by default the
+        entry of ``FORMULAS``. A call counts 2 * MACs FLOPs.
+
+    Registering an operator again is allowed and changes nothing. Raises OpenTransError if there is
+    no formula.
+    """
+    from torch.utils import flop_counter
+
+    packet = op.overloadpacket if isinstance(op, torch._ops.OpOverload) else op
+    formula = _formula(op, macs)
+    if packet in flop_counter.flop_registry:
+        return
+
+    def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * formula(_by_name(op, args, kwargs), tuple(out_shape))
+
+    flop_counter.register_flop_formula(packet)(flops)
+
+
+def fvcore_handle(op: Any, macs: Formula | None = None) -> dict[str, Callable[..., int]]:
+    """{operator name: handle} for fvcore, which counts one FLOP per MAC.
+
+    ``FlopCountAnalysis(model, x).set_op_handle(**fvcore_handle(op))``. fvcore itself is not needed
+    here; tensors arrive as values of a traced graph with complete shapes.
+    """
+    formula = _formula(op, macs)
+
+    def handle(inputs: list[Any], outputs: list[Any]) -> int:
+        arguments = _by_name(op, tuple(_shape(value) for value in inputs), {})
+        return formula(arguments, _shape(outputs[0]))
+
+    return {_overload(op)._schema.name: handle}
+
+
+def _shape(value: Any) -> Any:
+    """Shape of a tensor value of a traced graph; the constant itself for anything else."""
+    kind = value.type()
+    if isinstance(kind, torch._C.TensorType):
+        sizes = kind.sizes()
+        return None if sizes is None else tuple(sizes)
+    return value.toIValue()

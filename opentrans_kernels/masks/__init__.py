@@ -1,0 +1,204 @@
+"""Pruning masks: reading them from files, matching them to a model by name, saving them.
+
+``load_masks("seg_backbone_imp10.pth").match(model)`` is the usual start; ``print`` the result to
+see what found a partner. Files of five kinds are told apart by content (see ``READERS``) and never
+executed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from opentrans_kernels.errors import MaskError
+from opentrans_kernels.masks.files import open_checkpoint, read_state_dict
+from opentrans_kernels.masks.names import MaskMatch, conv_modules, match_masks
+from opentrans_kernels.masks.packed import (
+    Provenance,
+    atomic_write,
+    content_hash,
+    pack_bits,
+    write_packed,
+)
+from opentrans_kernels.masks.readers import (
+    READERS,
+    collect_masks,
+    count_not_finite,
+    read_masks,
+    zeros_as_masks,
+)
+
+__all__ = [
+    "READERS",
+    "MaskMatch",
+    "MaskSet",
+    "Provenance",
+    "atomic_write",
+    "load_masks",
+    "open_checkpoint",
+    "read_state_dict",
+]
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """Masks by module name: bool tensors on the CPU, True where a weight is kept.
+
+    Names are as in the file, without ``.weight_mask`` and the like; prefixes stay until the masks
+    are matched to a model. All-zero and all-one masks are legal. Raises MaskError if there is no
+    mask or one is not a bool tensor (:meth:`from_tensors` converts 0/1 tensors of other dtypes).
+    """
+
+    masks: Mapping[str, torch.Tensor]
+    source: Provenance = field(default_factory=lambda: Provenance("memory"))
+
+    def __post_init__(self) -> None:
+        if not self.masks:
+            raise MaskError("a mask set needs at least one mask. Pass name -> bool tensor.")
+        for name, mask in self.masks.items():
+            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+                kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise MaskError(
+                    f"mask {name!r} is {kind}, not a bool tensor. Use MaskSet.from_tensors, which "
+                    "checks and converts 0/1 values."
+                )
+        # Read-only, so that the hash and the counts stay true.
+        object.__setattr__(self, "masks", MappingProxyType(dict(self.masks)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MaskSet:
+        """Read a mask file of any kind in ``READERS``, told apart by content.
+
+        Raises CheckpointError (not a readable, safe checkpoint) or MaskError (no valid masks).
+        """
+        masks, source = read_masks(path)
+        return cls(masks, source)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], source: Provenance | None = None
+    ) -> MaskSet:
+        """Masks from 0/1 tensors of any dtype. Raises MaskError on any other value."""
+        masks, notes = collect_masks(tensors, "the given dict")
+        return cls(masks, source or Provenance("memory", notes=notes))
+
+    @classmethod
+    def from_model_zeros(cls, model: nn.Module) -> MaskSet:
+        """The exact zeros of the model's conv weights as masks, one per Conv2d.
+
+        A conv without zeros gets a mask that keeps everything. Raises MaskError if the model has no
+        Conv2d or a weight is NaN or infinite.
+        """
+        weights = {name: conv.weight for name, conv in conv_modules(model).items()}
+        if not weights:
+            raise MaskError(
+                f"{type(model).__name__} has no Conv2d module, so its zeros cannot be a mask. Pass "
+                "the network that holds the convolutions."
+            )
+        masks = zeros_as_masks(weights, type(model).__name__)
+        notes = {"model": type(model).__name__}
+        return cls(masks, Provenance("model zeros", notes=notes))
+
+    @property
+    def numel(self) -> int:
+        """Number of weights covered."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def nnz(self) -> int:
+        """Number of weights kept."""
+        return sum(int(torch.count_nonzero(mask)) for mask in self.masks.values())
+
+    def density(self) -> float:
+        """Share of weights kept, 0 to 1."""
+        return self.nnz / self.numel
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over names, shapes and bits: equal for equal masks in any kind of file."""
+        shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+        return content_hash(shapes, {n: pack_bits(mask) for n, mask in self.masks.items()})
+
+    def match(self, model: nn.Module, *, strict: bool = False) -> MaskMatch:
+        """Find each mask's Conv2d in ``model`` by module name, prefixes found automatically.
+
+        With ``strict`` a mask without a conv of its name and shape raises MaskError; without, it is
+        listed in the result. Raises MaskError if two parts of the model fit equally well.
+        """
+        match = match_masks(self.masks, model)
+        return match.require_complete() if strict else match
+
+    def transfer_to(self, model: nn.Module) -> MaskSet:
+        """The same masks under the model's module names. Raises MaskError if one has no conv."""
+        match = self.match(model, strict=True)
+        return replace(self, masks=match.masks)
+
+    def masked_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Model conv name -> masked copy of its weight (exact +0 where removed), masked convs only.
+
+        The model is not changed. Raises MaskError if a mask has no conv or a weight is not finite.
+        """
+        return {
+            name: weight.detach().masked_fill(~mask.to(weight.device), 0)
+            for name, (weight, mask) in self._paired(model).items()
+        }
+
+    def apply_(self, model: nn.Module) -> MaskMatch:
+        """Set the removed weights of ``model`` to zero, in place; returns the match.
+
+        All checks come first: if it raises MaskError, no weight was changed. A conv whose weight is
+        computed from others (``torch.nn.utils.prune``, parametrizations) is refused.
+        """
+        match = self.match(model, strict=True)
+        convs = conv_modules(model)
+        for name in match.masks:
+            if "weight" not in dict(convs[name].named_parameters(recurse=False)):
+                raise MaskError(
+                    f"the weight of conv {name!r} is not a parameter but computed (pruned or "
+                    "parametrized), so zeros written to it would not last. Make it permanent "
+                    "first: torch.nn.utils.prune.remove(module, 'weight') or torch.nn.utils."
+                    "parametrize.remove_parametrizations(module, 'weight')."
+                )
+        pairs = self._paired(model, match)
+        with torch.no_grad():
+            for weight, mask in pairs.values():
+                weight.masked_fill_(~mask.to(weight.device), 0)
+        return match
+
+    def _paired(
+        self, model: nn.Module, match: MaskMatch | None = None
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        match = match or self.match(model, strict=True)
+        convs = conv_modules(model)
+        for name in match.masks:
+            if count_not_finite(convs[name].weight):
+                raise MaskError(
+                    f"the weight of conv {name!r} holds NaN or infinity; masking would hide a "
+                    "broken model. Load finite weights first."
+                )
+        return {name: (convs[name].weight, mask) for name, mask in match.masks.items()}
+
+    def save(
+        self, path: str | os.PathLike[str], provenance: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the bit-packed safetensors file (see ``packed``), all or nothing.
+
+        ``provenance``: text entries to keep with the masks, such as the training run. Raises
+        CheckpointError if the path cannot be written; nothing is left behind.
+        """
+        write_packed(path, self.masks, self.source, provenance)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.masks)} masks, {self.nnz} of {self.numel} weights kept "
+            f"({self.density():.2%}), {self.source}"
+        )
+
+
+def load_masks(path: str | os.PathLike[str]) -> MaskSet:
+    """Read a mask file of any kind; see :meth:`MaskSet.load`."""
+    return MaskSet.load(path)

@@ -1,0 +1,197 @@
+"""Matching masks to the convolutions of a model by module name.
+
+Positions are never used: the shortcut conv of a CLIP block is *named* ``downsample.0`` but sits at
+index 1. What differs between towers is a dotted prefix (``module.``, ``backbone.``,
+``clip_model.visual.`` ...), so one pair (prefix taken off the mask's names, prefix put on for the
+model's) is searched for the whole file: the pair under which most names and shapes agree exactly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from opentrans_kernels.errors import MaskError
+from opentrans_kernels.masks.files import shorten
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MaskMatch:
+    """Which mask belongs to which Conv2d of a model, and what found no partner.
+
+    ``masks``: model conv name -> bool tensor of the weight's shape. ``mask_names``: model conv
+    name -> name in the file. ``prefix_mask`` was taken off the file's names and ``prefix_model``
+    put in its place ("" for none). ``unmatched_masks``: names in the file that were not used, with
+    ``reasons``. ``unmasked_convs``: convs of the model without a mask. ``reason``: one sentence.
+    """
+
+    masks: Mapping[str, torch.Tensor]
+    mask_names: Mapping[str, str]
+    prefix_model: str
+    prefix_mask: str
+    unmatched_masks: list[str]
+    reasons: Mapping[str, str]
+    unmasked_convs: list[str]
+    reason: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every mask found its conv."""
+        return not self.unmatched_masks
+
+    def require_complete(self) -> MaskMatch:
+        """Return self. Raises MaskError, naming the masks, if any found no conv."""
+        if self.complete:
+            return self
+        first = "; ".join(self.reasons[name] for name in self.unmatched_masks[:3])
+        raise MaskError(
+            f"the masks do not fit the model: {self.reason} Without a partner: "
+            f"{shorten(repr(n) for n in self.unmatched_masks)}. {first}. Masks are matched by "
+            "module name: use the architecture the masks were made for."
+        )
+
+    def __str__(self) -> str:
+        lines = [self.reason]
+        for name in self.unmatched_masks:
+            lines.append(f"  not used: {self.reasons[name]}")
+        if self.unmasked_convs:
+            lines.append(f"  convs without a mask (stay dense): {shorten(self.unmasked_convs)}")
+        return "\n".join(lines)
+
+
+def conv_modules(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The model's Conv2d modules by name, each once, in definition order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatch:
+    """Find the conv of every mask. Raises MaskError only if two places in the model fit equally."""
+    convs = {name: tuple(conv.weight.shape) for name, conv in conv_modules(model).items()}
+    shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+    prefix_mask, prefix_model = find_prefixes(shapes, convs)
+    modules = dict(model.named_modules())
+    matched: dict[str, torch.Tensor] = {}
+    mask_names: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for name, shape in shapes.items():
+        target = rename(name, prefix_mask, prefix_model)
+        if target is not None and convs.get(target) == shape:
+            matched[target] = masks[name]
+            mask_names[target] = name
+        else:
+            reasons[name] = _why_not(name, shape, target, prefix_mask, modules, convs)
+    matched = {name: matched[name] for name in convs if name in matched}
+    change = ""
+    if prefix_mask:
+        change += f", {prefix_mask + '.'!r} taken off the mask's names"
+    if prefix_model:
+        change += f", {prefix_model + '.'!r} put in front"
+    return MaskMatch(
+        masks=matched,
+        mask_names={name: mask_names[name] for name in matched},
+        prefix_model=prefix_model,
+        prefix_mask=prefix_mask,
+        unmatched_masks=list(reasons),
+        reasons=reasons,
+        unmasked_convs=[name for name in convs if name not in matched],
+        reason=f"{len(matched)} of {len(masks)} masks match one of the model's {len(convs)} "
+        f"convs by name and shape{change}.",
+    )
+
+
+def rename(name: str, prefix_mask: str, prefix_model: str) -> str | None:
+    """A mask's name in the model; None if it does not begin with ``prefix_mask``."""
+    parts, off = _split(name), _split(prefix_mask)
+    if parts[: len(off)] != off:
+        return None
+    return ".".join(_split(prefix_model) + parts[len(off) :])
+
+
+def find_prefixes(masks: Mapping[str, Shape], convs: Mapping[str, Shape]) -> tuple[str, str]:
+    """The pair (prefix to take off mask names, prefix to put on) with most exact matches.
+
+    Every mask and conv with a common dotted ending vote for the pair of prefixes before it, so a
+    pair's votes are its matches. Pairs with fewer than half of the most name matches are left out
+    (one shape that fits by chance in a network of other widths); then exact name and shape matches
+    count. Ties: names as they are; else the shortest prefix taken off. If two places in the model
+    are still equal, MaskError lists them: choosing one would be a guess.
+    """
+    by_ending: dict[str, list[str]] = defaultdict(list)
+    for conv in convs:
+        by_ending[conv.rpartition(".")[2]].append(conv)
+    exact: Counter[tuple[str, str]] = Counter()
+    named: Counter[tuple[str, str]] = Counter()
+    for mask, shape in masks.items():
+        for conv in by_ending.get(mask.rpartition(".")[2], ()):
+            pair = _prefixes(_split(mask), _split(conv))
+            if pair is not None:
+                named[pair] += 1
+                exact[pair] += shape == convs[conv]
+    if not named:
+        return "", ""
+    most = max(named.values())
+
+    def rank(pair: tuple[str, str]) -> tuple[bool, int, int, bool, int]:
+        plausible = 2 * named[pair] >= most
+        as_is = pair == ("", "")
+        return plausible, exact[pair], named[pair], as_is, -len(_split(pair[0]))
+
+    best = max(named, key=rank)
+    equal = sorted(pair for pair in named if rank(pair) == rank(best))
+    if exact[best] and len(equal) > 1:
+        options = (f"{off or '(nothing)'} -> {on or '(nothing)'}" for off, on in equal)
+        raise MaskError(
+            f"the masks fit the model equally well in {len(equal)} ways, {exact[best]} of "
+            f"{len(masks)} each, by replacing a prefix of their names: {shorten(options)}. Pass "
+            f"the part of the model that is meant (model.get_submodule({equal[0][1]!r}), say), or "
+            "rename the masks to the model's module names."
+        )
+    return best
+
+
+def _prefixes(mask: list[str], conv: list[str]) -> tuple[str, str] | None:
+    """What stands before the longest common ending of two names; None if that is no prefix.
+
+    ``layer3.6`` for ``layer3.5`` is no change of prefix but of position: two remainders that part
+    at a number only are another block, however well its shapes fit.
+    """
+    count = 0
+    while count < min(len(mask), len(conv)) and mask[-count - 1] == conv[-count - 1]:
+        count += 1
+    off, on = mask[: len(mask) - count], conv[: len(conv) - count]
+    if off and on and re.sub(r"\d+", "#", off[-1]) == re.sub(r"\d+", "#", on[-1]):
+        return None
+    return ".".join(off), ".".join(on)
+
+
+def _split(name: str) -> list[str]:
+    return name.split(".") if name else []
+
+
+def _why_not(
+    name: str,
+    shape: Shape,
+    target: str | None,
+    prefix_mask: str,
+    modules: Mapping[str, nn.Module],
+    convs: Mapping[str, Shape],
+) -> str:
+    mask = f"mask {name!r} of shape {shape}"
+    if target is None:
+        return f"{mask}: its name does not begin with {prefix_mask!r} like the others"
+    if target in convs:
+        return f"{mask}: the model's conv {target!r} has a weight of shape {convs[target]}"
+    if target in modules:
+        kind = type(modules[target]).__name__
+        return f"{mask}: the model's {target!r} is a {kind}, and only Conv2d modules are masked"
+    close = difflib.get_close_matches(target, convs, n=1)
+    hint = f" (closest: {close[0]!r})" if close else ""
+    return f"{mask}: the model has no module {target!r}{hint}"

@@ -1,0 +1,30 @@
+"""The fused bottleneck in plain PyTorch, in any floating dtype."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from ...pack import dense_weight
+from ..library import plane_padded
+
+__all__ = ["sparse_bottleneck"]
+
+
+def _conv(x, structure, values, bias, padding=0):
+    _, _, cin, cout, kernel = structure[:5].tolist()
+    weight = dense_weight(structure, values, cin, cout, kernel)
+    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=padding)
+
+
+def sparse_bottleneck(x, s1, v1, b1, s2, v2, b2, s3, v3, b3, sd, vd, bd, cout, pool, down_pool):
+    """See :func:`opentrans_kernels.ops.sparse_bottleneck`; arguments in schema order."""
+    y = _conv(x, s1, v1, b1).relu()
+    y = _conv(y, s2, v2, b2, padding=1).relu()
+    if pool > 1:
+        y = F.avg_pool2d(y, pool)
+    y = _conv(y, s3, v3, b3)
+    shortcut = F.avg_pool2d(x, down_pool) if down_pool > 1 else x
+    if sd is not None:
+        shortcut = _conv(shortcut, sd, vd, bd)
+    y = (y + shortcut).relu()
+    return plane_padded(y, *y.shape).copy_(y)

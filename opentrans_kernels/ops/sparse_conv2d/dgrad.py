@@ -1,0 +1,53 @@
+"""``sparse_conv2d_dgrad``: the gradient of the input, a convolution with the mirrored weight.
+
+It runs on the forward kernels. The mirrored structure of a pack is made once and kept as long as
+the pack lives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...pack import transposed_structure
+from ..library import define, plane_padded
+
+__all__ = ["OP"]
+
+_TRANSPOSED = WeakTensorKeyDictionary()  # structure -> (mirrored structure, order of the values)
+
+
+def _fake(grad, structure, values, cin, h, w, stride, padding):
+    return plane_padded(grad, grad.shape[0], cin, h, w)
+
+
+def dgrad(grad, structure, values, cin, h, w, stride, padding):
+    """Gradient ``[N, cin, h, w]`` of the input of a packed convolution."""
+    if structure not in _TRANSPOSED:
+        _TRANSPOSED[structure] = transposed_structure(structure)
+    mirrored, order = _TRANSPOSED[structure]
+    kernel = int(structure[4])
+    n, cout, gh, gw = grad.shape
+    if n == 0:
+        return plane_padded(grad, n, cin, h, w)
+    # A stride spreads the gradient over the input's grid; rows and columns of the input that no
+    # window reached are the padding on the right.
+    spread = grad.new_zeros(n, cout, h + 2 * padding - kernel + 1, w + 2 * padding - kernel + 1)
+    spread[:, :, : (gh - 1) * stride + 1 : stride, : (gw - 1) * stride + 1 : stride] = grad
+    inner = kernel - 1 - padding
+    out = torch.ops.opentrans_kernels.sparse_conv2d(
+        spread, mirrored, values[order], None, None, cin, kernel, 1, max(inner, 0), False
+    )
+    if inner < 0:  # padding beyond the window: its border saw zeros only
+        out = out[:, :, -inner : h - inner, -inner : w - inner]
+    return out
+
+
+OP = define(
+    "sparse_conv2d_dgrad",
+    "(Tensor grad, Tensor structure, Tensor values, int cin, int h, int w, int stride, "
+    "int padding) -> Tensor",
+    fake=_fake,
+    fallback=f"{__name__}:dgrad",
+    compiled=False,
+)

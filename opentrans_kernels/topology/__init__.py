@@ -1,0 +1,34 @@
+"""Finds the ResNet trunk inside a model: stem, residual blocks and every other convolution.
+
+Recognition is duck-typed (attribute names, never a foreign class) and then *proved*: the block's
+own forward is traced on the meta device and must compute the same expression as the structure
+claims. What does not pass becomes a loose convolution and the reason is kept in ``Trunk.notes``.
+"""
+
+from __future__ import annotations
+
+from opentrans_kernels.topology.find import find_trunk, find_trunks
+from opentrans_kernels.topology.fold import fold_bn
+from opentrans_kernels.topology.nodes import (
+    BlockNode,
+    ConvNode,
+    ConvShape,
+    StemNode,
+    Trunk,
+    original,
+)
+from opentrans_kernels.topology.shapes import conv_shapes, forward_trunk
+
+__all__ = [
+    "BlockNode",
+    "ConvNode",
+    "ConvShape",
+    "StemNode",
+    "Trunk",
+    "conv_shapes",
+    "find_trunk",
+    "find_trunks",
+    "fold_bn",
+    "forward_trunk",
+    "original",
+]

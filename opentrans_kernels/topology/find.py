@@ -1,0 +1,252 @@
+"""Walks a model, finds the ResNet trunk and sorts every convolution into stem, block or loose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from opentrans_kernels.errors import UnsupportedModelError
+from opentrans_kernels.topology.blocks import (
+    Unrecognised,
+    child,
+    conv_node,
+    is_relu,
+    plain_conv,
+    prove_block,
+    read_block,
+)
+from opentrans_kernels.topology.fold import is_plain_bn
+from opentrans_kernels.topology.nodes import BlockNode, ConvNode, StemNode, Trunk, original
+from opentrans_kernels.topology.tracing import meta_copy, same_expression
+
+
+def find_trunk(model: nn.Module) -> Trunk:
+    """The first ResNet trunk in ``model``; every convolution outside it is in ``Trunk.loose``.
+
+    Recognised at any depth: open_clip and OpenAI CLIP towers (average pools for strides),
+    torchvision and timm ResNets. A model without one gives a trunk of family "generic" with loose
+    convolutions only.
+
+    Raises UnsupportedModelError if there is not a single Conv2d.
+    """
+    trunks = find_trunks(model)
+    first = trunks[0]
+    if len(trunks) == 1:
+        return first
+    others = ", ".join(repr(t.prefix.rstrip(".")) for t in trunks[1:])
+    note = (
+        f"{len(trunks) - 1} more trunk(s) at {others}: their convolutions are listed as loose. "
+        "Pass that submodule to find_trunk to have its blocks recognised."
+    )
+    return replace(first, notes=(*first.notes, note))
+
+
+def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
+    """All ResNet trunks in ``model`` in registration order; see ``find_trunk``."""
+    roots = _roots(model)
+    trunks = tuple(_read_trunk(model, prefix, root) for prefix, root in roots)
+    if trunks:
+        return trunks
+    loose, notes = _loose(model, set())
+    if not loose:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no Conv2d that can be accelerated"
+            + (f" ({'; '.join(notes)})" if notes else "")
+            + ". Pass a convolutional network, for example the visual tower of a CLIP ResNet."
+        )
+    notes = ["no ResNet trunk (layer1, layer2, ... of residual blocks) found", *notes]
+    return (Trunk(model, "", "generic", None, (), tuple(loose), (), tuple(notes)),)
+
+
+def _roots(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in walk_modules(model):
+        if any(name.startswith(prefix) for prefix, _ in found):
+            continue
+        layer1 = child(module, "layer1")
+        if layer1 is not None and any(
+            isinstance(child(b, "conv1"), nn.Conv2d) and isinstance(child(b, "conv2"), nn.Conv2d)
+            for b in (original(m) for m in layer1.children())
+        ):
+            found.append((f"{name}." if name else "", module))
+    return found
+
+
+def walk_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, original module) for every module, accelerated replacements seen through."""
+    for name, module in model.named_modules():
+        if "opentrans_original" not in name.split("."):
+            yield name, original(module)
+
+
+def _read_trunk(model: nn.Module, prefix: str, root: nn.Module) -> Trunk:
+    notes: list[str] = []
+    refused: dict[str, list[str]] = {}
+    twin = meta_copy(root)
+    uses = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
+    blocks: list[BlockNode] = []
+    stages: list[str] = []
+    first_block: nn.Module | None = None
+    stage = 1
+    while (container := child(root, f"layer{stage}")) is not None:
+        path = f"{prefix}layer{stage}"
+        stages.append(path)
+        if type(container) is not nn.Sequential:
+            notes.append(
+                f"{path} is {type(container).__name__}, not Sequential: order of blocks unknown"
+            )
+        twins = dict((child(twin, f"layer{stage}") or nn.Module()).named_children())
+        for index, (key, module) in enumerate(container.named_children()):
+            first_block = twins[key] if first_block is None else first_block
+            name = f"{path}.{key}"
+            try:
+                if type(container) is not nn.Sequential:
+                    raise Unrecognised("its stage is not Sequential")
+                if uses[id(module)] > 1:
+                    raise Unrecognised("the same module is used at several places")
+                node = read_block(name, module)
+                prove_block(node, twins[key])
+                blocks.append(replace(node, stage=stage - 1, index=index))
+            except Unrecognised as reason:
+                refused.setdefault(str(reason), []).append(name)
+        stage += 1
+    for reason_text, names in refused.items():
+        shown = names[0] if len(names) == 1 else f"{len(names)} blocks ({names[0]} .. {names[-1]})"
+        notes.append(
+            f"{shown} not taken as a block: {reason_text}. Every convolution there is loose."
+        )
+    stem: StemNode | None = None
+    try:
+        stem = _read_stem(prefix, root, twin, first_block)
+    except Unrecognised as reason:
+        notes.append(f"the stem is not recognised: {reason}. Its convolutions are loose.")
+    taken = {id(c.conv) for c in (stem.convs if stem else ())}
+    taken |= {id(c.conv) for b in blocks for c in b.all_convs}
+    loose, loose_notes = _loose(model, taken)
+    return Trunk(
+        model=model,
+        prefix=prefix,
+        family=_family(root),
+        stem=stem,
+        blocks=tuple(blocks),
+        loose=tuple(loose),
+        stages=tuple(stages),
+        notes=(*notes, *loose_notes),
+    )
+
+
+def _family(root: nn.Module) -> str:
+    """By the attributes that the families do not share."""
+    layer1 = child(root, "layer1")
+    block = original(next(layer1.children())) if layer1 is not None else root
+    if child(block, "avgpool") is not None:
+        return "open_clip" if child(block, "act1") is not None else "openai"
+    return "timm" if hasattr(block, "drop_path") or hasattr(block, "aa") else "torchvision"
+
+
+class _Reached(Exception):
+    """Carries the tensor that arrives at the first block."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+def _read_stem(
+    prefix: str, root: nn.Module, twin: nn.Module, first_block: nn.Module | None
+) -> StemNode:
+    """The convolutions before layer1. Raises Unrecognised."""
+    nodes: list[ConvNode] = []
+    steps: list[str] = []
+    count = 3 if isinstance(child(root, "conv2"), nn.Conv2d) else 1
+    if count == 3 and not isinstance(child(root, "conv3"), nn.Conv2d):
+        raise Unrecognised("it has conv2 but no conv3")
+    for i in range(1, count + 1):
+        keys = [k for k in (f"act{i}", f"relu{i}", "relu", "act") if child(root, k) is not None]
+        if not keys or not is_relu(child(root, keys[0])):
+            raise Unrecognised(f"no ReLU module after conv{i} (act{i}, relu{i} or relu)")
+        shared = count > 1 and keys[0] in ("relu", "act")
+        paths = (f"{prefix}conv{i}", f"{prefix}bn{i}", None if shared else f"{prefix}{keys[0]}")
+        nodes.append(conv_node(paths, child(root, f"conv{i}"), child(root, f"bn{i}"), True))
+        steps += [f"conv{i}", f"bn{i}", keys[0]]
+    # Order matters: in torchvision ``avgpool`` is the head's pool and ``maxpool`` the stem's.
+    pools = [k for k in ("maxpool", "avgpool") if child(root, k) is not None]
+    pool = pools[0] if pools else None
+    if pool is not None:
+        steps.append(pool)
+    if first_block is None:
+        raise Unrecognised("layer1 is empty")
+    conv1 = child(twin, "conv1")
+    if not isinstance(conv1, nn.Conv2d):
+        raise Unrecognised("its copy lost conv1")
+
+    def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        raise _Reached(args[0])
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        try:
+            twin(x)
+        except _Reached as reached:
+            return reached.x
+        raise Unrecognised("the model's forward never reaches layer1")
+
+    def claim(x: torch.Tensor) -> torch.Tensor:
+        for step in steps:
+            module = child(twin, step)
+            x = module(x) if module is not None else x
+        return x
+
+    x = torch.empty(1, conv1.in_channels, 64, 64, dtype=conv1.weight.dtype, device="meta")
+    handle = first_block.register_forward_pre_hook(stop)
+    try:
+        same = same_expression(run, claim, x)
+    except Unrecognised:
+        raise
+    except Exception as error:  # any failure of foreign code is a reason, kept in the notes
+        raise Unrecognised(f"it cannot be traced ({type(error).__name__}: {error})") from error
+    finally:
+        handle.remove()
+    if not same:
+        raise Unrecognised("what reaches layer1 is not conv, batch norm, ReLU, ..., pool")
+    pool_name = f"{prefix}{pool}" if pool is not None else None
+    return StemNode(tuple(nodes), tuple(f"{prefix}{s}" for s in steps), pool_name)
+
+
+def _loose(model: nn.Module, taken: set[int]) -> tuple[list[ConvNode], list[str]]:
+    """Every remaining Conv2d, with its batch norm and ReLU where a plain Sequential makes them
+    certain.
+    """
+    uses = Counter(id(original(m)) for _, m in model.named_modules(remove_duplicate=False))
+    loose: dict[str, ConvNode] = {}
+    notes: list[str] = []
+    for name, module in walk_modules(model):
+        if not isinstance(module, nn.Conv2d) or id(module) in taken:
+            continue
+        own_forward = type(module).forward is not nn.Conv2d.forward
+        if own_forward or type(module)._conv_forward is not nn.Conv2d._conv_forward:
+            notes.append(f"{name} {plain_conv(module)}: left alone")
+        elif uses[id(module)] > 1:
+            notes.append(f"{name} is used at {uses[id(module)]} places: left alone")
+        else:
+            loose[name] = ConvNode(name, module)
+    for path, module in walk_modules(model):
+        if type(module) is not nn.Sequential:
+            continue
+        parts = [(f"{path}.{k}" if path else k, original(m)) for k, m in module.named_children()]
+        for (name, conv), (bn_name, bn) in zip(parts, parts[1:], strict=False):
+            if name not in loose or uses[id(bn)] > 1 or not is_plain_bn(bn):
+                continue
+            if getattr(bn, "num_features", conv.out_channels) != conv.out_channels:
+                continue
+            after = parts.index((bn_name, bn)) + 1
+            act_name, act = parts[after] if after < len(parts) else ("", None)
+            relu = is_relu(act)
+            alone = relu and uses[id(act)] == 1
+            loose[name] = replace(
+                loose[name], bn=bn, bn_name=bn_name, relu=relu, act_name=act_name if alone else None
+            )
+    return list(loose.values()), notes

@@ -1,0 +1,96 @@
+"""A small tower with the names of CLIP's ResNet, masks for it, and files of every kind."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from opentrans_kernels.masks import MaskSet
+
+
+class Block(nn.Module):
+    """A bottleneck with the names of CLIP: the shortcut conv is named "0" but sits at index 1."""
+
+    def __init__(self, cin: int, width: int, shortcut_index: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        parts = [("-1", nn.AvgPool2d(1)), ("0", nn.Conv2d(cin, 4 * width, 1, bias=False))]
+        parts += [("1", nn.BatchNorm2d(4 * width))]
+        self.downsample = nn.Sequential(OrderedDict(parts[1 - shortcut_index :]))
+
+
+class Tower(nn.Module):
+    def __init__(self, blocks: tuple[int, ...] = (2, 3), shortcut_index: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 5, 3, bias=False)
+        self.conv2 = nn.Conv2d(5, 8, 3, bias=False)
+        cin, width = 8, 3
+        for stage, count in enumerate(blocks, start=1):
+            made = []
+            for _ in range(count):
+                made.append(Block(cin, width, shortcut_index))
+                cin = 4 * width
+            setattr(self, f"layer{stage}", nn.Sequential(*made))
+            width *= 2
+        self.head = nn.Linear(cin, 7)
+
+
+def wrapped(model: nn.Module, prefix: str) -> nn.Module:
+    for name in reversed(prefix.split(".") if prefix else []):
+        outer = nn.Module()
+        outer.add_module(name, model)
+        model = outer
+    return model
+
+
+def random_masks(model: nn.Module, density: float = 0.3, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Masks for all convs but the first, like the ones pruning leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    convs = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    return {
+        name: torch.rand(conv.weight.shape, generator=generator) < density
+        for name, conv in convs
+        if name != "conv1"
+    }
+
+
+def masked_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    state = dict(model.state_dict())
+    for name, mask in masks.items():
+        state[f"{name}.weight"] = state[f"{name}.weight"] * mask
+    return state
+
+
+def pruned_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What torch.nn.utils.prune itself leaves in the state dict."""
+    for name, mask in masks.items():
+        prune.custom_from_mask(model.get_submodule(name), "weight", mask)
+    return dict(model.state_dict())
+
+
+def write_kind(kind: str, path: Path, model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    if kind == "opentrans":
+        sections = {
+            "first_conv": {"weight": model.conv1.weight.detach().clone()},
+            "backbone": pruned_state(model, masks),
+            "sem_seg_head": {"predictor.weight": torch.randn(3, 4)},
+        }
+        torch.save(sections, path)
+    elif kind == "prune":
+        torch.save({"epoch": 3, "state_dict": pruned_state(model, masks)}, path)
+    elif kind == "plain":
+        torch.save({name: mask.float() for name, mask in masks.items()}, path)
+    elif kind == "packed":
+        MaskSet(masks).save(path)
+    elif kind == "dense":
+        state = masked_state(model, masks)
+        torch.save({k: v for k, v in state.items() if k != "conv1.weight"}, path)
+    else:
+        raise AssertionError(f"no fixture for reader {kind!r}")
