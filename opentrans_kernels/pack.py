@@ -20,7 +20,8 @@ _MAGIC, _VERSION = 0x4B544F50, 1
 _HEADER = 13  # int32 words; the order of csrc/torch/bind_cpu.cpp
 _FIRST, _LAST, _COUNT_SHIFT = 1 << 30, 1 << 31, 16
 _MAX_COUNT = 0x3FFF  # nonzeros of one (row, chunk)
-_CHUNK = 64  # channels whose tile fits L1 (docs/design.md, "Chunks")
+# Channels whose tile fits L1 (docs/design.md, "Chunks"). A 3x3 reads two more rows per channel.
+_CHUNK = {1: 64, 3: 32}
 _MIN_BLOCK, _MAX_BLOCK = 64, 512
 _BLOCK_NNZ = 2048  # nonzeros of a (row block, chunk) worth one load of the chunk's tile
 
@@ -75,7 +76,7 @@ class SparseWeight:
         Args:
             weight: float32 or float64 on any device; rounded to float32 once.
             bias: ``[cout]``, zero if omitted.
-            chunk: input channels whose nonzeros are visited together (default 64).
+            chunk: input channels whose nonzeros are visited together (default by window size).
             row_block: output rows that share one pass over a chunk.
 
         Raises:
@@ -153,7 +154,7 @@ def _assemble(
     """Choose chunks and row blocks, pack, and join the structure tensor. Returns (words, values)."""
     cout, cin = dense.shape[:2]
     taps = kernel * kernel
-    chunk = max(1, min(chunk or _CHUNK, cin))
+    chunk = max(1, min(chunk or _CHUNK.get(kernel, 16), cin))
     if chunk * taps > _MAX_COUNT:
         raise PlanError(
             f"chunk {chunk} with a {kernel}x{kernel} window exceeds {_MAX_COUNT} codes per row; "

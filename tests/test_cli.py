@@ -156,10 +156,16 @@ def test_inspect_strict_fails_on_leftover_masks(
     assert cli.main([*arguments, "--strict"]) == 1
 
 
-def test_plan_prints_every_layer(mask_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", mask_file, "--arch", TINY, "--size", "64", "--no-measure"]) == 0
+def test_plan_covers_every_layer(mask_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", mask_file, "--arch", TINY, "--size", "64", "--no-measure"]
+    assert cli.main(arguments) == 0
     text = capsys.readouterr().out
-    assert "layer1.0.conv1" in text and "layer4.1.conv2" in text
+    assert "plan for 64x64" in text and "layer4.1" in text and "predicted" in text
+    assert cli.main([*arguments, "--json"]) == 0
+    payload = json.loads(capsys.readouterr().out)
+    masks = load_subject(mask_file, arch=TINY).masks.masks
+    assert set(masks) <= {row["name"] for row in payload["plan"]["rows"]}
+    assert payload["subject"]["synthetic_mask"]
 
 
 def test_accelerate_writes_only_exact_results(
@@ -181,6 +187,17 @@ def test_accelerate_writes_only_exact_results(
     assert cli.main(arguments) == 1
     assert not target.exists()
     assert "inexact" in capsys.readouterr().err
+
+
+def test_accelerate_without_zeros_says_so_and_writes_nothing(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "packed.safetensors"
+    arguments = ["accelerate", checkpoint, "--arch", TINY, "--size", "64", "--output", str(target)]
+    assert cli.main(arguments) == 1
+    shown = capsys.readouterr()
+    assert "no weight is zero" in shown.out and "nothing was accelerated" in shown.err
+    assert not target.exists()
 
 
 def wrong_after_one():

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from compact_nets import MASK_KINDS, Block, Net, masked, random_masks, randomise, run_compact
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from compact_nets import MASK_KINDS, Block, Net, masked, random_masks, randomise, run_compact
 from torch import nn
 
 from opentrans_kernels.compact import (

@@ -19,7 +19,6 @@ from opentrans_kernels.topology import (
 )
 
 
-
 def open_clip_tower(layers: list[int], width: int = 64) -> nn.Module:
     module = pytest.importorskip("open_clip.modified_resnet")
     return module.ModifiedResNet(layers, 16, 4, image_size=64, width=width).eval()

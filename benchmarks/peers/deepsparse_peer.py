@@ -93,7 +93,11 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
         )
-        self.description = self._read()
+        try:
+            self.description = self._read()
+        except OpenTransError:
+            self.close()
+            raise
 
     def ask(self, command: str) -> dict[str, Any]:
         """Send one command and return the answer."""
@@ -110,7 +114,14 @@ class Worker:
                 f"the {self.name} process ended with code {self.process.wait()}; its messages are "
                 "above. Run the setup step again if its environment is incomplete."
             )
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise OpenTransError(
+                f"the {self.name} process answered {line.strip()[:80]!r}, which is not JSON: "
+                "something in its environment prints on stdout. Run the setup step in a fresh "
+                "directory."
+            ) from error
 
     def close(self) -> None:
         """End the process."""
@@ -148,6 +159,9 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_graph(subject, image, folder)
+        # Files, not a seed: synthetic weights made under another instruction set differ slightly.
+        torch.save(subject.model.state_dict(), folder / "tower.pt")
+        subject.masks.save(folder / "masks.safetensors")
         try:
             workers = start_workers(options, folder, peer_python)
             for worker in workers:
@@ -204,9 +218,8 @@ def start_workers(options: argparse.Namespace, folder: Path, peer_python: Path) 
     peer = {**os.environ, **limits, "NM_DISABLE_ANALYTICS": "1"}
     if options.isa != "native":
         peer["NM_ARCH"] = options.isa
-    arguments = [options.mask, options.arch, options.checkpoint or "", str(options.seed)]
     script = str(HERE / "trunk_worker.py")
-    command = [sys.executable, script, str(folder), threads, *arguments]
+    command = [sys.executable, script, str(folder), threads, options.arch]
     workers = [Worker(OURS, command, ours)]
     try:
         script = str(HERE / "deepsparse_worker.py")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from protocol import serve
+from protocol import serve, take_stdout
 
 OPSET = 11
 
@@ -67,6 +67,7 @@ def build_onnx(folder):
 
 def main(arguments):
     """Compile and serve."""
+    answers = take_stdout()
     folder, threads = Path(arguments[0]), int(arguments[1])
     path = build_onnx(folder)
     import deepsparse
@@ -82,6 +83,7 @@ def main(arguments):
         "onnx_bytes": path.stat().st_size,
     }
     serve(
+        answers,
         lambda: engine.run([image]),
         described,
         lambda target: np.save(target, engine.run([image])[0]),

@@ -16,15 +16,19 @@ import sys
 import time
 
 
-def serve(call, describe, save):
+def take_stdout():
+    """The stream for answers. Call it first: what libraries print then goes to stderr."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def serve(answers, call, describe, save):
     """Answer commands until ``quit`` or end of input.
 
-    call: function without arguments to be timed. describe: dict sent first, when ready.
-    save: function of a path that stores the output of one call.
+    answers: the stream of ``take_stdout``. call: function without arguments to be timed.
+    describe: dict sent first, when ready. save: function of a path that stores one output.
     """
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    # Libraries that print would corrupt the answers; send their text to stderr.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     answers.write(json.dumps(describe) + "\n")
     for line in sys.stdin:
         words = line.split()

@@ -1,6 +1,7 @@
-"""Our side: ``trunk_worker.py FOLDER THREADS MASK ARCH CHECKPOINT SEED`` ("" for no checkpoint).
+"""Our side: ``trunk_worker.py FOLDER THREADS ARCH``.
 
-Accelerates the same masked trunk on the image of the neutral graph in FOLDER and serves timings.
+Accelerates the tower of ``tower.pt`` with the masks of ``masks.safetensors`` in FOLDER, on the
+image of the neutral graph there, and serves timings.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from protocol import serve
+from protocol import serve, take_stdout
 
 from opentrans_kernels import accelerate, native
 from opentrans_kernels.bench.subject import load_subject
@@ -19,10 +20,13 @@ from opentrans_kernels.bench.variants import TrunkModule
 
 def main(arguments: list[str]) -> None:
     """Accelerate and serve."""
-    folder, threads, mask, arch, checkpoint, seed = arguments
+    answers = take_stdout()
+    folder, threads, arch = Path(arguments[0]), arguments[1], arguments[2]
     torch.set_num_threads(int(threads))
-    subject = load_subject(mask, arch=arch, checkpoint=checkpoint or None, seed=int(seed))
-    image = torch.from_numpy(np.load(Path(folder) / "tensors.npz")["image"])
+    subject = load_subject(
+        str(folder / "masks.safetensors"), arch=arch, checkpoint=folder / "tower.pt"
+    )
+    image = torch.from_numpy(np.load(folder / "tensors.npz")["image"])
     accelerate(subject.model, subject.masks, input_size=tuple(image.shape[-2:]))
     trunk = TrunkModule(subject.model).eval()
 
@@ -35,7 +39,7 @@ def main(arguments: list[str]) -> None:
         "cpu_capability": native.cpu_capability() if native.available() else None,
         "torch": torch.__version__,
     }
-    serve(call, described, lambda target: np.save(target, call().contiguous().numpy()))
+    serve(answers, call, described, lambda target: np.save(target, call().contiguous().numpy()))
 
 
 if __name__ == "__main__":

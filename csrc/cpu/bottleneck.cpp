@@ -74,7 +74,7 @@ void band(const Plan& plan, int n, int o0, int o1, Arena& arena, Execute&& execu
   const int64_t mid_channel = plan.mid_channel(o1 - o0);
   float* grid = arena.take(grid_channel * block.c1.cout);
   float* mid = arena.take(mid_channel * block.c2.cout);
-  auto* taps = reinterpret_cast<int32_t*>(arena.take(int64_t{block.c2.chunk} * 9));
+  auto* taps = reinterpret_cast<uint32_t*>(arena.take(int64_t{block.c2.chunk} * 9));
   plan.grid.tap_bytes(block.c2.chunk, rows, isa.lanes, taps);
   const float* image = x.data + n * x.batch_stride;
   const int grid_row = plan.grid.row;  // width + 1; column 0 is the zero between two rows
@@ -105,6 +105,7 @@ void band(const Plan& plan, int n, int o0, int o1, Arena& arena, Execute&& execu
   run.out_channel = grid_channel;
   run.dst_row = grid_row;
   run.relu = true;
+  run.far = is_far(x);
   execute(run);
 
   run = {};

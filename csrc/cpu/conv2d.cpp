@@ -53,6 +53,7 @@ void pointwise(const SparseWeight& w, const Planes& x, const Planes& out, const 
     run.out_channel = out.plane_stride;
     run.residual = residual ? residual->data + n * residual->batch_stride : nullptr;
     run.residual_channel = residual ? residual->plane_stride : 0;
+    run.far = is_far(x);
     run.relu = relu;
     if (residual && !readable_in_place(*residual, n, isa)) {
       // Residual planes without room for whole vectors: exact row segments instead.
@@ -83,7 +84,7 @@ void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
   const int64_t bands = (out.h + band - 1) / band;
   const int kk = w.kernel * w.kernel;
 
-  auto make_run = [&](const float* packed, const int32_t* taps, int n, int r0, int r1) {
+  auto make_run = [&](const float* packed, const uint32_t* taps, int n, int r0, int r1) {
     Run run{};
     run.w = &w;
     run.x = packed;
@@ -112,7 +113,7 @@ void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
         local.reset(Arena::rounded(channel * x.c) + Arena::rounded(w.chunk * kk) +
                     run_scratch(w, isa));
         float* packed = local.take(channel * x.c);
-        auto* taps = reinterpret_cast<int32_t*>(local.take(w.chunk * kk));
+        auto* taps = reinterpret_cast<uint32_t*>(local.take(w.chunk * kk));
         grid.tap_bytes(w.chunk, r1 - r0, isa.lanes, taps);
         for (int c = 0; c < x.c; ++c)
           grid.pack(x, n, c, r0, r1, isa.lanes, packed + c * channel);
@@ -127,7 +128,7 @@ void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
   const int64_t channel = grid.channel_floats(out.h, isa.lanes);
   shared.reset(Arena::rounded(channel * x.c) + Arena::rounded(w.chunk * kk));
   float* packed = shared.take(channel * x.c);
-  auto* taps = reinterpret_cast<int32_t*>(shared.take(w.chunk * kk));
+  auto* taps = reinterpret_cast<uint32_t*>(shared.take(w.chunk * kk));
   grid.tap_bytes(w.chunk, out.h, isa.lanes, taps);
   for (int n = 0; n < x.n; ++n) {
     parallel_for(par, x.c, [&](int64_t begin, int64_t end) {
@@ -154,7 +155,7 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
                Arena::rounded(w.chunk * kk));
   float* packed = shared.take(channel * x.c);
   float* grad = shared.take(grad_channel * w.cout);
-  auto* taps = reinterpret_cast<int32_t*>(shared.take(w.chunk * kk));
+  auto* taps = reinterpret_cast<uint32_t*>(shared.take(w.chunk * kk));
   grid.tap_bytes(w.chunk, rows, isa.lanes, taps);
   const int64_t n_sub = (vectors + isa.max_vectors - 1) / isa.max_vectors;
   for (int n = 0; n < x.n; ++n) {
@@ -176,14 +177,16 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
     });
     // Blocks own disjoint nonzeros.
     parallel_for(par, int64_t{w.n_row_blocks} * w.n_chunks, [&](int64_t begin, int64_t end) {
+      Arena& local = thread_scratch().local;
       for (int64_t b = begin; b < end; ++b) {
         const int32_t* block = w.blocks + 2 * b;
         GradArgs a{};
-        a.channel_bytes = channel * 4;
-        a.tap_bytes = taps;
+        local.reset(block[3] - block[1]);
+        auto* offsets = reinterpret_cast<uint32_t*>(local.take(block[3] - block[1]));
+        isa.decode(w.codes + block[1], block[3] - block[1], taps, 0, offsets);
+        a.offsets = offsets;
         a.entries = w.entries + block[0];
         a.n_entries = block[2] - block[0];
-        a.codes = w.codes + block[1];
         a.grad_values = grad_values + block[1];
         a.grad_stride = grad_channel;
         const int64_t c = b % w.n_chunks, row0 = b / w.n_chunks * w.row_block;

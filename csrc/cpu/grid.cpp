@@ -24,12 +24,12 @@ int64_t Grid::channel_floats(int rows, int lanes) const {
   return plane_stride(phase_floats(rows, lanes) * phases * phases);
 }
 
-void Grid::tap_bytes(int chunk, int rows, int lanes, int32_t* table) const {
+void Grid::tap_bytes(int chunk, int rows, int lanes, uint32_t* table) const {
   const int64_t phase = phase_floats(rows, lanes), channel = channel_floats(rows, lanes);
   for (int c = 0; c < chunk; ++c)
     for (int ky = 0; ky < kernel; ++ky)
       for (int kx = 0; kx < kernel; ++kx)
-        *table++ = static_cast<int32_t>(
+        *table++ = static_cast<uint32_t>(
             4 * (c * channel + ((ky % stride) * phases + kx % stride) * phase +
                  int64_t{ky / stride} * row + kx / stride));
 }

@@ -24,7 +24,7 @@ struct Grid {
   int64_t phase_floats(int rows, int lanes) const;
   int64_t channel_floats(int rows, int lanes) const;
   // Byte offset by code for one chunk.
-  void tap_bytes(int chunk, int rows, int lanes, int32_t* table) const;
+  void tap_bytes(int chunk, int rows, int lanes, uint32_t* table) const;
   // Copies channel c of image n for output rows [r0, r1) into `dst` (one channel).
   void pack(const Planes& x, int n, int c, int r0, int r1, int lanes, float* dst) const;
   // Positions of a flat run over `rows` output rows.

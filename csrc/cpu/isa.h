@@ -17,11 +17,9 @@ struct Segment {
 // One sub-tile (`vectors` vectors of pixels) of one (row block, chunk).
 struct TileArgs {
   const float* x;           // first channel of the chunk, first pixel of the sub-tile
-  int64_t channel_bytes;    // distance between channels of x
-  const int32_t* tap_bytes; // byte offset by code (kernel > 1), or null (1x1: code * channel_bytes)
   const uint32_t* entries;
   int32_t n_entries;
-  const uint16_t* codes;
+  const uint32_t* offsets;  // bytes from x, one per nonzero
   const float* values;
   const float* bias;        // of the row block, or null
   float* partial;           // [row][vectors * lanes] sums between chunks
@@ -33,16 +31,19 @@ struct TileArgs {
   int32_t n_segments;
   bool relu;
   int32_t vectors;
+  // The tile that is read next, if it has to come from far: one channel of it is asked for with
+  // every entry. Null if not.
+  const float* ahead;
+  int64_t ahead_stride;  // floats between its channels
+  int32_t ahead_channels;
 };
 
 // Gradient of the nonzeros of one (row block, chunk) over one sub-tile.
 struct GradArgs {
   const float* x;
-  int64_t channel_bytes;
-  const int32_t* tap_bytes;
   const uint32_t* entries;
   int32_t n_entries;
-  const uint16_t* codes;
+  const uint32_t* offsets;
   const float* grad_out;  // plane of the block's first row, first pixel of the sub-tile
   int64_t grad_stride;
   float* grad_values;     // of the block's first nonzero
@@ -55,6 +56,12 @@ struct Isa {
   int max_vectors;   // largest sub-tile
   void (*tile)(const TileArgs&);
   void (*grad)(const GradArgs&);
+  // offsets[i] = tap_bytes[codes[i]], or codes[i] * channel_bytes if tap_bytes is null.
+  void (*decode)(const uint16_t* codes, int64_t n, const uint32_t* tap_bytes,
+                 uint32_t channel_bytes, uint32_t* offsets);
+  // Copies `floats` floats (whole vectors) of each channel.
+  void (*gather)(const float* src, int64_t src_stride, int channels, int64_t floats, float* dst,
+                 int64_t dst_stride);
   void (*pool2)(const float* row0, const float* row1, float* out, int64_t n);
 };
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..accelerate import accelerate
 from ..errors import OpenTransError
 from .cores import CoreCheck, physical_core_check
 from .environment import SIMD_BITS, environment_block, missing_limits, onednn_isa
@@ -178,8 +179,6 @@ def _accelerated(
     subject: Subject, x: torch.Tensor, options: TrunkOptions, tell: Progress
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The accelerated trunk, its timed calls, their preparations, and the report as JSON."""
-    from ..accelerate import accelerate
-
     size = (options.height, options.width)
     calls: dict[str, Any] = {}
     before: dict[str, Any] = {}
@@ -193,9 +192,12 @@ def _accelerated(
         torch.set_num_threads(threads)
         tower = copy.deepcopy(subject.model)
         start = time.perf_counter()
-        outcome = accelerate(tower, subject.masks, input_size=size)
+        outcome = accelerate(
+            tower, subject.masks, input_size=size, threads=threads, batch=options.batch
+        )
         if name == OURS:
-            report = {"accelerate_s": time.perf_counter() - start, "text": str(outcome)}
+            seconds = time.perf_counter() - start
+            report = {"seconds": seconds, "text": str(outcome), **outcome.to_dict()}
         trunks[name] = TrunkModule(tower).eval()
         calls[name] = _no_grad(trunks[name], x)
     torch.set_num_threads(options.threads)

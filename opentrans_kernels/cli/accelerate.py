@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, out: Output) -> int:
-    """Accelerate, compare with the float64 masked network, save; 1 and no file if inexact."""
+    """Accelerate, compare with the float64 masked network, save; 1 and no file if inexact or if
+    every layer stays dense."""
     check_writable(options.output)
     import torch
 
@@ -46,13 +47,16 @@ def run(options: argparse.Namespace, out: Output) -> int:
         own = TrunkModule(masked)(x)
         reference = TrunkModule(copy.deepcopy(masked).double())(x.double())
         step("planning and packing")
-        report = accelerate(subject.model, subject.masks, input_size=size)
+        report = accelerate(subject.model, subject.masks, input_size=size, threads=options.threads)
         error = relative_error(TrunkModule(subject.model)(x), reference)
     own_error = relative_error(own, reference)
     exact = error <= 2 * own_error
+    written = exact and report.accelerated
     out.text(str(report))
     out.text(f"max error against float64: {error:.2e}; dense float32's own: {own_error:.2e}")
-    if exact:
+    if not report.accelerated:
+        out.warn(f"nothing was accelerated, so {options.output} was not written; see above why")
+    elif written:
         save_accelerated(options.output, subject.model, subject.masks)
         out.text(f"wrote {options.output}")
     else:
@@ -63,11 +67,11 @@ def run(options: argparse.Namespace, out: Output) -> int:
     out.finish(
         {
             "subject": subject.describe(),
-            "output": str(options.output) if exact else None,
+            "output": str(options.output) if written else None,
             "max_rel_err": error,
             "dense_own_rel_err": own_error,
             "exact": exact,
-            "report": str(report),
+            "report": report.to_dict(),
         }
     )
-    return 0 if exact else 1
+    return 0 if written else 1

@@ -1,0 +1,218 @@
+"""``accelerate(model, masks)`` swaps layers in place and measures; ``restore(model)`` undoes it.
+
+Everything is built and checked before the first module is swapped, and a swap is a dictionary
+assignment, so an error leaves the model as it was. The dense weights are never written: masks act
+in the packed copies only, and ``restore`` brings back the very same modules and bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import native
+from ..errors import PlanError
+from ..masks.packed import pack_bits
+from ..nn import Engine, PlanarAvgPool2d, Replacement, SparseEngine
+from ..plan import Plan, plan_and_build, prepare
+from ..plan.build import Builder, check_replaceable
+from ..plan.choose import Choice
+from ..plan.subject import Masks, PlanSubject, accelerated_parts, thread_count
+from ..topology.blocks import pool_size
+from .compare import Outcome, Swap
+from .report import Report
+
+__all__ = ["Report", "accelerate", "record_of", "restore"]
+
+_RECORD = "_opentrans_record"
+log = logging.getLogger(__name__)
+
+
+def accelerate(
+    model: nn.Module,
+    masks: Masks = None,
+    *,
+    plan: Plan | None = None,
+    input_size: tuple[int, int] | None = None,
+    measure: bool = True,
+    threads: int | None = None,
+    batch: int = 1,
+) -> Report:
+    """Replace layers of ``model`` in place by faster ones that compute the same masked network.
+
+    Modules keep their names, and the ``state_dict`` its keys and shapes. Any input size and batch
+    works afterwards. For inference: forward raises in training mode.
+
+    Args:
+        model: float32, eval mode, on the CPU.
+        masks: a MaskSet, name -> 0/1 tensors, or a mask file, matched by module name; None: the
+            weights' own zeros. The dense weights themselves are not multiplied.
+        plan: from ``make_plan`` for this model and these masks; None: make one.
+        input_size: (height, width) in pixels to plan and measure for; None: the plan's, else the
+            tower's ``image_size``, else 224x224.
+        measure: time the forms of every layer and the whole, and undo what does not pay; False:
+            rely on predictions, or on the given plan.
+        threads: torch threads to plan and measure for; None: as set now.
+        batch: images per call to plan and measure for.
+
+    Raises:
+        UnsupportedModelError, MaskError, CheckpointError, PlanError: nothing was changed.
+    """
+    size = input_size
+    if plan is not None:
+        if size is not None and tuple(size) != tuple(plan.input_size):
+            raise PlanError(
+                f"input_size={tuple(size)}, but the plan is for {tuple(plan.input_size)}. Leave "
+                "input_size out, or make a plan for that size."
+            )
+        size, batch = plan.input_size, plan.batch
+    subject = prepare(model, masks, size)
+    with thread_count(threads) as count:
+        if plan is None:
+            plan, choices = plan_and_build(subject, count, measure, batch)
+            notes: list[str] = []
+        else:
+            plan.check(subject)
+            choices, notes = _carry_out(subject, plan), _differences(plan, count)
+        swaps = _replacements(subject, choices)
+        swap = Swap(model, swaps)
+        outcome = Outcome(subject, plan, batch)
+        try:
+            if swaps:
+                outcome.compare(swap, measure)
+                if outcome.speedup is not None and outcome.speedup < 1:
+                    swap.off()
+                    plan, swaps = outcome.give_up(plan, choices)
+                    swap = Swap(model, swaps)
+            swap.on()
+        except BaseException:
+            swap.off()
+            raise
+        bits = {n: (tuple(m.shape), pack_bits(m)) for n, m in subject.masks.items()}
+        vars(model)[_RECORD] = {"plan": plan, "masks": bits}
+    report = _report(plan, swaps, outcome, notes)
+    for line in report.notes:
+        log.info("%s", line)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Put the original modules back, bit for bit.
+
+    Raises PlanError if ``accelerate`` was never called on ``model``.
+    """
+    found = accelerated_parts(model)
+    if vars(model).pop(_RECORD, None) is not None and not found:
+        return  # accelerate had left everything as it was
+    if not found:
+        raise PlanError(
+            "restore: the model holds no accelerated module. Pass the model (or the part of it) "
+            "that was given to accelerate."
+        )
+    if "" in found:
+        raise PlanError(
+            "restore: the module itself is a replacement, and only its parent can put the original "
+            "back. Pass the whole model; the original is module.opentrans_original."
+        )
+    for path in found:
+        parent_path, _, key = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        new = parent._modules[key]
+        original = new.opentrans_original  # type: ignore[union-attr]
+        original.training = new.training  # type: ignore[union-attr]
+        parent._modules[key] = original
+
+
+def record_of(model: nn.Module) -> dict[str, Any] | None:
+    """What ``accelerate`` keeps with the model: "plan", and "masks" as name -> (shape, bits).
+
+    None if it was never called. Raises PlanError if it was called on a part of the model.
+    """
+    record = vars(model).get(_RECORD)
+    if record is None and accelerated_parts(model):
+        raise PlanError(
+            "this module was not accelerated as a whole: the plan is kept by the module that was "
+            "given to accelerate. Pass that one."
+        )
+    return record
+
+
+def _carry_out(subject: PlanSubject, plan: Plan) -> dict[str, Choice]:
+    """Build what a given plan says."""
+    builder = Builder(subject)
+    choices = {}
+    for unit, entry in zip(subject.units, plan.units, strict=True):
+        check_replaceable(unit)
+        kind = entry.kind
+        if kind == "sparse" and unit.unsupported:
+            raise PlanError(f"{unit.name}: planned as sparse, but the layer {unit.unsupported}.")
+        if kind == "dense" and unit.must_mask:
+            raise PlanError(
+                f"{unit.name}: planned as dense, but its mask is not in the weights. Make a plan "
+                "for this model with make_plan(model, masks)."
+            )
+        if kind != "dense" and unit.hooks:
+            raise PlanError(f"{unit.hooks} has hooks, which a replacement would not call.")
+        built = None if kind == "dense" else builder.build(unit, kind)
+        builder.release()
+        choices[unit.name] = Choice(kind, entry.reason, built)
+    return choices
+
+
+def _differences(plan: Plan, threads: int) -> list[str]:
+    now = {"threads": threads, "isa": native.cpu_capability() or "reference"}
+    now["torch"] = torch.__version__
+    changed = [f"{k} {getattr(plan, k)} -> {v}" for k, v in now.items() if getattr(plan, k) != v]
+    if not changed:
+        return []
+    return [
+        f"the plan was made under other conditions ({', '.join(changed)}): results are the same, "
+        "but other choices may be faster now"
+    ]
+
+
+def _replacements(subject: PlanSubject, choices: Mapping[str, Choice]) -> dict[str, Replacement]:
+    swaps: dict[str, Replacement] = {}
+    for choice in choices.values():
+        if choice.built is not None:
+            swaps.update(choice.built.swaps)
+    stem = subject.trunk.stem
+    if stem is not None and stem.pool_name and choices[stem.convs[-1].name].kind == "sparse":
+        pool = subject.model.get_submodule(stem.pool_name)
+        if type(pool) is nn.AvgPool2d and (size := pool_size(pool)) > 1 and not _hooked(pool):
+            swaps[stem.pool_name] = PlanarAvgPool2d(pool, size)
+    return swaps
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _parts(swaps: Mapping[str, Replacement]) -> Iterator[Any]:
+    for module in swaps.values():
+        yield from (part for part in module.modules() if isinstance(part, Engine))
+
+
+def _report(
+    plan: Plan, swaps: Mapping[str, Replacement], outcome: Outcome, notes: list[str]
+) -> Report:
+    sparse = [part for part in _parts(swaps) if isinstance(part, SparseEngine)]
+    nonzeros = sum(part.nnz for part in sparse)
+    per_nonzero = sum(part.nbytes for part in sparse) / nonzeros if nonzeros else None
+    return Report(
+        plan=plan,
+        accelerated=bool(swaps),
+        before_ms=outcome.before_ms,
+        after_ms=outcome.after_ms,
+        speedup=outcome.speedup,
+        measured=outcome.measured if swaps or outcome.speedup else "nothing was replaced",
+        max_rel_err=outcome.max_rel_err,
+        packed_bytes=sum(part.nbytes for part in _parts(swaps)),
+        bytes_per_nonzero=per_nonzero,
+        dense={unit.name: unit.reason for unit in plan.units if unit.kind == "dense"},
+        notes=(*notes, *outcome.notes, *(n for n in plan.notes if not swaps)),
+    )

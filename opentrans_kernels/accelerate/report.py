@@ -1,0 +1,74 @@
+"""What ``accelerate`` tells: the plan it carried out, times before and after, memory, error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..plan import Plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``accelerate`` did. ``print(report)`` shows the plan and the totals.
+
+    before_ms, after_ms: median milliseconds of the trunk (or of the whole model, see ``measured``)
+        before and after, timed alternately; speedup: median ratio within a round. None if not
+        measured.
+    max_rel_err: largest difference from the masked dense network in float32 on a random image,
+        relative to its largest output; it includes the rounding of both.
+    packed_bytes: memory that acceleration adds; bytes_per_nonzero: of the sparse layers.
+    dense: layer left as it was -> reason.
+    accelerated: False if nothing was replaced.
+    """
+
+    plan: Plan
+    accelerated: bool
+    before_ms: float | None
+    after_ms: float | None
+    speedup: float | None
+    measured: str
+    max_rel_err: float | None
+    packed_bytes: int
+    bytes_per_nonzero: float | None
+    dense: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        record = {key: getattr(self, key) for key in _REPORTED}
+        return {
+            **record,
+            "dense": dict(self.dense),
+            "notes": list(self.notes),
+            "plan": self.plan.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        lines = [str(self.plan), ""]
+        if self.speedup is not None:
+            lines.append(
+                f"{self.measured}: {self.before_ms:.2f} ms before, {self.after_ms:.2f} ms after: "
+                f"{self.speedup:.2f}x (measured alternately, {self.plan.threads} thread"
+                f"{'s' if self.plan.threads > 1 else ''}, against the model as it was)"
+            )
+        else:
+            lines.append(f"speed-up not measured: {self.measured}")
+        if self.max_rel_err is not None:
+            lines.append(f"difference from the masked dense network: {self.max_rel_err:.1e}")
+        if self.bytes_per_nonzero is not None:
+            lines.append(
+                f"packed weights: {self.packed_bytes / 1e6:.1f} MB, "
+                f"{self.bytes_per_nonzero:.2f} bytes per nonzero"
+            )
+        if self.dense:
+            kept = "everything" if not self.accelerated else f"{len(self.dense)} layers"
+            lines.append(f"left as it was: {kept}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+_REPORTED = (
+    "accelerated", "before_ms", "after_ms", "speedup", "measured", "max_rel_err", "packed_bytes",
+    "bytes_per_nonzero",
+)  # fmt: skip

@@ -1,0 +1,254 @@
+"""The sparse checkpoint: a pruned network without its zeros, with masks and plan, in one file.
+
+A safetensors file. Each convolution with zeros is stored as its mask, one bit per weight, and its
+nonzero float32 values; every other tensor of the ``state_dict`` as it is. One metadata entry holds
+JSON: the format version, shapes, the plan and where all of it comes from. Packing is repeated on
+loading (a second or two), so a file depends neither on the instruction set nor on the layout of
+the packed form, and a loaded model has a complete ``state_dict`` and can be restored: pruned
+weights come back as zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .accelerate import Report, accelerate, record_of
+from .errors import CheckpointError, PlanError
+from .masks import MaskSet, atomic_write, open_checkpoint
+from .masks.names import find_prefixes, rename
+from .masks.packed import pack_bits
+from .plan import Plan
+from .plan.subject import check_model
+from .topology import original
+
+__all__ = ["load_accelerated", "save_accelerated"]
+
+METADATA_KEY = "opentrans_accelerated"
+FORMAT_VERSION = 1
+_VALUES, _MASK, _DENSE = "values/", "mask/", "dense/"
+
+
+def save_accelerated(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    masks: MaskSet | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> None:
+    """Write an accelerated model, all or nothing.
+
+    Args:
+        path: the new file; an existing one is replaced only when the new one is complete.
+        model: after ``accelerate(model, ...)``.
+        masks: those given to ``accelerate``; None takes them from the model.
+        provenance: text entries to keep with the file, such as the training run.
+
+    Raises:
+        PlanError: the model was not accelerated, or with other masks.
+        CheckpointError: the path cannot be written.
+    """
+    from safetensors.torch import save
+
+    record = record_of(model)
+    if record is None:
+        raise PlanError(
+            "save_accelerated: the model was not accelerated. Call accelerate(model, masks) first; "
+            "it keeps the plan that is stored."
+        )
+    plan: Plan = record["plan"]
+    bits = _mask_bits(model, record)
+    if masks is not None:
+        _same_masks(masks, bits, plan)
+    tensors: dict[str, torch.Tensor] = {}
+    state = model.state_dict()
+    for name, (shape, packed) in bits.items():
+        weight = state.pop(f"{name}.weight", None)
+        if weight is None:  # computed from other tensors, which are stored as they are
+            raise PlanError(
+                f"{name}: its weight is computed from others (pruned or parametrized). Make it "
+                "permanent before accelerating: torch.nn.utils.prune.remove(module, 'weight')."
+            )
+        keep = np.unpackbits(packed, count=math.prod(shape)).view(np.bool_)
+        tensors[_MASK + name] = torch.from_numpy(packed)
+        tensors[_VALUES + name] = weight.detach().reshape(-1)[torch.from_numpy(keep)].float()
+    for key, tensor in state.items():
+        tensors[_DENSE + key] = tensor.detach().cpu().contiguous().clone()
+    header = {
+        "format_version": FORMAT_VERSION,
+        "shapes": {name: list(shape) for name, (shape, _) in bits.items()},
+        "masks_given": bool(record["masks"]),
+        "plan": plan.to_dict(),
+        "sha256": _digest(tensors),
+        "provenance": {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": type(model).__name__,
+            "torch": torch.__version__,
+            **{key: str(value) for key, value in (provenance or {}).items()},
+        },
+    }
+    atomic_write(path, save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
+
+
+def load_accelerated(path: str | os.PathLike[str], model: nn.Module) -> Report:
+    """Load a sparse checkpoint into ``model`` and accelerate it as planned in the file.
+
+    Args:
+        path: a file of :func:`save_accelerated`.
+        model: the same architecture, freshly built, float32 and in eval mode; its weights are
+            overwritten.
+
+    Returns:
+        The report, without timings: the plan's were measured where the file was made.
+
+    Raises:
+        CheckpointError: not such a file, damaged, or of another architecture.
+        UnsupportedModelError: the model cannot take it. The model is unchanged in every case.
+    """
+    name = os.fspath(path)
+    tensors, header = _read(name)
+    check_model(model)
+    plan = Plan.from_dict(header["plan"])
+    state, masks = _unpack(name, tensors, header)
+    own = model.state_dict()
+    _same_layout(name, own, state)
+    before = {key: tensor.detach().clone() for key, tensor in own.items()}
+    try:
+        model.load_state_dict(state)
+        given = masks if header["masks_given"] else None
+        return accelerate(model, given, plan=plan, measure=False)
+    except BaseException:
+        model.load_state_dict(before)
+        raise
+
+
+def _mask_bits(
+    model: nn.Module, record: Mapping[str, Any]
+) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+    """Convolution -> (shape, packed bits): the masks, or the weights' own zeros."""
+    if record["masks"]:
+        return dict(record["masks"])
+    found = {}
+    for row in record["plan"].rows:
+        weight = original(model.get_submodule(row.name)).weight.detach()  # type: ignore[union-attr]
+        keep = weight != 0  # type: ignore[operator]
+        if not bool(keep.all()):
+            found[row.name] = (tuple(keep.shape), pack_bits(keep))
+    return found
+
+
+def _same_masks(
+    masks: MaskSet, bits: Mapping[str, tuple[tuple[int, ...], np.ndarray]], plan: Plan
+) -> None:
+    """Raise PlanError unless ``masks`` remove what the stored bits remove, under any prefix."""
+    shapes = {name: shape for name, (shape, _) in bits.items()}
+    prefix_mask, prefix_model = find_prefixes(
+        {name: tuple(mask.shape) for name, mask in masks.masks.items()}, shapes
+    )
+    given = {rename(n, prefix_mask, prefix_model): m for n, m in masks.masks.items()}
+    full = {row.name for row in plan.rows} - set(bits)
+    for name, mask in given.items():
+        stored = None if name not in bits else bits[name][1]
+        same = bool(mask.all()) if name in full else (
+            stored is not None and np.array_equal(pack_bits(mask), stored)
+        )  # fmt: skip
+        if not same or not set(bits) <= set(given):
+            raise PlanError(
+                f"save_accelerated: the masks given are not those the model was accelerated with "
+                f"(they differ at {name!r}). Leave masks out, or accelerate again with these."
+            )
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    file = open_checkpoint(path)
+    if METADATA_KEY not in file.metadata:
+        raise CheckpointError(
+            f"{path} is a {file.container} file, but not one that save_accelerated wrote. Load "
+            "dense weights with load_state_dict, then call accelerate(model, masks)."
+        )
+    try:
+        header = json.loads(file.metadata[METADATA_KEY])
+        version = header["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: sparse checkpoint format version {version!r}, this version of "
+                f"opentrans_kernels reads {FORMAT_VERSION}. Update opentrans_kernels."
+            )
+        recorded, shapes = header["sha256"], header["shapes"]
+        if not isinstance(header["masks_given"], bool) or not isinstance(header["plan"], dict):
+            raise _damaged(path, "its header has entries of the wrong kind")
+        names = {key.removeprefix(_MASK) for key in file.content if key.startswith(_MASK)}
+        if names != set(shapes):
+            raise _damaged(path, "its table of shapes and its masks disagree")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"its header is not readable ({error!r})") from error
+    if _digest(file.content) != recorded:
+        raise _damaged(path, "its content does not have the recorded SHA-256")
+    return dict(file.content), header
+
+
+def _damaged(path: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a sparse checkpoint, but {what}: it was changed or damaged after it was "
+        "written. Copy it again from its source, or save it again."
+    )
+
+
+def _unpack(
+    path: str, tensors: dict[str, torch.Tensor], header: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(dense state dict, masks). Consumes ``tensors``."""
+    masks: dict[str, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, shape in header["shapes"].items():
+        values, packed = tensors.pop(_VALUES + name, None), tensors.pop(_MASK + name)
+        count = math.prod(shape)
+        if values is None or packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
+            raise _damaged(path, f"the tensors of {name} do not have the recorded sizes")
+        keep = torch.from_numpy(np.unpackbits(packed.numpy(), count=count).view(np.bool_))
+        if int(torch.count_nonzero(keep)) != values.numel():
+            raise _damaged(path, f"{name} has {values.numel()} values for another mask")
+        dense = torch.zeros(count)
+        dense[keep] = values
+        state[f"{name}.weight"], masks[name] = dense.view(shape), keep.view(shape)
+    for key in [key for key in tensors if key.startswith(_DENSE)]:
+        state[key.removeprefix(_DENSE)] = tensors.pop(key)
+    return state, masks
+
+
+def _same_layout(
+    path: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> None:
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} holds another architecture: {len(missing)} tensors of the model are not in it "
+            f"{missing[:3]}, {len(extra)} of its tensors are not in the model {extra[:3]}. Build "
+            "the architecture it was saved from."
+        )
+    wrong = [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise CheckpointError(
+            f"{path} holds another architecture: {len(wrong)} tensors have other shapes, {key} is "
+            f"{tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model. "
+            "Build the architecture it was saved from."
+        )

@@ -1,0 +1,163 @@
+"""The plan: for every layer dense, compact or sparse, with the reason and the times.
+
+``make_plan(model, masks)`` runs every form of every layer for a moment on this machine and keeps
+the fastest; ``print(plan)`` shows what was decided and why. ``accelerate`` carries a plan out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import native
+from ..audit import predicted_speedup
+from ..errors import PlanError
+from ..flops import effective_macs, executed_macs, nominal_macs
+from ..topology import ConvShape
+from .build import Builder
+from .choose import Choice, Chooser
+from .records import Plan, PlanRow, PlanUnit, totals_of
+from .subject import Masks, PlanSubject, Unit, prepare, thread_count
+
+__all__ = ["Plan", "PlanRow", "PlanUnit", "make_plan", "plan_and_build", "prepare"]
+
+NOMINAL_RATE = 30e6  # MACs per millisecond of a dense AVX2 core, for predictions without timings
+_LANES = {"avx512": 16, "avx2": 8}
+
+
+def make_plan(
+    model: nn.Module,
+    masks: Masks = None,
+    input_size: tuple[int, int] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    measure: bool = True,
+    batch: int = 1,
+) -> Plan:
+    """Decide what to do with each layer. The model is not changed.
+
+    Args:
+        model: float32, eval mode, on the CPU.
+        masks: a MaskSet, name -> 0/1 tensors, or a mask file; None: the weights' own zeros.
+        input_size: (height, width) in pixels the times are for; other sizes still work. None:
+            the tower's ``image_size``, else 224x224.
+        device: "cpu".
+        threads: torch threads the times are for; None: as set now.
+        measure: time every form of every layer (RN50 at 224: some seconds); False: predict.
+        batch: images per call the times are for.
+
+    Raises:
+        UnsupportedModelError, MaskError, CheckpointError, PlanError: see the messages.
+    """
+    if torch.device(device).type != "cpu":
+        raise PlanError(
+            f"device={device!r}: this version accelerates on the CPU only. Pass device='cpu'."
+        )
+    if not isinstance(batch, int) or batch < 1:
+        raise PlanError(f"batch={batch!r} must be a whole number of at least 1.")
+    subject = prepare(model, masks, input_size)
+    with thread_count(threads) as count:
+        return plan_and_build(subject, count, measure, batch, keep=False)[0]
+
+
+def plan_and_build(
+    subject: PlanSubject, threads: int, measure: bool, batch: int = 1, keep: bool = True
+) -> tuple[Plan, dict[str, Choice]]:
+    """The plan, and per unit the choice with its modules (without them unless ``keep``)."""
+    builder = Builder(subject)
+    chooser = Chooser(subject, builder, batch, measure)
+    choices: dict[str, Choice] = {}
+    units: list[PlanUnit] = []
+    rows: list[PlanRow] = []
+    predicted_dense = 0.0
+    isa = native.cpu_capability() or "reference"
+    for unit in subject.units:
+        choice = chooser.choose(unit)
+        ms = choice.ms
+        units.append(
+            PlanUnit(
+                unit.name,
+                unit.role,
+                choice.kind,
+                unit.density,
+                choice.reason,
+                ms.get("dense"),
+                ms.get("compact"),
+                ms.get("sparse"),
+            )  # fmt: skip
+        )
+        dense = ms.get("dense")
+        nominal = sum(_nominal(node.conv, subject.shapes.get(node.name)) for node in unit.convs)
+        for node in unit.convs:
+            share = _nominal(node.conv, subject.shapes.get(node.name)) / max(1, nominal)
+            dense_ms = nominal * batch / NOMINAL_RATE if dense is None else dense
+            predicted_dense += dense_ms * share
+            rows.append(_row(unit, node.name, choice, subject, dense_ms * share, isa))
+        choices[unit.name] = choice if keep else Choice(choice.kind, choice.reason, None, ms)
+    notes = list(subject.notes)
+    if not subject.has_zeros:
+        notes.append(
+            "no weight is zero, so there is nothing to gain: everything stays dense. Pass the "
+            "pruning masks, or a checkpoint whose pruned weights are zero."
+        )
+    if why := native.reason():
+        notes.append(f"the sparse layers run on the slow reference kernels: {why}")
+    plan = Plan(
+        architecture=subject.architecture(),
+        masks_hash=subject.masks_hash,
+        masks_label=subject.masks_label,
+        input_size=subject.input_size,
+        batch=batch,
+        threads=threads,
+        isa=isa,
+        torch=torch.__version__,
+        measured=measure,
+        units=tuple(units),
+        rows=tuple(rows),
+        notes=tuple(notes),
+        totals=totals_of(tuple(units), tuple(rows), predicted_dense or None),
+    )
+    return plan, choices
+
+
+def _nominal(conv: nn.Conv2d, shape: ConvShape | None) -> int:
+    if shape is None:
+        return 0
+    return nominal_macs(tuple(conv.weight.shape), shape.h_out, shape.w_out, groups=conv.groups)
+
+
+def _row(
+    unit: Unit, name: str, choice: Choice, subject: PlanSubject, dense_ms: float, isa: str
+) -> PlanRow:
+    """dense_ms: measured or nominal dense milliseconds of this convolution."""
+    conv = next(node.conv for node in unit.convs if node.name == name)
+    shape = subject.shapes.get(name)
+    height, width = (shape.h_out, shape.w_out) if shape else (0, 0)
+    nnz, kernel = unit.nnz[name], conv.kernel_size[0]
+    nominal = _nominal(conv, shape)
+    executed, predicted = nominal, dense_ms
+    if choice.built is not None and choice.kind == "sparse":
+        kept = choice.built.nnz[name]
+        executed = executed_macs(kept, height, width, kernel=kernel, lanes=_LANES.get(isa, 4))
+        predicted = dense_ms / predicted_speedup(kernel, nnz / max(1, conv.weight.numel()))
+    elif choice.built is not None:
+        cout, cin = choice.built.widths[name]
+        executed = nominal * cout * cin // max(1, conv.weight.shape[0] * conv.weight.shape[1])
+        predicted = dense_ms * executed / max(1, nominal)
+    return PlanRow(
+        unit=unit.name,
+        name=name,
+        kind=choice.kind,
+        cin=conv.in_channels,
+        cout=conv.out_channels,
+        kernel=kernel,
+        stride=conv.stride[0],
+        h_out=height,
+        w_out=width,
+        nnz=nnz,
+        numel=conv.weight.numel(),
+        nominal_macs=nominal,
+        effective_macs=effective_macs(nnz, height, width),
+        executed_macs=executed,
+        predicted_ms=predicted if shape else None,
+    )

@@ -1,0 +1,163 @@
+"""Building the replacement modules of one unit, and the layers it will execute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..compact import CompactBlock, FoldedConv, compact_trunk, fold_conv
+from ..compact.layers import masked_weight
+from ..errors import UnsupportedModelError
+from ..nn import (
+    AcceleratedBlock,
+    AcceleratedConv2d,
+    DenseEngine,
+    Engine,
+    FoldedActivation,
+    FoldedBatchNorm,
+    Replacement,
+    SparseConv2d,
+    SparseEngine,
+)
+from ..topology import ConvNode, fold_bn
+from .subject import PlanSubject, Unit
+
+
+@dataclass(frozen=True)
+class Built:
+    """One form of a unit.
+
+    swaps: module path -> replacement. nnz, widths: convolution name -> nonzeros and
+    (out, in) channels it executes.
+    """
+
+    kind: str
+    module: Replacement
+    swaps: Mapping[str, Replacement]
+    nnz: Mapping[str, int] = field(default_factory=dict)
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors it adds to the model."""
+        parts = (m for m in self.module.modules() if isinstance(m, Engine))
+        return sum(part.nbytes for part in parts)
+
+
+class Builder:
+    """Builds units of one subject, folding float64 weights one block at a time."""
+
+    def __init__(self, subject: PlanSubject) -> None:
+        self.subject = subject
+        # Every block stays exact on its own, whatever runs before it.
+        self.compact = compact_trunk(subject.trunk, subject.masks, residual_constants=False)
+        self._folded: tuple[str, dict[str, FoldedConv]] = ("", {})
+
+    def shrinks(self, unit: Unit) -> bool:
+        """True if inner channels of the block disappear."""
+        if unit.block is None:
+            return False
+        return any(s.after < s.before for s in self.compact.summaries[unit.name].channels.values())
+
+    def build(self, unit: Unit, kind: str) -> Built:
+        """The unit as ``kind`` "sparse" or "compact". Nothing in the model changes."""
+        if unit.block is None:
+            return self._conv(unit, kind)
+        folded = self._block_layers(unit)
+        originals = {self._role(unit, node): node for node in unit.convs}
+        engines: dict[str, Engine] = {
+            role: SparseEngine.from_folded(conv)
+            if kind == "sparse"
+            else DenseEngine(conv.weight, conv.bias, originals[role].conv)
+            for role, conv in folded.items()
+        }
+        block = unit.block
+        module = AcceleratedBlock(block.module, engines, block.pool, block.down_pool)
+        return Built(
+            kind,
+            module,
+            {unit.name: module},
+            {originals[role].name: engine.nnz for role, engine in engines.items()},
+            {originals[r].name: tuple(c.weight.shape[:2]) for r, c in folded.items()},
+        )
+
+    def release(self) -> None:
+        """Drop the float64 weights of the block built last."""
+        self._folded = ("", {})
+
+    def _block_layers(self, unit: Unit) -> dict[str, FoldedConv]:
+        if self._folded[0] != unit.name:
+            self.release()  # before the next one is folded: they are large
+            found: CompactBlock = self.compact.blocks[unit.name]
+            layers = {f"conv{i}": conv for i, conv in enumerate(found.convs, 1)}
+            if found.downsample is not None:
+                layers["downsample"] = found.downsample
+            self._folded = (unit.name, layers)
+        return self._folded[1]
+
+    @staticmethod
+    def _role(unit: Unit, node: ConvNode) -> str:
+        if unit.block is not None and node is unit.block.downsample:
+            return "downsample"
+        return f"conv{unit.convs.index(node) + 1}"
+
+    def _conv(self, unit: Unit, kind: str) -> Built:
+        node = unit.convs[0]
+        if unit.unsupported is None:
+            folded = self.compact.stem.get(node.name)
+            folded = folded or fold_conv(node, self.subject.masks.get(node.name))
+            weight, bias = folded.weight, folded.bias
+        else:
+            weight, bias = fold_bn(node, masked_weight(node, self.subject.masks.get(node.name)))
+        if kind == "sparse":
+            module: AcceleratedConv2d = SparseConv2d(
+                node.conv, SparseEngine.from_folded(folded), node.relu
+            )
+        else:
+            module = AcceleratedConv2d(node.conv, DenseEngine(weight, bias, node.conv), node.relu)
+        swaps: dict[str, Replacement] = {node.name: module}
+        if node.bn is not None and node.bn_name is not None:
+            swaps[node.bn_name] = FoldedBatchNorm(node.bn)
+        if node.relu and node.act_name is not None:
+            swaps[node.act_name] = FoldedActivation(self._activation(node.act_name))
+        nnz = {node.name: module.opentrans_engine.nnz}
+        return Built(kind, module, swaps, nnz, {node.name: tuple(weight.shape[:2])})
+
+    def _activation(self, path: str) -> nn.Module:
+        return self.subject.model.get_submodule(path)
+
+
+def check_replaceable(unit: Unit) -> None:
+    """Raise UnsupportedModelError if a unit that needs its mask applied cannot be replaced."""
+    if unit.must_mask and (where := unit.hooks):
+        raise UnsupportedModelError(
+            f"{where} has hooks, which a replacement of {unit.name} would not call, and its mask "
+            "is not in the weights yet. Remove the hooks, or multiply the mask into the weights "
+            "first (MaskSet.apply_)."
+        )
+
+
+def dense_call(unit: Unit) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The unit as the model runs it now: block, or convolution, norm and activation."""
+    if unit.block is not None:
+        return unit.block.module
+    node = unit.convs[0]
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = node.conv(x)
+        y = y if node.bn is None else node.bn(y)
+        return F.relu(y, inplace=True) if node.relu else y
+
+    return run
+
+
+def built_call(unit: Unit, built: Built) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The replacement with what stays behind it: an activation that others share still runs."""
+    node = unit.convs[0]
+    if unit.block is None and node.relu and node.act_name is None:
+        return lambda x: F.relu(built.module(x))
+    return built.module

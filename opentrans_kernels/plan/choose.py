@@ -1,0 +1,146 @@
+"""Choosing dense, compact or sparse for one unit: by measuring the forms, or by prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..audit import predicted_speedup
+from ..ops.library import plane_padded
+from .build import Builder, Built, built_call, check_replaceable, dense_call
+from .clock import interleaved_ms, medians
+from .subject import PlanSubject, Unit
+
+MARGIN = 0.97  # a form replaces the dense one if it takes at most this share of its time
+CROSSOVER = 0.85  # above this density the sparse form of a large layer is not even tried
+SMALL = 1 << 16  # weights of a layer so small that trying costs nothing
+
+
+@dataclass
+class Choice:
+    """The decision for one unit; ``built`` is None for dense. ``ms``: kind -> milliseconds."""
+
+    kind: str
+    reason: str
+    built: Built | None = None
+    ms: dict[str, float] = field(default_factory=dict)
+
+
+class Chooser:
+    """Decides unit after unit, in execution order: a unit pays for the layout it receives."""
+
+    def __init__(self, subject: PlanSubject, builder: Builder, batch: int, measure: bool) -> None:
+        self.subject, self.builder = subject, builder
+        self.batch, self.measure = batch, measure
+        self._planar = False  # the unit before leaves the kernels' layout
+
+    def choose(self, unit: Unit) -> Choice:
+        """The decision for ``unit``, with the modules that carry it out."""
+        check_replaceable(unit)
+        choice = self._fixed(unit)
+        if choice is None:
+            known = unit.convs[0].name in self.subject.shapes
+            choice = self._measured(unit) if self.measure and known else self._predicted(unit)
+        self._planar = choice.kind == "sparse"
+        self.builder.release()
+        return choice
+
+    def _fixed(self, unit: Unit) -> Choice | None:
+        """Decisions that need no clock."""
+        if not self.subject.has_zeros:
+            return Choice("dense", "dense: no zeros")
+        if unit.must_mask:
+            return None
+        if unit.hooks:
+            return Choice("dense", f"dense: {unit.hooks} has hooks, which would not run")
+        if unit.unsupported:
+            return Choice("dense", f"dense: the convolution {unit.unsupported}")
+        return None
+
+    def _forms(self, unit: Unit) -> tuple[list[str], str]:
+        """Kinds to build, and why sparse is not among them."""
+        if unit.unsupported:
+            return ["compact"], f"the convolution {unit.unsupported}"
+        if unit.density > CROSSOVER and unit.numel > SMALL:
+            why = "no zeros" if unit.density == 1 else (
+                f"density {unit.density:.2f} > crossover {CROSSOVER}"
+            )  # fmt: skip
+            return ["compact"], why
+        return ["sparse", "compact"], ""
+
+    def _measured(self, unit: Unit) -> Choice:
+        kinds, why_not_sparse = self._forms(unit)
+        forms = {kind: self.builder.build(unit, kind) for kind in kinds}
+        native, arriving = self._inputs(unit)
+        dense = dense_call(unit)
+        calls = {kind: _bind(built_call(unit, built), arriving) for kind, built in forms.items()}
+        calls["dense"] = _bind(dense, native)
+        if arriving is not native:
+            calls["dense here"] = _bind(dense, arriving)
+        ms = medians(interleaved_ms(calls))
+        dense_here = max(ms["dense"], ms.pop("dense here", 0.0))
+        best = min(forms, key=lambda kind: ms[kind])
+        others = ", ".join(f"{kind} {ms[kind]:.2f} ms" for kind in forms)
+        if ms[best] <= MARGIN * dense_here or unit.must_mask:
+            against = f"{ms[best]:.2f} ms against dense {ms['dense']:.2f} ms"
+            if dense_here > 1.02 * ms["dense"] and ms[best] > MARGIN * ms["dense"]:
+                against += f" ({dense_here:.2f} ms behind a sparse layer)"
+            reason = f"{self._how(unit, best, why_not_sparse)}{against}"
+            if ms[best] > dense_here:
+                reason += "; the mask is not in the weights, so the layer cannot stay as it is"
+            return Choice(best, reason, forms[best], ms)
+        why = why_not_sparse or "not 3 % faster otherwise"
+        return Choice("dense", f"dense: {why}: {ms['dense']:.2f} ms, {others}", None, ms)
+
+    def _how(self, unit: Unit, kind: str, why_not_sparse: str) -> str:
+        if kind == "sparse":
+            return "sparse: "
+        if self.builder.shrinks(unit):
+            sets = list(self.builder.compact.summaries[unit.name].channels.values())[:-1]
+            after, before = sum(s.after for s in sets), sum(s.before for s in sets)
+            how = f"{after} of {before} inner channels"
+        else:
+            how = "batch norm folded" if unit.convs[0].bn is not None else "mask applied"
+        return f"compact ({how}{'; ' * bool(why_not_sparse)}{why_not_sparse}): "
+
+    def _inputs(self, unit: Unit) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [batch, cin, H, W] in the model's memory format, and as it arrives here."""
+        conv, shape = unit.convs[0].conv, self.subject.shapes[unit.convs[0].name]
+        generator = torch.Generator().manual_seed(0)
+        size = (self.batch, conv.in_channels, shape.h_in, shape.w_in)
+        native = torch.randn(size, generator=generator).relu_()
+        last = torch.channels_last
+        if conv.weight.is_contiguous(memory_format=last) and not conv.weight.is_contiguous():
+            native = native.contiguous(memory_format=last)
+        if not self._planar or unit.role == "loose":
+            return native, native
+        return native, plane_padded(native, *native.shape).copy_(native)
+
+    def _predicted(self, unit: Unit) -> Choice:
+        kinds, why_not_sparse = self._forms(unit)
+        speed = predicted_unit_speedup(unit, self.subject)
+        if "sparse" in kinds and speed > 1 / MARGIN:
+            reason = f"sparse: density {unit.density:.2f}, predicted {speed:.1f}x"
+            return Choice("sparse", reason, self.builder.build(unit, "sparse"))
+        why = why_not_sparse or f"density {unit.density:.2f}, sparse predicted {speed:.2f}x"
+        if unit.must_mask or self.builder.shrinks(unit):
+            reason = self._how(unit, "compact", "") + why
+            return Choice("compact", reason, self.builder.build(unit, "compact"))
+        return Choice("dense", f"dense: {why}")
+
+
+def predicted_unit_speedup(unit: Unit, subject: PlanSubject) -> float:
+    """Predicted time of the dense unit over that of the sparse one."""
+    dense = sparse = 0.0
+    for node in unit.convs:
+        shape = subject.shapes.get(node.name)
+        work = node.conv.weight.numel() * (shape.pixels if shape else 1)
+        density = unit.nnz[node.name] / max(1, node.conv.weight.numel())
+        dense += work
+        sparse += work / predicted_speedup(node.conv.kernel_size[0], density)
+    return dense / max(sparse, 1e-9)
+
+
+def _bind(call, x):  # type: ignore[no-untyped-def]
+    return lambda: call(x)

@@ -1,0 +1,56 @@
+"""Short interleaved timings, for choosing between forms of one layer or network."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+BUDGET_S = 0.15
+ROUNDS = (3, 9)
+HOPELESS = 1.6  # a form this many times slower than the best is timed once only
+
+
+def interleaved_ms(
+    calls: Mapping[str, Callable[[], object]],
+    budget_s: float = BUDGET_S,
+    rounds: tuple[int, int] = ROUNDS,
+) -> dict[str, list[float]]:
+    """Milliseconds per call of each callable, one entry per round, round robin.
+
+    With one thread CPU time is read, which does not count interruptions by other processes; with
+    more threads wall time. Very short calls are repeated within a round.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    first: dict[str, float] = {}
+    with torch.no_grad():
+        for name, call in calls.items():
+            call()  # first touches: memory, oneDNN's primitive cache
+            first[name] = _time(call, clock, 1)
+        best = min(first.values())
+        running = {n: c for n, c in calls.items() if first[n] <= HOPELESS * best or best < 2e-4}
+        samples = {n: [first[n] * 1e3] for n in calls if n not in running}
+        repeats = {n: max(1, min(50, int(2e-3 / max(first[n], 1e-6)))) for n in running}
+        lap = sum(first[n] * repeats[n] for n in running)
+        count = max(rounds[0], min(rounds[1], int(budget_s / max(lap, 1e-6))))
+        samples |= {n: [] for n in running}
+        for index in range(count):
+            order = list(running)
+            shift = index % len(order)
+            for name in order[shift:] + order[:shift]:
+                samples[name].append(_time(running[name], clock, repeats[name]) * 1e3)
+    return samples
+
+
+def _time(call: Callable[[], object], clock: Callable[[], float], repeats: int) -> float:
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - start) / repeats
+
+
+def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
+    """Name -> median."""
+    return {name: statistics.median(values) for name, values in samples.items()}

@@ -1,0 +1,142 @@
+"""Which kernel runs, why, and that it really is the one that runs."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import masked_weight
+
+import opentrans_kernels
+from opentrans_kernels import dispatch, native, ops
+from opentrans_kernels.errors import KernelUnavailable
+from opentrans_kernels.pack import SparseWeight
+
+OPS = sorted({row.op for row in dispatch.TABLE})
+
+
+def test_every_op_has_a_reference_row_for_every_dtype() -> None:
+    for op in OPS:
+        rows = [row for row in dispatch.TABLE if row.op == op]
+        (reference,) = (row for row in rows if row.backend == "reference")
+        assert reference.device == "any" and reference.needs == ""
+        assert "float64" in reference.dtypes, "the oracle runs in float64"
+        assert reference.rank == max(row.rank for row in rows)
+        assert len({row.rank for row in rows}) == len(rows), "equal ranks leave the choice open"
+
+
+def test_every_folder_of_ops_has_a_row() -> None:
+    folder = Path(ops.__file__).parent
+    found = {path.parent.name for path in folder.glob("*/reference.py")}
+    assert found and found <= set(OPS)
+    assert set(ops.__all__) <= set(OPS)
+
+
+@pytest.mark.parametrize("row", dispatch.TABLE, ids=lambda row: f"{row.op}-{row.backend}")
+def test_every_target_exists(row: dispatch.Row) -> None:
+    if row.needs == "extension" and not native.load():
+        pytest.skip(str(native.reason()))
+    found = dispatch.Resolution(row, ()).function()
+    assert callable(found)
+
+
+def test_float32_prefers_the_compiled_row(extension: None) -> None:
+    for op in OPS:
+        found = dispatch.resolve(op)
+        assert found.row.backend == "cpu"
+        assert [(row.backend, why) for row, why in found.rejected] == [
+            ("reference", "slower than cpu")
+        ]
+
+
+def test_float64_and_other_devices_take_the_reference_and_say_why() -> None:
+    for op in OPS:
+        assert dispatch.resolve(op, "cpu", "float64").row.backend == "reference"
+        assert "float32, not float64" in dispatch.explain(op, "cpu", "float64")
+        assert dispatch.resolve(op, "cuda", "float32").row.backend == "reference"
+        assert "takes cpu tensors, not cuda" in dispatch.explain(op, "cuda")
+
+
+def test_explain_names_the_choice_first(extension: None) -> None:
+    lines = dispatch.explain("sparse_conv2d").splitlines()
+    assert lines[0].startswith("sparse_conv2d on cpu float32: cpu")
+    assert lines[1:] == ["  not reference: slower than cpu"]
+
+
+def test_an_unknown_op_or_dtype_is_refused_with_the_fix() -> None:
+    with pytest.raises(KernelUnavailable, match="unknown op"):
+        dispatch.resolve("dense_conv2d")
+    with pytest.raises(KernelUnavailable) as caught:
+        dispatch.resolve("sparse_conv2d", "cpu", "int8")
+    message = str(caught.value)
+    assert "sparse_conv2d: no kernel for cpu int8" in message
+    assert "cpu: takes float32, not int8" in message and "reference: takes" in message
+    assert "OPENTRANS_BACKEND=reference" in message and "Move the tensors" in message
+
+
+def test_a_forced_backend_is_used_or_refused(extension: None, set_env) -> None:
+    set_env(OPENTRANS_BACKEND="reference")
+    assert dispatch.resolve("sparse_conv2d").row.backend == "reference"
+    assert "not cpu: OPENTRANS_BACKEND=reference" in dispatch.explain("sparse_conv2d")
+    set_env(OPENTRANS_BACKEND="cpu")
+    assert dispatch.resolve("sparse_conv2d").row.backend == "cpu"
+    with pytest.raises(KernelUnavailable, match="reference: OPENTRANS_BACKEND=cpu"):
+        dispatch.resolve("sparse_conv2d", "cpu", "float64")
+
+
+def test_the_forced_backend_is_what_runs(extension: None, set_env) -> None:
+    """A NaN activation under a dropped weight spreads in dense arithmetic only."""
+    packed = SparseWeight.from_dense(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1))
+    x = torch.zeros(1, 2, 3, 3)
+    x[:, 1] = float("nan")
+    for backend, spreads in (("cpu", False), ("reference", True), ("auto", False)):
+        set_env(OPENTRANS_BACKEND=backend)
+        assert ops.sparse_conv2d(x, packed).isnan().any().item() == spreads, backend
+
+
+def test_a_missing_extension_is_named_with_its_reason(monkeypatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: False)
+    monkeypatch.setattr(native, "reason", lambda: "it was left out. Build it again")
+    dispatch._resolve.cache_clear()
+    try:
+        found = dispatch.resolve("sparse_conv2d")
+        assert found.row.backend == "reference"
+        assert "it was left out. Build it again" in dispatch.explain("sparse_conv2d")
+        records = {r["backend"]: r for r in dispatch.backends() if r["op"] == "sparse_conv2d"}
+        assert "it was left out" in records["cpu"]["available"]
+    finally:
+        dispatch._resolve.cache_clear()
+
+
+def test_backends_lists_every_row(extension: None, set_env) -> None:
+    records = dispatch.backends()
+    assert [(r["op"], r["backend"]) for r in records] == [
+        (row.op, row.backend) for row in dispatch.TABLE
+    ]
+    assert all(r["available"] == "yes" for r in records)
+    assert all(r["layouts"] and r["dtypes"] and r["device"] for r in records)
+    set_env(OPENTRANS_BACKEND="reference")
+    assert dispatch.backends() == records, "what is available does not depend on what is forced"
+
+
+def test_the_public_names_are_the_same_objects() -> None:
+    for name in ("sparse_conv2d", "sparse_bottleneck"):
+        assert getattr(opentrans_kernels, name) is getattr(ops, name)
+    assert opentrans_kernels.SparseWeight is SparseWeight
+
+
+def test_the_table_is_data_without_imports() -> None:
+    for row in dispatch.TABLE:
+        module, _, name = row.target.partition(":")
+        assert name and importlib.util.find_spec(module) is not None
+
+
+def test_resolving_costs_little(extension: None) -> None:
+    packed = SparseWeight.from_dense(masked_weight(4, 3, 1, 0.5))
+    before = dispatch._resolve.cache_info().misses
+    x = torch.randn(1, 3, 4, 4)
+    for _ in range(10):
+        ops.sparse_conv2d(x, packed)
+    assert dispatch._resolve.cache_info().misses <= before + 1
