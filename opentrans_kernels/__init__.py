@@ -33,6 +33,7 @@ _EXPORTS = {
     "SparseWeight": "pack",
     "backends": "dispatch",
     "explain": "dispatch",
+    "release_memory": "ops",
     "sparse_bottleneck": "ops",
     "sparse_conv2d": "ops",
     "BuildMismatch": "errors",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .masks import MaskSet as MaskSet
     from .masks import load_masks as load_masks
+    from .ops import release_memory as release_memory
     from .ops import sparse_bottleneck as sparse_bottleneck
     from .ops import sparse_conv2d as sparse_conv2d
     from .pack import SparseWeight as SparseWeight

@@ -3,11 +3,15 @@
 Rows are data. Kernels are named as ``module:function`` strings and imported when first used, so
 importing this module loads no kernel. Tests, benchmarks, ``opentrans info`` and the docs iterate
 over :data:`TABLE`.
+
+Where the compiled extension is missing the reference serves, and says so: one logged warning per
+op, or :class:`~opentrans_kernels.errors.KernelUnavailable` under ``OPENTRANS_STRICT=1``.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +21,8 @@ from . import native, settings
 from .errors import KernelUnavailable
 
 __all__ = ["TABLE", "Resolution", "Row", "backends", "explain", "resolve"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Row:
         layouts: input layouts read without a copy; others are repacked inside the kernel.
         needs: ``"extension"`` or ``""``.
         rank: lower is preferred.
-        target: ``module:function``; the private op of a compiled row.
+        target: ``module:function``, taking the op's arguments in schema order. For a compiled row
+            it is the registered op.
     """
 
     op: str
@@ -43,35 +50,48 @@ class Row:
     target: str
 
 
-_ANY = ("float32", "float64", "bfloat16", "float16")
+_FLOATS = ("float32", "float64")
+_HALF = ("bfloat16", "float16")
 _OPS = "opentrans_kernels.ops"
-_NATIVE = f"{_OPS}.library"
 
 TABLE: tuple[Row, ...] = tuple(
     row
-    for op, kernel in (
-        ("sparse_conv2d", "sparse_conv2d"),
-        ("sparse_conv2d_wgrad", "sparse_conv2d"),
-        ("sparse_bottleneck", "sparse_bottleneck"),
-        ("avg_pool2d", "avg_pool2d"),
+    for op, folder, name in (
+        ("sparse_conv2d", "sparse_conv2d", "OP"),
+        ("sparse_conv2d_wgrad", "sparse_conv2d", "WGRAD"),
+        ("sparse_bottleneck", "sparse_bottleneck", "OP"),
+        ("avg_pool2d", "avg_pool2d", "OP"),
     )
     for row in (
-        Row(op, "cpu", "cpu", ("float32",), "planar, rows dense", "extension", 0, f"{_NATIVE}:{op}"),
-        Row(op, "reference", "any", _ANY, "any", "", 9, f"{_OPS}.{kernel}.reference:{op}"),
+        Row(
+            op, "cpu", "cpu", ("float32",), "planar, rows dense", "extension", 0,
+            f"{_OPS}.{folder}:{name}",
+        ),
+        Row(op, "reference", "any", _FLOATS, "any", "", 9, f"{_OPS}.{folder}.reference:{op}"),
     )
-)
+)  # fmt: skip
+
+_functions: dict[str, Callable[..., Any]] = {}  # target -> kernel
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The chosen row and, for every other row of the op, why it was not chosen."""
+    """The chosen row and, for every other row of the op, why it was not chosen.
+
+    ``fallback``: the reason, if only the missing extension kept a faster row from being chosen.
+    """
 
     row: Row
     rejected: tuple[tuple[Row, str], ...]
+    fallback: str | None = None
 
     def function(self) -> Callable[..., Any]:
-        module, name = self.row.target.split(":")
-        return getattr(importlib.import_module(module), name)
+        """The kernel: a function of the op's arguments in schema order."""
+        found = _functions.get(self.row.target)
+        if found is None:
+            module, name = self.row.target.split(":")
+            found = _functions[self.row.target] = getattr(importlib.import_module(module), name)
+        return found
 
 
 def _reject(row: Row, device: str, dtype: str, forced: str) -> str | None:
@@ -82,8 +102,11 @@ def _reject(row: Row, device: str, dtype: str, forced: str) -> str | None:
     if dtype not in row.dtypes:
         return f"takes {', '.join(row.dtypes)}, not {dtype}"
     if row.needs == "extension" and not native.load():
-        return f"the compiled extension is not loaded: {native.reason()}"
+        return f"{_NOT_LOADED}: {native.reason()}"
     return None
+
+
+_NOT_LOADED = "the compiled extension is not loaded"
 
 
 @lru_cache(maxsize=64)
@@ -99,28 +122,50 @@ def _resolve(op: str, device: str, dtype: str, forced: str) -> Resolution:
             rejected.append((row, why))
     if not accepted:
         reasons = "; ".join(f"{row.backend}: {why}" for row, why in rejected)
-        raise KernelUnavailable(
-            f"{op}: no kernel for {device} {dtype} ({reasons or 'unknown op'}). Move the tensors "
-            "to a supported device and dtype, build the extension, or set "
+        fix = (
+            f"Convert the tensors with .float(), or call it under torch.autocast({device!r}), "
+            "where the kernels compute in float32."
+            if dtype in _HALF
+            else "Move the tensors to a supported device and dtype, build the extension, or set "
             "OPENTRANS_BACKEND=reference."
         )
+        raise KernelUnavailable(
+            f"{op}: no kernel for {device} {dtype} ({reasons or 'unknown op'}). {fix}"
+        )
     best = min(accepted, key=lambda row: row.rank)
+    missing = [w for row, w in rejected if row.rank < best.rank and w.startswith(_NOT_LOADED)]
     rejected += [(row, f"slower than {best.backend}") for row in accepted if row is not best]
-    return Resolution(best, tuple(rejected))
+    return Resolution(best, tuple(rejected), missing[0] if missing else None)
+
+
+_warned: set[str] = set()  # ops whose fallback was logged
 
 
 def resolve(op: str, device: str = "cpu", dtype: str = "float32") -> Resolution:
     """Choose the row for an op.
 
     Raises:
-        KernelUnavailable: no row fits; the message gives each row's reason.
+        KernelUnavailable: no row fits, with each row's reason; or, under ``OPENTRANS_STRICT=1``,
+            the extension is missing and the reference would have to serve.
     """
-    return _resolve(op, device, dtype, settings.get().backend)
+    current = settings.get()
+    found = _resolve(op, device, dtype, current.backend)
+    if found.fallback is not None:
+        if current.strict:
+            raise KernelUnavailable(
+                f"{op}: OPENTRANS_STRICT=1 refuses the slower reference kernel, but "
+                f"{found.fallback} Or choose the reference with OPENTRANS_BACKEND=reference, or "
+                "unset OPENTRANS_STRICT."
+            )
+        if op not in _warned:
+            _warned.add(op)
+            _log.warning("%s runs on the slower reference kernel: %s", op, found.fallback)
+    return found
 
 
 def explain(op: str, device: str = "cpu", dtype: str = "float32") -> str:
     """What would run, and why each other row would not."""
-    found = resolve(op, device, dtype)
+    found = _resolve(op, device, dtype, settings.get().backend)
     lines = [f"{op} on {device} {dtype}: {found.row.backend} ({found.row.layouts})"]
     lines += [f"  not {row.backend}: {why}" for row, why in found.rejected]
     return "\n".join(lines)

@@ -10,7 +10,10 @@ All functions return MACs (multiply-accumulates) as integers. ``torch.utils.flop
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import torch
@@ -170,6 +173,48 @@ def register(op: Any, macs: Formula | None = None) -> None:
         return 2 * formula(_by_name(op, args, kwargs), tuple(out_shape))
 
     flop_counter.register_flop_formula(packet)(flops)
+
+
+def register_when_counting(op: Any) -> None:
+    """:func:`register` ``op``, as soon as ``torch.utils.flop_counter`` is imported.
+
+    Not at once, because that module imports triton, which a program that counts nothing should not
+    have to load.
+    """
+    if _COUNTER in sys.modules:
+        register(op)
+        return
+    _waiting.append(op)
+    if _AFTER_IMPORT not in sys.meta_path:
+        sys.meta_path.insert(0, _AFTER_IMPORT)
+
+
+_COUNTER = "torch.utils.flop_counter"
+_waiting: list[Any] = []
+
+
+class _AfterImport(MetaPathFinder):
+    """Steps aside for the import of the counter, and registers the waiting operators after it."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            while _waiting:
+                register(_waiting.pop())
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_AFTER_IMPORT = _AfterImport()
 
 
 def fvcore_handle(op: Any, macs: Formula | None = None) -> dict[str, Callable[..., int]]:

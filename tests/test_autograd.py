@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +197,44 @@ def test_gradcheck_of_the_reference(set_env, geometry, relu: bool) -> None:
         return ops.sparse_conv2d(x, trained, residual, relu)
 
     assert torch.autograd.gradcheck(run, (x, values, bias, residual))
+
+
+WITHOUT = """
+import dataclasses, torch
+from opentrans_kernels import native
+native.load = lambda: False
+native.reason = lambda: "left out"
+from kernel_cases import dense_conv, masked_weight
+from opentrans_kernels import ops
+from opentrans_kernels.pack import SparseWeight
+assert ops.scratch_bytes() == 0 and ops.release_memory() is None
+packed = SparseWeight.from_dense(masked_weight(4, 3, 3, 0.6), torch.randn(4), 2, 1)
+x = torch.randn(2, 3, 7, 6, requires_grad=True)
+weight = packed.to_dense().detach().requires_grad_()
+y = dense_conv(x, weight, packed.bias, 2, 1, None, True, torch.float32)
+exact = torch.autograd.grad(y.square().sum(), (x, weight))
+values = packed.values.clone().requires_grad_()
+registered = torch.ops.opentrans_kernels.sparse_conv2d.default
+trained = dataclasses.replace(packed, values=values)
+for y in (
+    ops.sparse_conv2d(x, trained, None, True),
+    registered(x, packed.structure, values, packed.bias, None, 4, 3, 2, 1, True),
+):
+    grad_x, grad_values = torch.autograd.grad(y.square().sum(), (x, values))
+    torch.testing.assert_close(grad_x, exact[0])
+    torch.testing.assert_close(grad_values, exact[1].flatten()[packed.indices()])
+print("same")
+"""
+
+
+def test_gradients_without_the_extension() -> None:
+    """Both the reference and the registered op, which then runs on the reference, train."""
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120,
+        cwd=folder.parent, env={**os.environ, "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 
 def test_gradcheck_of_reference_pooling(set_env) -> None:

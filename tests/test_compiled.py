@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import bottleneck_parts, layouts, masked_weight
+from torch.utils.flop_counter import FlopCounterMode
 
 from opentrans_kernels import ops
+from opentrans_kernels.errors import KernelUnavailable
 from opentrans_kernels.ops.library import plane_padded
 from opentrans_kernels.pack import SparseWeight
 
@@ -189,7 +191,11 @@ def test_an_exported_program_is_saved_and_runs_in_another_process(
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_autocast_computes_in_float32(extension: None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_autocast_computes_in_float32(
+    extension: None, set_env, backend: str, dtype: torch.dtype
+) -> None:
+    set_env(OPENTRANS_BACKEND=backend)
     packed = SparseWeight.from_dense(masked_weight(9, 7, 3, 0.4), torch.randn(9), 1, 1)
     x = torch.randn(2, 7, 6, 6).to(dtype)
     _, block = bottleneck_parts(7, 5, 7, 0.5, False)
@@ -206,6 +212,55 @@ def test_autocast_computes_in_float32(extension: None, dtype: torch.dtype) -> No
         for found in (from_float, from_half):
             assert found.dtype == torch.float32
             assert torch.equal(found, expected)
+        with torch.autocast("cpu", dtype), pytest.raises(KernelUnavailable):
+            call(x.to("meta"))  # autocast of another device is not autocast here
+
+
+def test_autocast_leaves_float64_alone(extension: None) -> None:
+    packed = SparseWeight.from_dense(masked_weight(9, 7, 3, 0.4), torch.randn(9), 1, 1)
+    x = torch.randn(2, 7, 6, 6, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.sparse_conv2d(x, packed)
+    assert found.dtype == torch.float64 and torch.equal(found, ops.sparse_conv2d(x, packed))
+
+
+def test_torch_counts_the_flops_of_the_nonzeros(extension: None) -> None:
+    packed = SparseWeight.from_dense(masked_weight(9, 7, 3, 0.4), torch.randn(9), 2, 1)
+    _, block = bottleneck_parts(6, 5, 6, 0.5, True)
+    x, y = torch.randn(2, 7, 6, 5, requires_grad=True), torch.randn(2, 6, 8, 6)
+    with FlopCounterMode(display=False) as counter:
+        out = ops.sparse_conv2d(x, packed)
+    forward = 2 * packed.nnz * 2 * 3 * 3
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == forward, "the input's gradient visits the same nonzeros"
+    with FlopCounterMode(display=False) as counter:
+        ops.sparse_bottleneck(y, *block, 2, 2)
+    first, second, third, down = (w.nnz for w in block)
+    assert counter.get_total_flops() == 2 * 2 * ((first + second) * 48 + (third + down) * 12)
+
+
+COUNTED = """
+import sys, torch
+from opentrans_kernels import ops
+from opentrans_kernels.pack import SparseWeight
+packed = SparseWeight.from_dense(torch.ones(4, 3, 1, 1))
+assert "triton" not in sys.modules and "torch.utils.flop_counter" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    ops.sparse_conv2d(torch.ones(1, 3, 5, 5), packed)
+print(counter.get_total_flops(), sum(type(f).__name__ == "_AfterImport" for f in sys.meta_path))
+"""
+
+
+def test_a_counter_imported_later_counts_as_well(extension: None) -> None:
+    """The ops do not import it themselves, because it imports triton."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTED],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.stdout.split() == [str(2 * 12 * 25), "0"], done.stderr[-2000:]
 
 
 def test_autocast_training_gradients_are_float32(extension: None) -> None:

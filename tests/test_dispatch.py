@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ def test_every_op_has_a_reference_row_for_every_dtype() -> None:
         rows = [row for row in dispatch.TABLE if row.op == op]
         (reference,) = (row for row in rows if row.backend == "reference")
         assert reference.device == "any" and reference.needs == ""
-        assert "float64" in reference.dtypes, "the oracle runs in float64"
+        assert reference.dtypes == ("float32", "float64"), "the oracle runs in float64"
         assert reference.rank == max(row.rank for row in rows)
         assert len({row.rank for row in rows}) == len(rows), "equal ranks leave the choice open"
 
@@ -31,7 +33,7 @@ def test_every_folder_of_ops_has_a_row() -> None:
     folder = Path(ops.__file__).parent
     found = {path.parent.name for path in folder.glob("*/reference.py")}
     assert found and found <= set(OPS)
-    assert set(ops.__all__) <= set(OPS)
+    assert set(ops.__all__) - {"release_memory", "scratch_bytes"} <= set(OPS)
 
 
 @pytest.mark.parametrize("row", dispatch.TABLE, ids=lambda row: f"{row.op}-{row.backend}")
@@ -39,7 +41,9 @@ def test_every_target_exists(row: dispatch.Row) -> None:
     if row.needs == "extension" and not native.load():
         pytest.skip(str(native.reason()))
     found = dispatch.Resolution(row, ()).function()
-    assert callable(found)
+    assert callable(found) and found is dispatch.Resolution(row, ()).function()
+    if row.backend == "cpu":
+        assert found is getattr(torch.ops.opentrans_kernels, row.op).default
 
 
 def test_float32_prefers_the_compiled_row(extension: None) -> None:
@@ -96,18 +100,63 @@ def test_the_forced_backend_is_what_runs(extension: None, set_env) -> None:
         assert ops.sparse_conv2d(x, packed).isnan().any().item() == spreads, backend
 
 
-def test_a_missing_extension_is_named_with_its_reason(monkeypatch) -> None:
+@pytest.fixture
+def no_extension(monkeypatch) -> Iterator[None]:
+    """As if the extension had not been built, and nothing been warned of yet."""
     monkeypatch.setattr(native, "load", lambda: False)
-    monkeypatch.setattr(native, "reason", lambda: "it was left out. Build it again")
+    monkeypatch.setattr(native, "reason", lambda: "it was left out. Build it again.")
+    monkeypatch.setattr(dispatch, "_warned", set())
     dispatch._resolve.cache_clear()
-    try:
-        found = dispatch.resolve("sparse_conv2d")
-        assert found.row.backend == "reference"
-        assert "it was left out. Build it again" in dispatch.explain("sparse_conv2d")
-        records = {r["backend"]: r for r in dispatch.backends() if r["op"] == "sparse_conv2d"}
-        assert "it was left out" in records["cpu"]["available"]
-    finally:
-        dispatch._resolve.cache_clear()
+    yield
+    dispatch._resolve.cache_clear()
+
+
+def test_a_missing_extension_is_named_with_its_reason(no_extension: None) -> None:
+    found = dispatch.resolve("sparse_conv2d")
+    assert found.row.backend == "reference"
+    assert "it was left out. Build it again" in dispatch.explain("sparse_conv2d")
+    records = {r["backend"]: r for r in dispatch.backends() if r["op"] == "sparse_conv2d"}
+    assert "it was left out" in records["cpu"]["available"]
+
+
+def test_a_fallback_is_logged_once_per_op(no_extension: None, set_env, caplog) -> None:
+    caplog.set_level(logging.INFO, "opentrans_kernels")
+    dispatch.explain("sparse_conv2d")
+    dispatch.resolve("sparse_conv2d", "cpu", "float64")  # the reference's own, not a fallback
+    set_env(OPENTRANS_BACKEND="reference")
+    dispatch.resolve("sparse_conv2d")  # asked for
+    assert not caplog.records
+    set_env(OPENTRANS_BACKEND=None)
+    packed = SparseWeight.from_dense(masked_weight(4, 3, 1, 0.5))
+    for _ in range(3):
+        ops.sparse_conv2d(torch.randn(1, 3, 4, 4), packed)
+        ops.avg_pool2d(torch.randn(1, 3, 4, 4), 2)
+    assert [(r.levelname, r.getMessage().split()[0]) for r in caplog.records] == [
+        ("WARNING", "sparse_conv2d"), ("WARNING", "avg_pool2d"),
+    ]  # fmt: skip
+    assert "slower reference kernel" in caplog.text and "Build it again" in caplog.text
+
+
+def test_strict_refuses_the_fallback_only(no_extension: None, set_env, caplog) -> None:
+    set_env(OPENTRANS_STRICT="1")
+    packed = SparseWeight.from_dense(masked_weight(4, 3, 1, 0.5))
+    for _ in range(2):
+        with pytest.raises(KernelUnavailable) as caught:
+            ops.sparse_conv2d(torch.randn(1, 3, 4, 4), packed)
+    message = str(caught.value)
+    assert "OPENTRANS_STRICT=1" in message and "it was left out. Build it again." in message
+    assert "unset OPENTRANS_STRICT" in message
+    assert ops.sparse_conv2d(torch.randn(1, 3, 4, 4).double(), packed).dtype == torch.float64
+    assert "not cpu: the compiled extension" in dispatch.explain("sparse_conv2d")
+    set_env(OPENTRANS_STRICT="1", OPENTRANS_BACKEND="reference")
+    assert ops.sparse_conv2d(torch.randn(1, 3, 4, 4), packed).shape == (1, 4, 4, 4)
+    assert not caplog.records
+
+
+def test_strict_changes_nothing_where_the_extension_is_loaded(extension: None, set_env) -> None:
+    set_env(OPENTRANS_STRICT="1")
+    for op in OPS:
+        assert dispatch.resolve(op).row.backend == "cpu"
 
 
 def test_backends_lists_every_row(extension: None, set_env) -> None:
@@ -122,7 +171,7 @@ def test_backends_lists_every_row(extension: None, set_env) -> None:
 
 
 def test_the_public_names_are_the_same_objects() -> None:
-    for name in ("sparse_conv2d", "sparse_bottleneck"):
+    for name in ("sparse_conv2d", "sparse_bottleneck", "release_memory"):
         assert getattr(opentrans_kernels, name) is getattr(ops, name)
     assert opentrans_kernels.SparseWeight is SparseWeight
 

@@ -29,8 +29,10 @@ def test_prefixes_are_found_in_both_directions(on_mask, on_model, tower):
     model = wrapped(tower, on_model.rstrip("."))
     match = MaskSet({on_mask + n: m for n, m in masks.items()}).match(model, strict=True)
     assert set(match.masks) == {on_model + n for n in masks}
-    assert all(match.masks[on_model + n] is m or torch.equal(match.masks[on_model + n], m)
-               for n, m in masks.items())
+    assert all(
+        match.masks[on_model + n] is m or torch.equal(match.masks[on_model + n], m)
+        for n, m in masks.items()
+    )
     assert match.mask_names == {on_model + n: on_mask + n for n in masks}
     assert match.unmasked_convs == [on_model + "conv1"]
     if not (on_mask and on_model):
@@ -190,9 +192,9 @@ def test_content_hash_sees_names_shapes_and_bits():
     assert base != MaskSet({"a": bits.view(3, 2, 1, 1)}).content_hash()
     assert base != MaskSet({"a": ~bits.view(6, 1, 1, 1)}).content_hash()
     one, two = bits[:3].view(3, 1, 1, 1), bits[3:].view(3, 1, 1, 1)
-    assert MaskSet({"a": one, "b": two}).content_hash() == MaskSet(
-        {"b": two, "a": one}
-    ).content_hash()
+    assert (
+        MaskSet({"a": one, "b": two}).content_hash() == MaskSet({"b": two, "a": one}).content_hash()
+    )
 
 
 def test_mask_set_refuses_what_is_not_a_mask():

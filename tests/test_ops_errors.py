@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,8 @@ from opentrans_kernels import dispatch, native, ops
 from opentrans_kernels.errors import KernelUnavailable, OpenTransError, PlanError
 from opentrans_kernels.pack import SparseWeight
 
+# The package attribute of this name is the function.
+reference = importlib.import_module("opentrans_kernels.ops.sparse_conv2d.reference")
 REFUSED = (OpenTransError, RuntimeError)
 
 
@@ -113,12 +116,30 @@ def test_a_structure_of_another_layer(backend: str, packed: SparseWeight) -> Non
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_half_precision_is_refused_with_the_fix(packed: SparseWeight, dtype: torch.dtype) -> None:
+def test_half_precision_is_refused_with_the_fix(
+    backend: str, packed: SparseWeight, dtype: torch.dtype
+) -> None:
     x = torch.randn(2, 7, 5, 5, dtype=dtype)
-    with pytest.raises(KernelUnavailable) as caught:
-        ops.sparse_conv2d(x, packed)
-    name = str(dtype).removeprefix("torch.")
-    assert name in str(caught.value) and "float32" in str(caught.value)
+    _, block = bottleneck_parts(7, 3, 7, 0.5, False)
+    for call in (
+        lambda: ops.sparse_conv2d(x, packed),
+        lambda: ops.avg_pool2d(x, 2),
+        lambda: ops.sparse_bottleneck(x, *block),
+    ):
+        with pytest.raises(KernelUnavailable) as caught:
+            call()
+        message = str(caught.value)
+        assert f"no kernel for cpu {str(dtype).removeprefix('torch.')}" in message
+        assert ".float()" in message and "torch.autocast('cpu')" in message
+
+
+def test_the_reference_itself_refuses_half_precision(packed: SparseWeight) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(RuntimeError, match=r"convert it to float32 with \.float\(\)"):
+            reference.sparse_conv2d(
+                torch.ones(2, 7, 5, 5, dtype=dtype), packed.structure, packed.values, None, None,
+                9, 3, 1, 1, False,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", (torch.int32, torch.bool, torch.complex64), ids=str)
@@ -205,6 +226,44 @@ def test_bottleneck_pools_that_do_not_match(backend: str, pool, down_pool, down)
     _, packs = bottleneck_parts(6, 5, 6, 0.5, down)
     with pytest.raises(REFUSED):
         ops.sparse_bottleneck(torch.randn(1, 6, 8, 8), *packs, pool, down_pool)
+
+
+@pytest.mark.parametrize("size", [(3, 8), (8, 3), (1, 1)])
+def test_images_smaller_than_the_pool(backend: str, size: tuple[int, int]) -> None:
+    _, packs = bottleneck_parts(6, 5, 6, 0.5, True)
+    x = torch.randn(1, 6, *size)
+    for call in (lambda: ops.avg_pool2d(x, 4), lambda: ops.sparse_bottleneck(x, *packs, 4, 4)):
+        with pytest.raises(RuntimeError, match=r"too small for a 4x4 pooling window") as caught:
+            call()
+        assert isinstance(caught.value, PlanError) and f"{size[0]}x{size[1]}" in str(caught.value)
+
+
+def test_both_backends_raise_runtime_errors(backend: str, packed: SparseWeight) -> None:
+    """A caller needs one except clause, whichever kernel runs."""
+    for call in (
+        lambda: ops.sparse_conv2d(torch.randn(2, 6, 5, 5), packed),
+        lambda: ops.sparse_conv2d(torch.randn(7, 5, 5), packed),
+        lambda: ops.sparse_conv2d(torch.randn(2, 7, 5, 5), packed, torch.randn(1, 9, 5, 5)),
+        lambda: ops.sparse_bottleneck(
+            torch.randn(1, 7, 8, 8), *bottleneck_parts(6, 5, 6, 0.5, True)[1]
+        ),
+        lambda: ops.avg_pool2d(torch.randn(2, 5, 5), 2),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_gradients_that_do_not_fit_the_reference(set_env, packed: SparseWeight) -> None:
+    wgrad = reference.sparse_conv2d_wgrad
+    x = torch.randn(2, 7, 5, 5)
+    for shape in ((2, 9, 5, 4), (1, 9, 5, 5), (2, 8, 5, 5), (9, 5, 5)):
+        with pytest.raises(RuntimeError, match="do not fit|four dimensions"):
+            wgrad(x, torch.randn(shape), packed.structure, packed.values)
+    dgrad = torch.ops.opentrans_kernels.sparse_conv2d_dgrad
+    grad = torch.randn(2, 9, 5, 5)
+    for size in ((6, 5, 5), (7, 4, 5), (7, 5, 6)):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            dgrad(grad, packed.structure, packed.values, *size, 1, 1)
 
 
 @pytest.mark.parametrize("k", (0, -2))

@@ -9,7 +9,12 @@ import torch
 from kernel_cases import CHANNELS, DENSITIES, masked_weight
 
 from opentrans_kernels.errors import PlanError
-from opentrans_kernels.pack import SparseWeight, dense_weight, transposed_structure
+from opentrans_kernels.pack import (
+    SparseWeight,
+    dense_weight,
+    read_header,
+    transposed_structure,
+)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -201,7 +206,86 @@ def test_values_of_another_length_are_refused(length: int) -> None:
         packed.to_dense(values)
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 1, 1), (0, 5, 3, 3)])
-def test_a_weight_without_output_channels_packs(shape: tuple[int, ...]) -> None:
-    packed = SparseWeight.from_dense(torch.zeros(shape))
-    assert packed.nnz == 0 and packed.density == 0 and packed.to_dense().shape == shape
+@pytest.mark.parametrize("shape", [(0, 5, 1, 1), (0, 5, 3, 3), (5, 0, 3, 3), (5, 5, 0, 0)])
+def test_a_weight_without_channels_is_refused_with_the_fix(shape: tuple[int, ...]) -> None:
+    with pytest.raises(PlanError, match="keep one channel") as caught:
+        SparseWeight.from_dense(torch.zeros(shape))
+    assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "density", "chunk"),
+    [(1, 0.02, 64), (1, 0.5, 64), (2, 0.1, 64), (3, 0.04, 64), (3, 0.1, 32), (5, 0.1, 23),
+     (7, 0.02, 11), (25, 0.1, 1)],
+)  # fmt: skip
+def test_chunks_hold_at_most_as_many_codes_as_a_3x3s(
+    kernel: int, density: float, chunk: int
+) -> None:
+    weight = masked_weight(16, 80, kernel, density, holes=False)
+    header = read_header(SparseWeight.from_dense(weight).structure.numpy())
+    assert header.chunk == chunk
+    assert chunk == 1 or chunk * kernel**2 <= 576
+    assert header[:2] == (80, 16) and header.n_chunks == -(-80 // chunk)
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("kernel", (1, 3, 7))
+def test_every_pack_is_valid(kernel: int, density: float) -> None:
+    for cin in CHANNELS:
+        for cout in CHANNELS:
+            weight = masked_weight(cout, cin, kernel, density, cin + cout)
+            for chunk, row_block in ((None, None), (2, 3)):
+                packed = SparseWeight.from_dense(weight, chunk=chunk, row_block=row_block)
+                assert packed.validate() is packed
+                structure, order = transposed_structure(packed.structure)
+                mirrored = dataclasses.replace(
+                    packed, structure=structure, values=packed.values[order],
+                    bias=torch.zeros(cin), cin=cout, cout=cin, padding=kernel - 1,
+                )  # fmt: skip
+                mirrored.validate()
+
+
+def damage(packed: SparseWeight, position: int, change: int) -> SparseWeight:
+    words = packed.structure.clone()
+    words[position] += change
+    return dataclasses.replace(packed, structure=words)
+
+
+def test_every_damaged_word_is_found() -> None:
+    """Whatever word a file got wrong, it is an error and not a crash."""
+    packed = SparseWeight.from_dense(masked_weight(9, 7, 3, 0.5), None, 1, 1, chunk=3, row_block=4)
+    header = read_header(packed.structure.numpy())
+    first_code = packed.structure.numel() - (packed.nnz + 1) // 2
+    for position in range(first_code):
+        for change in (1, -1, 1 << 16, -(1 << 16), 1 << 30, -(1 << 31)):
+            with pytest.raises(PlanError, match="pack the weight again"):
+                damage(packed, position, change).validate()
+    for position in range(first_code, packed.structure.numel()):
+        with pytest.raises(PlanError, match="a code lies outside"):
+            damage(packed, position, 3 * 9).validate()
+    assert header.n_entries > 9 and header.n_row_blocks == 3
+
+
+def test_swapped_codes_and_rows_are_found() -> None:
+    packed = SparseWeight.from_dense(masked_weight(9, 7, 1, 1.0), chunk=7)
+    words = packed.structure.clone()
+    codes = words[-(packed.nnz + 1) // 2 :].view(torch.int16)
+    codes[0], codes[1] = codes[1].item(), codes[0].item()
+    with pytest.raises(PlanError, match="do not ascend"):
+        dataclasses.replace(packed, structure=words).validate()
+
+
+@pytest.mark.parametrize("field", ("cin", "cout", "kernel", "stride", "padding"))
+def test_attributes_that_contradict_the_structure_are_found(field: str) -> None:
+    packed = SparseWeight.from_dense(masked_weight(9, 7, 3, 0.5), None, 1, 1)
+    with pytest.raises(PlanError, match="the attributes say"):
+        dataclasses.replace(packed, **{field: getattr(packed, field) + 1}).validate()
+
+
+def test_values_and_biases_that_do_not_fit_are_found() -> None:
+    packed = SparseWeight.from_dense(masked_weight(9, 7, 3, 0.5), None, 1, 1)
+    for field in ("values", "bias"):
+        tensor = getattr(packed, field)
+        for wrong in (tensor[1:], tensor[None], tensor.double()):
+            with pytest.raises(PlanError, match=f"{field} must be float32 "):
+                dataclasses.replace(packed, **{field: wrong}).validate()

@@ -1,6 +1,6 @@
-// A residual bottleneck over bands of rows: the intermediates of a band stay in scratch small enough
-// for L2, conv1 writes straight into the zero-padded grid that the 3x3 reads, and only the block's
-// output goes to memory.
+// A residual bottleneck over bands of rows: the intermediates of a band stay in scratch small
+// enough for L2, conv1 writes straight into the zero-padded grid that the 3x3 reads, and only the
+// block's output goes to memory.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -105,7 +105,6 @@ void band(const Plan& plan, int n, int o0, int o1, Arena& arena, Execute&& execu
   run.out_channel = grid_channel;
   run.dst_row = grid_row;
   run.relu = true;
-  run.far = is_far(x);
   execute(run);
 
   run = {};

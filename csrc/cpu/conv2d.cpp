@@ -53,7 +53,6 @@ void pointwise(const SparseWeight& w, const Planes& x, const Planes& out, const 
     run.out_channel = out.plane_stride;
     run.residual = residual ? residual->data + n * residual->batch_stride : nullptr;
     run.residual_channel = residual ? residual->plane_stride : 0;
-    run.far = is_far(x);
     run.relu = relu;
     if (residual && !readable_in_place(*residual, n, isa)) {
       // Residual planes without room for whole vectors: exact row segments instead.
@@ -115,8 +114,7 @@ void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
         float* packed = local.take(channel * x.c);
         auto* taps = reinterpret_cast<uint32_t*>(local.take(w.chunk * kk));
         grid.tap_bytes(w.chunk, r1 - r0, isa.lanes, taps);
-        for (int c = 0; c < x.c; ++c)
-          grid.pack(x, n, c, r0, r1, isa.lanes, packed + c * channel);
+        for (int c = 0; c < x.c; ++c) grid.pack(x, n, c, r0, r1, isa.lanes, packed + c * channel);
         const Run run = make_run(packed, taps, n, r0, r1);
         run_range(run, 0, vectors_of(run, isa), 0, w.n_row_blocks, isa, local);
       }

@@ -29,9 +29,9 @@ void Grid::tap_bytes(int chunk, int rows, int lanes, uint32_t* table) const {
   for (int c = 0; c < chunk; ++c)
     for (int ky = 0; ky < kernel; ++ky)
       for (int kx = 0; kx < kernel; ++kx)
-        *table++ = static_cast<uint32_t>(
-            4 * (c * channel + ((ky % stride) * phases + kx % stride) * phase +
-                 int64_t{ky / stride} * row + kx / stride));
+        *table++ = static_cast<uint32_t>(4 * (c * channel +
+                                              ((ky % stride) * phases + kx % stride) * phase +
+                                              int64_t{ky / stride} * row + kx / stride));
 }
 
 void Grid::pack(const Planes& x, int n, int c, int r0, int r1, int lanes, float* dst) const {

@@ -1,7 +1,7 @@
 // Zero-padded copies of a band of image rows, on which a k x k convolution of any stride is a flat
-// run of positions: output (r, c) of the band is position r * row + c, and the input of tap (ky, kx)
-// lies a fixed distance from it. Strides above 1 split the image into stride^2 phases, so that the
-// distance stays fixed.
+// run of positions: output (r, c) of the band is position r * row + c, and the input of tap (ky,
+// kx) lies a fixed distance from it. Strides above 1 split the image into stride^2 phases, so that
+// the distance stays fixed.
 #pragma once
 
 #include <cstdint>

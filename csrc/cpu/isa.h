@@ -16,26 +16,21 @@ struct Segment {
 
 // One sub-tile (`vectors` vectors of pixels) of one (row block, chunk).
 struct TileArgs {
-  const float* x;           // first channel of the chunk, first pixel of the sub-tile
+  const float* x;  // first channel of the chunk, first pixel of the sub-tile
   const uint32_t* entries;
   int32_t n_entries;
   const uint32_t* offsets;  // bytes from x, one per nonzero
   const float* values;
-  const float* bias;        // of the row block, or null
-  float* partial;           // [row][vectors * lanes] sums between chunks
-  float* out;               // output plane of the block's first row
-  int64_t out_stride;       // floats between output planes
-  const float* residual;    // as out, or null
+  const float* bias;      // of the row block, or null
+  float* partial;         // [row][vectors * lanes] sums between chunks
+  float* out;             // output plane of the block's first row
+  int64_t out_stride;     // floats between output planes
+  const float* residual;  // as out, or null
   int64_t residual_stride;
   const Segment* segments;  // null: store whole vectors at out
   int32_t n_segments;
   bool relu;
   int32_t vectors;
-  // The tile that is read next, if it has to come from far: one channel of it is asked for with
-  // every entry. Null if not.
-  const float* ahead;
-  int64_t ahead_stride;  // floats between its channels
-  int32_t ahead_channels;
 };
 
 // Gradient of the nonzeros of one (row block, chunk) over one sub-tile.
@@ -46,14 +41,14 @@ struct GradArgs {
   const uint32_t* offsets;
   const float* grad_out;  // plane of the block's first row, first pixel of the sub-tile
   int64_t grad_stride;
-  float* grad_values;     // of the block's first nonzero
+  float* grad_values;  // of the block's first nonzero
   int32_t vectors;
 };
 
 struct Isa {
   const char* name;
-  int lanes;         // floats per vector
-  int max_vectors;   // largest sub-tile
+  int lanes;        // floats per vector
+  int max_vectors;  // largest sub-tile
   void (*tile)(const TileArgs&);
   void (*grad)(const GradArgs&);
   // offsets[i] = tap_bytes[codes[i]], or codes[i] * channel_bytes if tap_bytes is null.

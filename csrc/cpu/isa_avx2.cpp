@@ -2,7 +2,11 @@
 #if defined(__x86_64__)
 #include "isa.h"
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
 #define OTK_NAME avx2
 #define OTK_LANES 8
 #define OTK_VECTORS 14
@@ -10,4 +14,7 @@
 namespace otk {
 #include "isa_body.inc"
 }  // namespace otk
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

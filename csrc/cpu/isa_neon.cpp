@@ -2,7 +2,6 @@
 #if defined(__aarch64__)
 #include "isa.h"
 
-
 #define OTK_NAME neon
 #define OTK_LANES 4
 #define OTK_VECTORS 14

@@ -1,6 +1,6 @@
 // Memory of large outputs: kept for the next call instead of being returned to the system, and on
-// huge pages. A fresh 4 KB page costs a fault and its clearing (15 % of a trunk's time when measured),
-// and a tile spread over hundreds of channels needs more 4 KB pages than the TLB holds.
+// huge pages. A fresh 4 KB page costs a fault and its clearing (15 % of a trunk's time when
+// measured), and a tile spread over hundreds of channels needs more 4 KB pages than the TLB holds.
 #include <algorithm>
 #include <cstdlib>
 #include <map>

@@ -8,8 +8,8 @@ namespace {
 // Sub-tiles that share one pass over a block's nonzeros: the nonzeros stay in L1 for them, their
 // partial sums in L2.
 constexpr int kGroup = 4;
-// Strided planes use L1 worse than one contiguous tile does (the prefetcher runs past the end of every
-// channel): a copy pays if this many nonzeros read each of its vectors...
+// Strided planes use L1 worse than one contiguous tile does (the prefetcher runs past the end of
+// every channel): a copy pays if this many nonzeros read each of its vectors...
 constexpr int64_t kStageReuse = 48;
 // ... and it stays in L2.
 constexpr int64_t kStageFloats = 96 * 1024;
@@ -73,11 +73,11 @@ void run_range(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const Isa
   // Offsets depend on the image size: they are made for one block at a time and serve its
   // sub-tiles, which keeps the pack itself free of sizes.
   auto* offsets = reinterpret_cast<uint32_t*>(local.take(block_nnz(w)));
-  const int staged = staged_subtiles(w, isa);
+  // A 1x1 on a padded grid is read in place: its offsets are those of the grid.
+  const int staged = run.tap_bytes ? 0 : staged_subtiles(w, isa);
   const int group_size = staged ? staged : kGroup;
-  float* stage = staged
-                     ? local.take(int64_t{staged} * w.cin * isa.max_vectors * isa.lanes)
-                     : nullptr;
+  float* stage =
+      staged ? local.take(int64_t{staged} * w.cin * isa.max_vectors * isa.lanes) : nullptr;
   float* partial[kGroup] = {};
   if (w.n_chunks > 1)
     for (float*& p : partial) p = local.take(int64_t{w.row_block} * isa.max_vectors * isa.lanes);
@@ -121,15 +121,6 @@ void run_range(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const Isa
         for (int i = 0; i < n; ++i) {
           const SubTile& s = group[i];
           a.x = staged ? s.tile + int64_t{c} * w.chunk * channel : x + s.first;
-          a.ahead_channels = 0;
-          if (run.far && !staged && b == b0) {
-            const bool same = i + 1 < n, next = !same && c + 1 < w.n_chunks;
-            a.ahead = same ? x + group[i + 1].first
-                           : next ? x + int64_t{w.chunk} * run.x_channel + group[0].first
-                                  : run.x + s.first + int64_t{s.vectors} * isa.lanes;
-            a.ahead_stride = run.x_channel;
-            a.ahead_channels = std::min(w.chunk, w.cin - (next ? c + 1 : same ? c : 0) * w.chunk);
-          }
           a.partial = partial[i];
           a.vectors = s.vectors;
           a.out = run.out + row0 * run.out_channel;

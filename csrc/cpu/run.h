@@ -17,8 +17,8 @@ namespace otk {
 // `skip` are not pixels.
 struct Run {
   const SparseWeight* w;
-  const float* x;            // channel 0, position 0
-  int64_t x_channel;         // floats between channels
+  const float* x;             // channel 0, position 0
+  int64_t x_channel;          // floats between channels
   const uint32_t* tap_bytes;  // kernel > 1: byte offset by code
   int64_t positions;
   int skip, src_row, valid;
@@ -28,15 +28,9 @@ struct Run {
   int64_t residual_channel;
   int dst_row;  // floats between rows of out; 0: whole vectors are stored at the same positions
   bool relu;
-  bool far;  // x is not in L2: ask for the next tile while one is worked on
 };
 
 int64_t vectors_of(const Run& run, const Isa& isa);
-
-// Is one image too large to be still in L2 from when it was written?
-inline bool is_far(const Planes& x) {
-  return int64_t{x.c} * x.h * x.w > 128 * 1024;
-}
 
 // Floats of `local` scratch that run_range takes.
 int64_t run_scratch(const SparseWeight& w, const Isa& isa);

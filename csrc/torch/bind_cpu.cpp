@@ -1,5 +1,5 @@
-// The only file that sees torch: checks arguments, allocates outputs, calls otk.h. Schemas, fakes and
-// autograd live in opentrans_kernels/ops.
+// The only file that sees torch: checks arguments, allocates outputs, calls otk.h. Schemas, fakes
+// and autograd live in opentrans_kernels/ops.
 #include <torch/csrc/stable/macros.h>
 //
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -21,8 +21,22 @@ using torch::stable::Tensor;
 namespace {
 
 // Layout of the structure tensor (int32); opentrans_kernels/pack.py writes it.
-enum Header { kMagic, kVersion, kCin, kCout, kKernel, kStride, kPadding, kChunk, kRowBlock,
-              kChunks, kRowBlocks, kNnz, kEntries, kHeaderSize };  // clang-format off
+enum Header {
+  kMagic,
+  kVersion,
+  kCin,
+  kCout,
+  kKernel,
+  kStride,
+  kPadding,
+  kChunk,
+  kRowBlock,
+  kChunks,
+  kRowBlocks,
+  kNnz,
+  kEntries,
+  kHeaderSize
+};  // clang-format off
 constexpr int32_t kMagicValue = 0x4b544f50;
 constexpr int32_t kVersionValue = 1;
 // clang-format on
@@ -31,8 +45,8 @@ constexpr int64_t kPoolBytes = 256 * 1024;  // smaller outputs come from torch's
 
 otk::Parallel parallel() {
   return {[](int64_t n, void* ctx, otk::RangeBody body) {
-            torch::stable::parallel_for(
-                0, n, 1, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
+            torch::stable::parallel_for(0, n, 1,
+                                        [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
           },
           static_cast<int>(torch::stable::get_num_threads())};
 }
@@ -50,8 +64,9 @@ otk::SparseWeight read_weight(const char* op, const Tensor& structure, const Ten
                       structure.numel() >= kHeaderSize,
                   op, ": structure must be a contiguous 1-d int32 CPU tensor made by SparseWeight");
   const int32_t* h = structure.const_data_ptr<int32_t>();
-  STD_TORCH_CHECK(h[kMagic] == kMagicValue && h[kVersion] == kVersionValue, op,
-                  ": structure was not made by this version of SparseWeight; pack the weight again");
+  STD_TORCH_CHECK(
+      h[kMagic] == kMagicValue && h[kVersion] == kVersionValue, op,
+      ": structure was not made by this version of SparseWeight; pack the weight again");
   otk::SparseWeight w{};
   w.cin = h[kCin];
   w.cout = h[kCout];
@@ -111,11 +126,12 @@ Tensor new_planes(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w
   // Four dimensions, because the shim's as_strided takes as many as its input has.
   const std::array<int64_t, 4> size{1, 1, 1, n * c * plane + 16};
   const int64_t bytes = size[3] * 4;
-  Tensor flat = bytes < kPoolBytes ? torch::stable::new_empty(like, size)
-                                   : torch::stable::from_blob(
-                                         otk::pool_take(bytes), size, {size[3], size[3], size[3], 1},
-                                         torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                         ScalarType::Float, &otk::pool_give);
+  Tensor flat =
+      bytes < kPoolBytes
+          ? torch::stable::new_empty(like, size)
+          : torch::stable::from_blob(otk::pool_take(bytes), size, {size[3], size[3], size[3], 1},
+                                     torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                     ScalarType::Float, &otk::pool_give);
   const std::array<int64_t, 4> sizes{n, c, h, w}, strides{c * plane, plane, w, 1};
   AtenTensorHandle view = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
@@ -152,9 +168,9 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& val
   const char* op = "sparse_conv2d";
   check_isa();
   const otk::SparseWeight w = read_weight(op, structure, values, bias);
-  STD_TORCH_CHECK(w.cout == cout && w.kernel == kernel && w.stride == stride &&
-                      w.padding == padding,
-                  op, ": cout, kernel, stride, padding do not match the packed structure");
+  STD_TORCH_CHECK(
+      w.cout == cout && w.kernel == kernel && w.stride == stride && w.padding == padding, op,
+      ": cout, kernel, stride, padding do not match the packed structure");
   const otk::Planes in = planes(op, "x", x);
   STD_TORCH_CHECK(in.c == w.cin, op, ": x has ", in.c, " channels, the weight expects ", w.cin);
   const int64_t h = (in.h + 2 * padding - kernel) / stride + 1;

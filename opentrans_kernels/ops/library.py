@@ -6,19 +6,89 @@ is not loaded, so that exported programs run either way.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .. import native
+from .. import dispatch, flops, native
 
-__all__ = ["LIBRARY", "NAMESPACE", "define", "plane_padded", "plane_stride"]
+__all__ = [
+    "LIBRARY",
+    "NAMESPACE",
+    "define",
+    "in_float32",
+    "kernel_for",
+    "plane_padded",
+    "plane_stride",
+    "release_memory",
+    "scratch_bytes",
+]
 
 NAMESPACE = "opentrans_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _LINE = 16  # floats per cache line
+_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+_HALF = (torch.bfloat16, torch.float16)
+
+# Implemented by the extension; without it neither may be called.
+LIBRARY.define("scratch_bytes() -> int")
+LIBRARY.define("release_memory() -> ()")
+
+
+def scratch_bytes() -> int:
+    """Bytes the compiled kernels hold: outputs in use or kept for reuse, and scratch of threads.
+
+    0 without the compiled extension, whose outputs torch's own allocator holds.
+    """
+    return torch.ops.opentrans_kernels.scratch_bytes() if native.load() else 0
+
+
+def release_memory() -> None:
+    """Return the memory of freed outputs to the system; the next calls allocate it again.
+
+    Nothing to do without the compiled extension.
+    """
+    if native.load():
+        torch.ops.opentrans_kernels.release_memory()
+
+
+def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
+    """The kernel that serves ``op`` for the activations ``x``.
+
+    Half-precision activations are computed in float32 under autocast.
+
+    Raises:
+        KernelUnavailable: none does; the message says how to convert ``x``.
+    """
+    device = x.device.type
+    dtype = _NAMES.get(x.dtype)
+    if dtype is None:
+        autocast = x.dtype in _HALF and _autocast_enabled(device)
+        dtype = "float32" if autocast else str(x.dtype).removeprefix("torch.")
+    return dispatch.resolve(op, device, dtype).function()
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def in_float32(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a reference kernel ignore autocast, which would round its convolutions to half."""
+
+    @functools.wraps(kernel)
+    def run(x: torch.Tensor, *rest: Any) -> Any:
+        if not _autocast_enabled(x.device.type):
+            return kernel(x, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return kernel(*(
+                a.float() if isinstance(a, torch.Tensor) and a.dtype in _HALF else a
+                for a in (x, *rest)
+            ))  # fmt: skip
+
+    return run
 
 
 def plane_stride(pixels: int) -> int:
@@ -69,4 +139,7 @@ def define(
         module, function = fallback.split(":")
         kernel = getattr(importlib.import_module(module), function)
         LIBRARY.impl(name, kernel, "CPU")
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if name in flops.FORMULAS:
+        flops.register_when_counting(op)
+    return op

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from ... import dispatch
-from ..library import define, plane_padded
+from ..arguments import image, pooled_size
+from ..library import define, kernel_for, plane_padded
 
 __all__ = ["avg_pool2d"]
 
 
 def _fake(x: torch.Tensor, k: int) -> torch.Tensor:
-    n, c, h, w = x.shape
-    return plane_padded(x, n, c, h // k, w // k)
+    n, c, *_ = image("avg_pool2d", x)
+    return plane_padded(x, n, c, *pooled_size("avg_pool2d", x.shape, k))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -41,8 +41,13 @@ def avg_pool2d(x: torch.Tensor, k: int) -> torch.Tensor:
     """Mean over ``k x k`` windows, stride ``k``; like ``torch.nn.AvgPool2d(k)``.
 
     Args:
-        x: ``[N, C, H, W]``.
+        x: ``[N, C, H, W]``, float32; float64 on the reference.
         k: window and stride, in pixels.
+
+    Raises:
+        KernelUnavailable: no kernel for this device and dtype.
+        RuntimeError: not four dimensions, or an image smaller than the window.
     """
-    row = dispatch.resolve("avg_pool2d", x.device.type, str(x.dtype).removeprefix("torch."))
-    return (OP if row.row.backend == "cpu" else row.function())(x, k)
+    run = kernel_for("avg_pool2d", x)
+    pooled_size("avg_pool2d", image("avg_pool2d", x), k)
+    return run(x, k)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import torch
 
-from ... import dispatch
 from ...errors import PlanError
 from ...pack import SparseWeight
-from ..library import define, plane_padded
+from ..arguments import bottleneck_pools, image
+from ..library import define, kernel_for, plane_padded
 
 __all__ = ["fusible", "sparse_bottleneck"]
 
 
 def _fake(x, s1, v1, b1, s2, v2, b2, s3, v3, b3, sd, vd, bd, cout, pool, down_pool):
-    n, _, h, w = x.shape
-    return plane_padded(x, n, cout, h // pool, w // pool)
+    size = image("sparse_bottleneck", x)
+    out = bottleneck_pools(size, pool, down_pool, sd is not None)
+    return plane_padded(x, size[0], cout, *out)
 
 
 def _no_backward(ctx, grad):
@@ -65,7 +66,7 @@ def sparse_bottleneck(
     """Run a bottleneck block with packed, BN-folded convolutions.
 
     Args:
-        x: ``[N, c1.cin, H, W]`` float32.
+        x: ``[N, c1.cin, H, W]`` float32; float64 on the reference.
         c1, c3, down: 1x1, stride 1. c2: 3x3, stride 1, padding 1.
         pool, down_pool: average-pool windows before c3 and before ``down`` (equal with ``down``;
             1 without).
@@ -76,13 +77,12 @@ def sparse_bottleneck(
     Raises:
         PlanError: convolutions that do not form such a block; gradients asked for.
         KernelUnavailable: no kernel for this device and dtype.
+        RuntimeError: shapes or dtypes that do not fit, or an image smaller than the pool.
     """
     if why := fusible(c1, c2, c3, down):
         raise PlanError(f"these convolutions do not form a fused bottleneck: {why}.")
-    found = dispatch.resolve(
-        "sparse_bottleneck", x.device.type, str(x.dtype).removeprefix("torch.")
-    )
-    run = OP if found.row.backend == "cpu" else found.function()
+    run = kernel_for("sparse_bottleneck", x)
+    bottleneck_pools(image("sparse_bottleneck", x), pool, down_pool, down is not None)
     parts = [t for w in (c1, c2, c3) for t in (w.structure, w.values, w.bias)]
     extra = (None,) * 3 if down is None else (down.structure, down.values, down.bias)
     return run(x, *parts, *extra, c3.cout, pool, down_pool)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from ...pack import dense_weight
-from ..library import plane_padded
+from .. import arguments
+from ..library import in_float32, plane_padded
 
 __all__ = ["sparse_bottleneck"]
 
 
 def _conv(x, structure, values, bias, padding=0):
     _, _, cin, cout, kernel = structure[:5].tolist()
-    weight = dense_weight(structure, values, cin, cout, kernel)
-    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=padding)
+    weight = dense_weight(structure, values, cin, cout, kernel).to(x.dtype)
+    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding=padding)
 
 
+@in_float32
 def sparse_bottleneck(x, s1, v1, b1, s2, v2, b2, s3, v3, b3, sd, vd, bd, cout, pool, down_pool):
     """See :func:`opentrans_kernels.ops.sparse_bottleneck`; arguments in schema order."""
+    convs = ((s1, v1, b1), (s2, v2, b2), (s3, v3, b3), (sd, vd, bd))
+    arguments.bottleneck(x, *convs, cout, pool, down_pool)
     y = _conv(x, s1, v1, b1).relu()
     y = _conv(y, s2, v2, b2, padding=1).relu()
     if pool > 1:

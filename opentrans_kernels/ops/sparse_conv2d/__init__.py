@@ -10,22 +10,16 @@ from __future__ import annotations
 
 import torch
 
-from ... import dispatch
 from ...pack import SparseWeight
-from ..library import define, plane_padded
+from ..arguments import conv_size, image
+from ..library import define, kernel_for, plane_padded
 
 __all__ = ["sparse_conv2d"]
 
 
-def _out_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
-
-
 def _fake(x, structure, values, bias, residual, cout, kernel, stride, padding, relu):
-    n, _, h, w = x.shape
-    return plane_padded(
-        x, n, cout, _out_size(h, kernel, stride, padding), _out_size(w, kernel, stride, padding)
-    )
+    size = image("sparse_conv2d", x)
+    return plane_padded(x, size[0], cout, *conv_size(size, kernel, stride, padding))
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -66,7 +60,7 @@ WGRAD = define(
     fake=lambda x, grad_out, structure, values: torch.empty_like(values),
     fallback=f"{__name__}.reference:sparse_conv2d_wgrad",
 )
-from . import dgrad as _dgrad  # noqa: E402  (defines the op that _backward calls)
+from . import dgrad as _dgrad  # noqa: E402, F401  (defines the op that _backward calls)
 
 
 def sparse_conv2d(
@@ -91,9 +85,7 @@ def sparse_conv2d(
         KernelUnavailable: no kernel for this device and dtype.
         RuntimeError: shapes or dtypes that do not fit the packed convolution.
     """
-    found = dispatch.resolve("sparse_conv2d", x.device.type, str(x.dtype).removeprefix("torch."))
-    run = OP if found.row.backend == "cpu" else found.function()
-    return run(
+    return kernel_for("sparse_conv2d", x)(
         x, weight.structure, weight.values, weight.bias, residual,
         weight.cout, weight.kernel, weight.stride, weight.padding, relu,
     )  # fmt: skip

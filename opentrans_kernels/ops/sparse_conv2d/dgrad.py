@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...pack import transposed_structure
+from ...pack import read_header, transposed_structure
+from ..arguments import gradient
 from ..library import define, plane_padded
 
 __all__ = ["OP"]
@@ -23,10 +24,12 @@ def _fake(grad, structure, values, cin, h, w, stride, padding):
 
 def dgrad(grad, structure, values, cin, h, w, stride, padding):
     """Gradient ``[N, cin, h, w]`` of the input of a packed convolution."""
+    header = read_header(structure.detach().cpu().numpy())
+    gradient("sparse_conv2d_dgrad", header, grad, (cin, h, w))
+    kernel, stride, padding = header[2:5]
     if structure not in _TRANSPOSED:
         _TRANSPOSED[structure] = transposed_structure(structure)
     mirrored, order = _TRANSPOSED[structure]
-    kernel = int(structure[4])
     n, cout, gh, gw = grad.shape
     if n == 0:
         return plane_padded(grad, n, cin, h, w)
@@ -39,7 +42,8 @@ def dgrad(grad, structure, values, cin, h, w, stride, padding):
         spread, mirrored, values[order], None, None, cin, kernel, 1, max(inner, 0), False
     )
     if inner < 0:  # padding beyond the window: its border saw zeros only
-        out = out[:, :, -inner : h - inner, -inner : w - inner]
+        inside = out[:, :, -inner : h - inner, -inner : w - inner]
+        out = plane_padded(out, n, cin, h, w).copy_(inside)
     return out
 
 

@@ -1,0 +1,165 @@
+"""What the ops take: checks shared by the front functions, the fake kernels and the reference.
+
+The compiled kernels make the same checks in C++ (csrc/torch/bind_cpu.cpp), so a call that reaches
+them pays for nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import PlanError
+from ..pack import Header, read_header
+
+__all__ = [
+    "BadArgument",
+    "bottleneck",
+    "bottleneck_pools",
+    "conv_size",
+    "convolution",
+    "gradient",
+    "image",
+    "pooled_size",
+]
+
+
+class BadArgument(PlanError, RuntimeError):
+    """An argument does not fit; a RuntimeError too, as the compiled kernels and torch raise it."""
+
+
+def image(op: str, x: torch.Tensor, name: str = "x") -> torch.Size:
+    """The shape ``[N, C, H, W]`` of a batch of images."""
+    if x.dim() != 4:
+        raise BadArgument(
+            f"{op}: {name} must have four dimensions [N, C, H, W], got {list(x.shape)}."
+        )
+    return x.shape
+
+
+def conv_size(size: Sequence[int], kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    """Height and width of a convolution's output; ``size`` is ``[..., H, W]`` of its input."""
+    h, w = size[-2] + 2 * padding - kernel, size[-1] + 2 * padding - kernel
+    if h < 0 or w < 0:
+        raise BadArgument(
+            f"sparse_conv2d: input {size[-2]}x{size[-1]} with padding {padding} is smaller than "
+            f"the {kernel}x{kernel} kernel. Pass a larger image."
+        )
+    return h // stride + 1, w // stride + 1
+
+
+def pooled_size(op: str, size: Sequence[int], k: int) -> tuple[int, int]:
+    """Height and width after averaging ``k x k`` windows with stride ``k``."""
+    if k < 1:
+        raise BadArgument(f"{op}: the pooling window must be at least 1, got {k}.")
+    if size[-2] < k or size[-1] < k:
+        raise BadArgument(
+            f"{op}: an image of {size[-2]}x{size[-1]} pixels is too small for a {k}x{k} pooling "
+            "window. Pass a larger image."
+        )
+    return size[-2] // k, size[-1] // k
+
+
+def _weight(op: str, x: torch.Tensor, structure, values, bias) -> Header:
+    if structure.dim() != 1 or structure.dtype != torch.int32:
+        raise BadArgument(
+            f"{op}: structure must be a 1-d int32 tensor made by SparseWeight, got "
+            f"{structure.dtype} {list(structure.shape)}."
+        )
+    try:
+        header = read_header(structure.detach().cpu().numpy())
+    except PlanError as error:
+        raise BadArgument(f"{op}: {error}") from error
+    for name, tensor, size in (("values", values, header.nnz), ("bias", bias, header.cout)):
+        if tensor is None:
+            continue
+        if tensor.shape != (size,):
+            raise BadArgument(f"{op}: {name} must have {size} elements, got {list(tensor.shape)}.")
+        if tensor.dtype not in (torch.float32, x.dtype):
+            raise BadArgument(
+                f"{op}: {name} is {tensor.dtype}, but x is {x.dtype}. Convert it with .float()."
+            )
+    return header
+
+
+def _input(op: str, x: torch.Tensor, cin: int) -> torch.Size:
+    size = image(op, x)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise BadArgument(f"{op}: x is {x.dtype}; convert it to float32 with .float().")
+    if size[1] != cin:
+        raise BadArgument(f"{op}: x has {size[1]} channels, the weight expects {cin}.")
+    return size
+
+
+def convolution(
+    x: torch.Tensor, structure, values, bias, residual, cout, kernel, stride, padding
+) -> Header:
+    """Check the arguments of ``sparse_conv2d``; returns the structure's header."""
+    op = "sparse_conv2d"
+    header = _weight(op, x, structure, values, bias)
+    given, packed = (cout, kernel, stride, padding), header[1:5]
+    if given != packed:
+        raise BadArgument(
+            f"{op}: (cout, kernel, stride, padding) {given} do not match the packed structure's "
+            f"{packed}. Pack the weight again, with the stride and padding it is used with."
+        )
+    size = _input(op, x, header.cin)
+    expected = (size[0], cout, *conv_size(size, kernel, stride, padding))
+    if residual is not None and (residual.shape != expected or residual.dtype != x.dtype):
+        raise BadArgument(
+            f"{op}: residual must have the output's shape {list(expected)} and dtype {x.dtype}, "
+            f"got {list(residual.shape)} {residual.dtype}."
+        )
+    return header
+
+
+def gradient(op: str, header: Header, grad: torch.Tensor, size: Sequence[int]) -> None:
+    """Check that ``grad`` is one of a convolution's output; ``size``: its input's shape."""
+    found = image(op, grad, "the output's gradient")
+    cin, cout, kernel, stride, padding = header[:5]
+    expected = (found[0], cout, *conv_size(size, kernel, stride, padding))
+    if size[-3] != cin or found != expected or (len(size) == 4 and size[0] != found[0]):
+        raise BadArgument(
+            f"{op}: an input {list(size)} and the gradient {list(found)} do not fit the packed "
+            f"convolution of {cin} to {cout} channels, {kernel}x{kernel}, stride {stride}, "
+            f"padding {padding}."
+        )
+
+
+def bottleneck(x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_pool: int) -> None:
+    """Check the arguments of ``sparse_bottleneck``; c1 ... down: (structure, values, bias)."""
+    op = "sparse_bottleneck"
+    h1, h2, h3 = (_weight(op, x, *part) for part in (c1, c2, c3))
+    hd = None
+    if down[0] is not None:
+        if down[1] is None:
+            raise BadArgument(f"{op}: the downsample has a structure but no values.")
+        hd = _weight(op, x, *down)
+    pointwise = all(h[2:5] == (1, 1, 0) for h in (h1, h3, hd) if h is not None)
+    if not pointwise or h2[2:5] != (3, 1, 1):
+        raise BadArgument(
+            f"{op}: needs 1x1, 3x3 (stride 1, padding 1), 1x1 and a 1x1 shortcut; got (kernel, "
+            f"stride, padding) {h1[2:5]}, {h2[2:5]}, {h3[2:5]}, {None if hd is None else hd[2:5]}."
+        )
+    size = _input(op, x, h1.cin)
+    # Without a downsample the shortcut is x itself, whatever the block's output has.
+    shortcut = (size[1], size[1]) if hd is None else hd[:2]
+    chains = (h1.cout, h2.cout, h3.cout) == (h2.cin, h3.cin, cout)
+    if not chains or shortcut != (size[1], cout):
+        raise BadArgument(
+            f"{op}: channels do not chain: x has {size[1]}, the convolutions map {h1[:2]}, "
+            f"{h2[:2]}, {h3[:2]}, the shortcut {shortcut}, and the output is to have {cout}."
+        )
+    bottleneck_pools(size, pool, down_pool, hd is not None)
+
+
+def bottleneck_pools(size: Sequence[int], pool: int, down_pool: int, down: bool) -> tuple[int, int]:
+    """Height and width of a block's output; ``size`` is ``[..., H, W]`` of its input."""
+    op = "sparse_bottleneck"
+    if down_pool != (pool if down else 1) or (pool != 1 and not down):
+        raise BadArgument(
+            f"{op}: pool {pool} and down_pool {down_pool} give different output sizes; they must "
+            "be equal with a downsample, and 1 without."
+        )
+    return pooled_size(op, size, pool)

@@ -1,0 +1,214 @@
+"""The generated tables of README.md, and the README's own promises."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from opentrans_kernels import settings
+from opentrans_kernels.cli import build_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+MARKED = "".join(
+    f"before\n<!-- table:{name} -->\nold {name}\n<!-- /table:{name} -->\n"
+    for name in ("trunk", "layers", "settings")
+)
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "report_tables", ROOT / "benchmarks" / "report_tables.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def layer(name: str, dense: float, sparse: float, cin: int = 64) -> dict[str, Any]:
+    speedup = dense / sparse
+    return {
+        "name": name, "cin": cin, "cout": 256, "kernel": 1, "stride": 1, "h_out": 56, "w_out": 56,
+        "nnz": cin * 128, "dense_ms": dense, "sparse_ms": sparse, "speedup": speedup,
+        "loses": speedup < 1,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """What the tables read of the JSON of ``opentrans bench trunk``."""
+    return {
+        "baseline": {"name": "compile", "ms": 123.45},
+        "accelerated": {"ms": 30.06},
+        "speedup": 4.114,
+        "speedup_spread": {"q1": 4.02, "q3": 4.21},
+        "max_rel_err": 2.5e-07,
+        "dense_own_rel_err": 3.6e-07,
+        "exact": True,
+        "failed_checks": [],
+        "layers": [
+            layer("a", 2.0, 1.0), layer("b", 3.0, 1.0), layer("c", 1.0, 1.5), layer("d", 4, 1, 512)
+        ],
+        "mask": {"label": "global:0.90 (synthetic mask)", "synthetic": True},
+        "subject": {"weights": "synthetic weights (seed 0)"},
+        "input": [1, 3, 224, 224],
+        "threads": 1,
+        "isa": "avx2",
+        "opentrans_cpu_capability": "avx2",
+        "machine": {"cpu": "Some | CPU"},
+        "versions": {"torch": "2.14.1"},
+        "source": {"commit": "0123456789abcdef", "dirty": False},
+    }  # fmt: skip
+
+
+def write(folder: Path, **results: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def run(tables: ModuleType, tmp_path: Path, folder: Path, *extra: str) -> tuple[int, str]:
+    readme = tmp_path / "README.md"
+    if not readme.exists():
+        readme.write_text(MARKED)
+    code = tables.main(["--results", str(folder), "--readme", str(readme), *extra])
+    return code, readme.read_text()
+
+
+def test_the_tables_hold_the_numbers_of_the_json(tables, tmp_path, result) -> None:
+    code, text = run(tables, tmp_path, write(tmp_path / "r", one=result))
+    assert code == 0
+    assert (
+        "| global:0.90 | 224 | 1 | avx2 | compile | 123.5 | 30.1 | **4.11x** (4.02-4.21) | "
+        "2.5e-07, 3.6e-07 |"
+    ) in text
+    assert "torch: 2.14.1; commit: 0123456789ab; uncommitted changes: False" in text
+    assert "masks: synthetic" in text
+    assert "old" not in text and text.count("before\n") == 3
+
+
+def test_layers_of_one_shape_are_summed_but_a_loser_is_not_averaged_away(
+    tables, tmp_path, result
+) -> None:
+    _, text = run(tables, tmp_path, write(tmp_path / "r", one=result))
+    run_name = "global:0.90, 224, 1 t, avx2"
+    assert f"| {run_name} | 64->256 k1 | 56x56 | 2 | 0.500 | 5.00 | 2.00 | 2.50x |" in text
+    assert (
+        f"| {run_name} | 64->256 k1 | 56x56 | 1 | 0.500 | 1.00 | 1.50 | **0.67x loses** |" in text
+    )
+    assert f"| {run_name} | 512->256 k1 | 56x56 | 1 | 0.500 | 4.00 | 1.00 | 4.00x |" in text
+
+
+def test_losing_layers_of_other_runs_are_shown_worst_first_and_the_rest_counted(
+    tables, tmp_path, result
+) -> None:
+    other = copy.deepcopy(result)
+    other["mask"]["label"] = "global:0.80 (synthetic mask)"
+    other["layers"] = [layer(str(i), 1.0, 1.5 + i, cin=64 + i) for i in range(tables.OTHERS + 2)]
+    other["layers"].append(layer("wins", 9.0, 1.0, cin=999))
+    _, text = run(tables, tmp_path, write(tmp_path / "r", a=other, b=result))
+    shown = re.findall(r"\| global:0.80, 224, 1 t, avx2 \| (\d+)->", text)
+    assert shown == [str(64 + i) for i in range(tables.OTHERS + 1, 1, -1)]
+    assert "2 losing rows of further runs are in the JSON files." in text
+    assert text.index("| global:0.80 | 224") < text.index("| global:0.90 | 224")
+
+
+def test_without_results_the_tables_say_so_and_a_second_run_changes_nothing(
+    tables, tmp_path
+) -> None:
+    assert run(tables, tmp_path, tmp_path / "none", "--check")[0] == 1
+    assert (tmp_path / "README.md").read_text() == MARKED
+    code, text = run(tables, tmp_path, tmp_path / "none")
+    assert code == 0 and text.count(tables.EMPTY) == 2
+    assert run(tables, tmp_path, tmp_path / "none", "--check") == (0, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exact": False}, "failed its checks"),
+        ({"failed_checks": ["speed-up 1.00x is below the limit 3x"]}, "failed its checks"),
+        ({"layers": None}, "lacks layers"),
+    ],
+)
+def test_unsound_results_are_refused(tables, tmp_path, result, capsys, change, message) -> None:
+    bad = {k: v for k, v in (result | change).items() if v is not None}
+    code, text = run(tables, tmp_path, write(tmp_path / "r", good=result, bad=bad))
+    assert code == 2 and text == MARKED
+    said = capsys.readouterr().err
+    assert "bad.json" in said and message in said and "Measure it again" in said
+
+
+def test_other_files_and_missing_markers_are_refused(tables, tmp_path, result, capsys) -> None:
+    folder = write(tmp_path / "r", list=[1, 2])
+    assert run(tables, tmp_path, folder)[0] == 2
+    (folder / "list.json").write_text("{")
+    assert run(tables, tmp_path, folder)[0] == 2
+    (folder / "list.json").unlink()
+    (tmp_path / "README.md").write_text(MARKED.replace("<!-- /table:layers -->", ""))
+    assert run(tables, tmp_path, folder)[0] == 2
+    said = capsys.readouterr().err
+    assert "lacks" in said and "not JSON" in said and "<!-- /table:layers --> once" in said
+
+
+def test_the_readme_has_every_environment_variable(tables) -> None:
+    block = README.read_text().split("<!-- table:settings -->")[1].split("<!-- /table")[0]
+    rows = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in block.strip().splitlines()[2:]
+    ]
+    want = [[f"`{r.name}`", r.when, r.default, r.choices, r.doc] for r in settings.table({})]
+    assert rows == want
+
+
+def test_the_generated_tables_are_up_to_date(tables) -> None:
+    assert tables.main(["--check"]) == 0, "type: python benchmarks/report_tables.py"
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    for page in (README, *sorted((ROOT / "docs").glob("*.md"))):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    assert len(README.read_text().splitlines()) < 200
+
+
+def test_files_named_in_the_docs_exist() -> None:
+    for page in (README, *sorted((ROOT / "docs").glob("*.md"))):
+        for name in re.findall(r"`((?:tests|benchmarks|csrc)/[\w/]+\.\w+)`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_commands_in_the_readme_are_understood() -> None:
+    commands = re.findall(r"opentrans (?:info|inspect|plan|accelerate|bench|demo)[^`\n]*",
+                          README.read_text())  # fmt: skip
+    assert len(commands) > 5
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if words == ["bench", "trunk"]:  # the name of the command in a sentence
+            continue
+        build_parser().parse_args(words)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs() -> None:
+    pytest.importorskip("open_clip")
+    code = README.read_text().split("```python\n")[1].split("```")[0]
+    assert sum(bool(line.strip()) for line in code.splitlines()) == 5
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trunk at 224x224:" in done.stdout and "SYNTHETIC" in done.stdout
