@@ -13,6 +13,7 @@ constexpr int kGroup = 4;
 constexpr int64_t kStageReuse = 48;
 // ... and it stays in L2.
 constexpr int64_t kStageFloats = 96 * 1024;
+constexpr int kTileFloats = 10 * 1024;
 constexpr int kMaxSegments = 132;  // 16 lanes x 8 vectors of one-pixel rows, and a margin
 
 struct SubTile {
@@ -51,6 +52,13 @@ int64_t vectors_of(const Run& run, const Isa& isa) {
   return (run.positions + isa.lanes - 1) / isa.lanes;
 }
 
+// Vectors of a sub-tile: narrower ones for wide chunks, so that a chunk's tile stays near L1's
+// size.
+int subtile_vectors(const SparseWeight& w, const Isa& isa) {
+  if (w.kernel != 1) return isa.max_vectors;
+  return std::clamp<int>(kTileFloats / (w.chunk * isa.lanes), 1, isa.max_vectors);
+}
+
 // Sub-tiles copied together, 0 if they are read in place.
 int staged_subtiles(const SparseWeight& w, const Isa& isa) {
   if (w.kernel != 1 || w.nnz < kStageReuse * w.cin) return 0;
@@ -82,7 +90,8 @@ void run_range(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const Isa
   if (w.n_chunks > 1)
     for (float*& p : partial) p = local.take(int64_t{w.row_block} * isa.max_vectors * isa.lanes);
 
-  const int64_t n_sub = (v1 - v0 + isa.max_vectors - 1) / isa.max_vectors;
+  const int tile_vectors = subtile_vectors(w, isa);
+  const int64_t n_sub = (v1 - v0 + tile_vectors - 1) / tile_vectors;
   // Floats between the channels a nonzero's offset steps over.
   const int64_t channel = staged ? (v1 - v0 + n_sub - 1) / n_sub * isa.lanes : run.x_channel;
   SubTile group[kGroup];

@@ -162,6 +162,13 @@ Tensor repacked(const Tensor& t) {
   return copy;
 }
 
+// A nonzero's offset is 32 bits wide: the channels of a chunk must lie within 4 GB.
+bool reachable(const otk::Planes& p, const otk::SparseWeight& w) {
+  const int64_t border = 2 * w.padding + w.kernel;
+  const int64_t floats = std::max(p.plane_stride, (p.h + border) * (p.w + border));
+  return floats * w.chunk < int64_t{1} << 30;
+}
+
 Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& values,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                      int64_t cout, int64_t kernel, int64_t stride, int64_t padding, bool relu) {
@@ -171,12 +178,19 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& val
   STD_TORCH_CHECK(
       w.cout == cout && w.kernel == kernel && w.stride == stride && w.padding == padding, op,
       ": cout, kernel, stride, padding do not match the packed structure");
-  const otk::Planes in = planes(op, "x", x);
+  otk::Planes in = planes(op, "x", x);
   STD_TORCH_CHECK(in.c == w.cin, op, ": x has ", in.c, " channels, the weight expects ", w.cin);
   const int64_t h = (in.h + 2 * padding - kernel) / stride + 1;
   const int64_t width = (in.w + 2 * padding - kernel) / stride + 1;
   STD_TORCH_CHECK(in.h + 2 * padding >= kernel && in.w + 2 * padding >= kernel, op, ": input ",
                   in.h, "x", in.w, " is smaller than the ", kernel, "x", kernel, " kernel");
+  std::optional<Tensor> packed;
+  if (!reachable(in, w)) {  // a view with far-apart planes, unless the image itself is too large
+    packed = repacked(x);
+    in = planes(op, "x", *packed);
+    STD_TORCH_CHECK(reachable(in, w), op, ": an image of ", in.h, "x", in.w,
+                    " is too large; split it into tiles");
+  }
   Tensor out = new_planes(x, in.n, cout, h, width);
   const otk::Planes result = planes(op, "out", out);
   otk::Planes extra{};
@@ -205,6 +219,8 @@ Tensor sparse_conv2d_wgrad(const Tensor& x, const Tensor& grad_out, const Tensor
                       grad.h == (in.h + 2 * w.padding - w.kernel) / w.stride + 1 &&
                       grad.w == (in.w + 2 * w.padding - w.kernel) / w.stride + 1,
                   op, ": x and grad_out do not fit the packed convolution");
+  STD_TORCH_CHECK(reachable(in, w), op, ": an image of ", in.h, "x", in.w,
+                  " is too large; split it into tiles");
   Tensor out = torch::stable::empty_like(values);
   otk::sparse_conv2d_wgrad(w, in, grad, out.mutable_data_ptr<float>(), parallel());
   return out;
@@ -241,10 +257,12 @@ Tensor sparse_bottleneck(const Tensor& x, const Tensor& s1, const Tensor& v1, co
                   ": pool ", pool, " and down_pool ", down_pool, " give different output sizes");
   Tensor out = new_planes(x, in.n, cout, in.h / pool, in.w / pool);
   std::optional<Tensor> copy;
-  if (!whole_vectors(in)) {
+  if (!whole_vectors(in) || !reachable(in, block.c1)) {
     copy = repacked(x);
     in = planes(op, "x", *copy);
   }
+  STD_TORCH_CHECK(reachable(in, block.c1) && reachable(in, block.c2), op, ": an image of ", in.h,
+                  "x", in.w, " is too large; split it into tiles");
   otk::sparse_bottleneck(block, in, planes(op, "out", out), parallel());
   return out;
 }
