@@ -215,17 +215,17 @@ def test_a_weight_without_channels_is_refused_with_the_fix(shape: tuple[int, ...
 
 @pytest.mark.parametrize(
     ("kernel", "density", "chunk"),
-    [(1, 0.02, 64), (1, 0.5, 64), (2, 0.1, 64), (3, 0.04, 64), (3, 0.1, 32), (5, 0.1, 23),
+    [(1, 0.02, 128), (1, 0.5, 64), (2, 0.1, 64), (3, 0.04, 64), (3, 0.1, 32), (5, 0.1, 23),
      (7, 0.02, 11), (25, 0.1, 1)],
 )  # fmt: skip
 def test_chunks_hold_at_most_as_many_codes_as_a_3x3s(
     kernel: int, density: float, chunk: int
 ) -> None:
-    weight = masked_weight(16, 80, kernel, density, holes=False)
+    weight = masked_weight(16, 200, kernel, density, holes=False)
     header = read_header(SparseWeight.from_dense(weight).structure.numpy())
     assert header.chunk == chunk
     assert chunk == 1 or chunk * kernel**2 <= 576
-    assert header[:2] == (80, 16) and header.n_chunks == -(-80 // chunk)
+    assert header[:2] == (200, 16) and header.n_chunks == -(-200 // chunk)
 
 
 @pytest.mark.parametrize("density", DENSITIES)

@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Layout of the structure tensor (int32); opentrans_kernels/pack.py writes it.
+// Layout of the structure tensor (int32); opentrans_kernels/pack/layout.py writes it.
 enum Header {
   kMagic,
   kVersion,
@@ -238,6 +238,8 @@ Tensor sparse_bottleneck(const Tensor& x, const Tensor& s1, const Tensor& v1, co
   block.c2 = read_weight(op, s2, v2, b2);
   block.c3 = read_weight(op, s3, v3, b3);
   block.has_down = sd.has_value();
+  STD_TORCH_CHECK(sd.has_value() == vd.has_value(), op,
+                  ": the shortcut needs both its structure and its values");
   if (sd) block.down = read_weight(op, *sd, *vd, bd);
   block.pool = static_cast<int>(pool);
   block.down_pool = static_cast<int>(down_pool);
@@ -255,6 +257,8 @@ Tensor sparse_bottleneck(const Tensor& x, const Tensor& s1, const Tensor& v1, co
                   op, ": channel counts of x and the convolutions do not chain");
   STD_TORCH_CHECK(pool >= 1 && down_pool >= 1 && (sd ? pool == down_pool : pool == 1), op,
                   ": pool ", pool, " and down_pool ", down_pool, " give different output sizes");
+  STD_TORCH_CHECK(in.h >= pool && in.w >= pool, op, ": the image ", in.h, "x", in.w,
+                  " is too small for a ", pool, "x", pool, " window");
   Tensor out = new_planes(x, in.n, cout, in.h / pool, in.w / pool);
   std::optional<Tensor> copy;
   if (!whole_vectors(in) || !reachable(in, block.c1)) {
@@ -277,6 +281,8 @@ Tensor avg_pool2d(const Tensor& x, int64_t k) {
     copy = repacked(x);
     in = planes(op, "x", *copy);
   }
+  STD_TORCH_CHECK(in.h >= k && in.w >= k, op, ": the image ", in.h, "x", in.w,
+                  " is too small for a ", k, "x", k, " window");
   Tensor out = new_planes(x, in.n, in.c, in.h / k, in.w / k);
   otk::avg_pool2d(in, planes(op, "out", out), static_cast<int>(k), parallel());
   return out;
