@@ -30,6 +30,9 @@ _EXPORTS = {
     "Report": "accelerate",
     "accelerate": "accelerate",
     "restore": "accelerate",
+    "load_accelerated": "checkpoint",
+    "save_accelerated": "checkpoint",
+    "SparseConv2d": "nn",
     "SparseWeight": "pack",
     "backends": "dispatch",
     "explain": "dispatch",
@@ -51,6 +54,8 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .accelerate import Report as Report
     from .accelerate import accelerate as accelerate
     from .accelerate import restore as restore
+    from .checkpoint import load_accelerated as load_accelerated
+    from .checkpoint import save_accelerated as save_accelerated
     from .dispatch import backends as backends
     from .dispatch import explain as explain
     from .errors import BuildMismatch as BuildMismatch
@@ -62,6 +67,7 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .masks import MaskSet as MaskSet
     from .masks import load_masks as load_masks
+    from .nn import SparseConv2d as SparseConv2d
     from .ops import release_memory as release_memory
     from .ops import sparse_bottleneck as sparse_bottleneck
     from .ops import sparse_conv2d as sparse_conv2d
