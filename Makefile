@@ -46,7 +46,7 @@ test-all: .venv/.built
 	$(BIN)/python -m pytest -q -rs tests
 
 demo: .venv/.built
-	$(BIN)/python -m opentrans.demo
+	$(BIN)/opentrans demo
 
 bench: .venv/.built
 	$(BIN)/opentrans bench trunk --mask global:0.90 --size 224 --threads $(THREADS)

@@ -1,4 +1,4 @@
-"""The training layer of OpenTrans, above the kernels; ``python -m opentrans.demo`` runs the demo.
+"""The training layer of OpenTrans, above the kernels.
 
 Importing this package imports neither torch nor the kernels.
 """

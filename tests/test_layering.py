@@ -18,14 +18,14 @@ FLOORS = (
     ("errors", "settings", "native"),
     ("masks", "synthetic", "topology"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
-    ("plan", "nn"),
+    ("plan", "nn", "spectrum"),
     ("accelerate", "checkpoint"),
     ("bench",),
-    ("report", "cli"),
     ("opentrans",),
+    ("report", "cli"),
 )
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-MAY_PRINT = ("opentrans_kernels/cli/", "opentrans/demo.py", "tests/", "benchmarks/")
+MAY_PRINT = ("opentrans_kernels/cli/", "tests/", "benchmarks/")
 LONGEST = 400
 
 LIBRARY = sorted(path for name in (PACKAGE, "opentrans") for path in (ROOT / name).rglob("*.py"))

@@ -186,7 +186,7 @@ def test_make_installs_builds_and_runs_from_nothing(tree: Path, target: str) -> 
     done = run(["make", "-n", target], tree)
     assert done.returncode == 0, done.stdout
     steps = ("-m venv .venv", "-r requirements.txt -c constraints.txt", "--no-deps -e .")
-    steps += ({"demo": "-m opentrans.demo", "test": '-m "not slow" tests'}[target],)
+    steps += ({"demo": "opentrans demo", "test": '-m "not slow" tests'}[target],)
     at = [done.stdout.find(step) for step in steps]
     assert -1 not in at and at == sorted(at), done.stdout
 
