@@ -1,11 +1,9 @@
 // A residual bottleneck over bands of rows: the intermediates of a band stay in scratch small
-// enough for L2, conv1 writes straight into the zero-padded grid that the 3x3 reads, and only the
-// block's output goes to memory.
+// enough for L2, and only the block's output goes to memory.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
 
-#include "grid.h"
 #include "isa.h"
 #include "run.h"
 #include "scratch.h"
@@ -14,26 +12,25 @@ namespace otk {
 namespace {
 
 // Scratch that a band's intermediates should stay under.
-constexpr int64_t kBandFloats = 96 * 1024;
+constexpr int64_t kBandFloats = 448 * 1024;
 
 struct Plan {
   const Bottleneck& block;
   const Planes &x, &out;
   const Isa& isa;
-  Grid grid;
 
   int conv_rows(int out_rows) const { return out_rows * block.pool; }
-  int64_t grid_channel(int out_rows) const {
-    return grid.channel_floats(conv_rows(out_rows), isa.lanes);
+  // conv1's planes have a row above and below the band, and start at a whole cache line of x.
+  int64_t c1_channel(int out_rows) const {
+    return plane_stride(15 + int64_t{conv_rows(out_rows) + 2} * x.w);
   }
   int64_t mid_channel(int out_rows) const {
     return plane_stride(int64_t{conv_rows(out_rows)} * x.w);
   }
   int64_t pooled_channel(int out_rows) const { return plane_stride(int64_t{out_rows} * out.w); }
   int64_t floats(int out_rows) const {
-    int64_t total = Arena::rounded(grid_channel(out_rows) * block.c1.cout) +
-                    Arena::rounded(mid_channel(out_rows) * block.c2.cout) +
-                    Arena::rounded(int64_t{block.c2.chunk} * 9);
+    int64_t total = Arena::rounded(c1_channel(out_rows) * block.c1.cout) +
+                    Arena::rounded(mid_channel(out_rows) * block.c2.cout);
     if (block.pool > 1) total += Arena::rounded(pooled_channel(out_rows) * block.c2.cout);
     if (block.down_pool > 1) total += Arena::rounded(pooled_channel(out_rows) * x.c);
     return total;
@@ -70,51 +67,36 @@ void band(const Plan& plan, int n, int o0, int o1, Arena& arena, Execute&& execu
   const Planes &x = plan.x, &out = plan.out;
   const Isa& isa = plan.isa;
   const int width = x.w, rows = plan.conv_rows(o1 - o0), r0 = o0 * block.pool, r1 = r0 + rows;
-  const int64_t grid_channel = plan.grid_channel(o1 - o0);
+  const int64_t c1_channel = plan.c1_channel(o1 - o0);
   const int64_t mid_channel = plan.mid_channel(o1 - o0);
-  float* grid = arena.take(grid_channel * block.c1.cout);
+  float* c1_out = arena.take(c1_channel * block.c1.cout);
   float* mid = arena.take(mid_channel * block.c2.cout);
-  auto* taps = reinterpret_cast<uint32_t*>(arena.take(int64_t{block.c2.chunk} * 9));
-  plan.grid.tap_bytes(block.c2.chunk, rows, isa.lanes, taps);
   const float* image = x.data + n * x.batch_stride;
-  const int grid_row = plan.grid.row;  // width + 1; column 0 is the zero between two rows
 
   // conv1 on the band and one row above and below, those inside the image.
   const int first = std::max(0, r0 - 1), last = std::min(x.h, r1 + 1);
   const int64_t begin = int64_t{first} * width / 16 * 16;  // whole vectors from an aligned start
-  each(block.c1.cout, [&](int64_t c) {
-    float* g = grid + c * grid_channel;
-    for (int r = 0; r < rows + 2; ++r) {
-      const int y = r0 - 1 + r;
-      if (y < 0 || y >= x.h)
-        std::memset(g + int64_t{r} * grid_row, 0, sizeof(float) * grid_row);
-      else
-        g[int64_t{r} * grid_row] = 0.f;
-    }
-    float* tail = g + int64_t{rows + 2} * grid_row;
-    std::memset(tail, 0, sizeof(float) * (grid_channel - (tail - g)));
-  });
+  const int64_t skip = int64_t{first} * width - begin;
   Run run{};
   run.w = &block.c1;
   run.x = image + begin;
   run.x_channel = x.plane_stride;
-  run.skip = static_cast<int>(int64_t{first} * width - begin);
-  run.positions = run.skip + int64_t{last - first} * width;
-  run.src_row = run.valid = width;
-  run.out = grid + int64_t{first - (r0 - 1)} * grid_row + 1;
-  run.out_channel = grid_channel;
-  run.dst_row = grid_row;
+  run.positions = skip + int64_t{last - first} * width;
+  run.out = c1_out;
+  run.out_channel = c1_channel;
   run.relu = true;
   execute(run);
 
+  Window window(block.c2, x.h, width, r0, r1, isa);
+  window.y0 = first;
+  window.y1 = last;
+  window.readable = c1_out;
+  window.readable_end = c1_out + c1_channel * block.c1.cout;
   run = {};
   run.w = &block.c2;
-  run.x = grid;
-  run.x_channel = grid_channel;
-  run.tap_bytes = taps;
-  run.positions = plan.grid.positions(rows);
-  run.src_row = grid_row;
-  run.valid = run.dst_row = width;
+  run.x = c1_out + skip;
+  run.x_channel = c1_channel;
+  run.window = &window;
   run.out = mid;
   run.out_channel = mid_channel;
   run.relu = true;
@@ -180,21 +162,20 @@ void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& o
                        const Parallel& par) {
   const Isa& isa = *active_isa();
   if (x.n == 0 || out.h <= 0 || out.w <= 0) return;
-  const Plan plan{block, x, out, isa, Grid(block.c2, x.h, x.w)};
-  // A band starts on a whole vector of every plane it stores to.
-  const int step = 16 / std::gcd(16, out.w);
-  int rows = step;
-  while (rows < out.h && plan.floats(std::min(rows + step, out.h)) <= kBandFloats) rows += step;
+  const Plan plan{block, x, out, isa};
+  // A band starts on a whole vector of every plane it stores to, and holds whole tiles of conv2.
+  const int align = 16 / std::gcd(16, out.w);
+  const int step = std::lcm(align, std::max(1, isa.max_vectors / block.pool));
+  int rows = align;
+  while (rows < out.h && plan.floats(std::min(rows + align, out.h)) <= kBandFloats) rows += align;
+  if (rows > step) rows -= rows % step;
   if (par.threads > 1) {
     const int64_t want = (int64_t{4} * par.threads + x.n - 1) / x.n;
     const int64_t fine = std::max<int64_t>(out.h / want, 4);
-    rows = std::min<int>(rows, static_cast<int>((fine + step - 1) / step * step));
+    rows = std::min<int>(rows, static_cast<int>((fine + align - 1) / align * align));
   }
   rows = std::min(rows, out.h);
   const int64_t bands = (out.h + rows - 1) / rows;
-  const int64_t local_floats =
-      std::max({run_scratch(block.c1, isa), run_scratch(block.c2, isa), run_scratch(block.c3, isa),
-                block.has_down ? run_scratch(block.down, isa) : 0});
 
   if (par.threads <= 1 || x.n * bands >= 2 * par.threads) {
     parallel_for(par, x.n * bands, [&](int64_t begin, int64_t end) {
@@ -205,8 +186,8 @@ void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& o
         band(
             plan, static_cast<int>(u / bands), o0, o1, scratch.shared,
             [&](const Run& run) {
-              scratch.local.reset(local_floats);
-              run_range(run, 0, vectors_of(run, isa), 0, run.w->n_row_blocks, isa, scratch.local);
+              scratch.local.reset(run_scratch(run, isa));
+              run_range(run, 0, units_of(run, isa), 0, run.w->n_row_blocks, isa, scratch.local);
             },
             [](int64_t count, auto&& body) {
               for (int64_t i = 0; i < count; ++i) body(i);

@@ -7,13 +7,6 @@
 
 namespace otk {
 
-// A piece of one image row inside a sub-tile: `len` floats at `src` (offset in the sub-tile) go to
-// `dst` (offset from the start of the output plane).
-struct Segment {
-  int32_t src, len;
-  int64_t dst;
-};
-
 // One sub-tile (`vectors` vectors of pixels) of one (row block, chunk).
 struct TileArgs {
   const float* x;  // first channel of the chunk, first pixel of the sub-tile
@@ -27,10 +20,30 @@ struct TileArgs {
   int64_t out_stride;     // floats between output planes
   const float* residual;  // as out, or null
   int64_t residual_stride;
-  const Segment* segments;  // null: store whole vectors at out
-  int32_t n_segments;
+  // 0: vectors follow each other in out, `exact` floats of them (0: all, `out` has room for whole
+  // ones). Else a tile of a window: floats between output rows, and what of the vectors is valid.
+  int64_t out_row;
+  int32_t piece, rows, cols;
+  int32_t exact;
   bool relu;
   int32_t vectors;
+};
+
+// Copies the input of one tile of a window; see window.h.
+struct StageArgs {
+  const float* x;  // pixel (y0, 0) of the first channel
+  int64_t x_channel;
+  int32_t channels;
+  int64_t row_stride, col_stride;
+  const float *readable, *readable_end;
+  int32_t y0, y1, w;
+  int32_t iy, ix;  // input pixel of the tile's first tap
+  int32_t kernel, stride, phases;
+  int32_t vectors;  // per run
+  int32_t pitch;    // vectors between runs
+  int32_t piece;
+  int32_t piece_rows;  // input rows between pieces
+  float* dst;
 };
 
 // Gradient of the nonzeros of one (row block, chunk) over one sub-tile.
@@ -39,9 +52,9 @@ struct GradArgs {
   const uint32_t* entries;
   int32_t n_entries;
   const uint32_t* offsets;
-  const float* grad_out;  // plane of the block's first row, first pixel of the sub-tile
-  int64_t grad_stride;
-  float* grad_values;  // of the block's first nonzero
+  const float* grad_out;  // tile of the block's first row
+  int64_t grad_stride;    // floats between rows' tiles
+  float* grad_values;     // of the block's first nonzero
   int32_t vectors;
 };
 
@@ -54,9 +67,11 @@ struct Isa {
   // offsets[i] = tap_bytes[codes[i]], or codes[i] * channel_bytes if tap_bytes is null.
   void (*decode)(const uint16_t* codes, int64_t n, const uint32_t* tap_bytes,
                  uint32_t channel_bytes, uint32_t* offsets);
-  // Copies `floats` floats (whole vectors) of each channel.
-  void (*gather)(const float* src, int64_t src_stride, int channels, int64_t floats, float* dst,
-                 int64_t dst_stride);
+  // Copies neighbouring sub-tiles of each channel: sub-tile i has vectors[i] vectors and goes to
+  // dst + i * dst_tile.
+  void (*gather)(const float* src, int64_t src_stride, int channels, const int* vectors, int tiles,
+                 float* dst, int64_t dst_stride, int64_t dst_tile);
+  void (*stage)(const StageArgs&);
   void (*pool2)(const float* row0, const float* row1, float* out, int64_t n);
 };
 

@@ -1,23 +1,16 @@
 // Memory of large outputs: kept for the next call instead of being returned to the system, and on
 // huge pages. A fresh 4 KB page costs a fault and its clearing (15 % of a trunk's time when
-// measured), and a tile spread over hundreds of channels needs more 4 KB pages than the TLB holds.
+// measured).
 #include <algorithm>
-#include <cstdlib>
 #include <map>
 #include <mutex>
-#include <new>
 #include <unordered_map>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../otk.h"
+#include "pages.h"
 
 namespace otk {
 namespace {
-
-constexpr size_t kHuge = size_t{1} << 21;
 
 struct Pool {
   std::mutex mutex;
@@ -35,7 +28,7 @@ Pool& pool() {
 }  // namespace
 
 void* pool_take(int64_t bytes) {
-  const size_t size = (static_cast<size_t>(bytes) + kHuge - 1) / kHuge * kHuge;
+  const size_t size = (static_cast<size_t>(bytes) + kHugePage - 1) / kHugePage * kHugePage;
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
   // The smallest idle block that fits without wasting more than half of it.
@@ -48,11 +41,7 @@ void* pool_take(int64_t bytes) {
     p.idle.erase(found);
     p.idle_bytes -= got;
   } else {
-    block = std::aligned_alloc(kHuge, size);
-    if (!block) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    madvise(block, size, MADV_HUGEPAGE);  // a hint; refusal is fine
-#endif
+    block = pages_take(size);
   }
   p.in_use[block] = got;
   p.used_bytes += got;
@@ -73,7 +62,7 @@ void pool_give(void* block) {
   while (!p.idle.empty() && p.used_bytes + p.idle_bytes > p.peak_bytes) {
     const auto last = std::prev(p.idle.end());
     p.idle_bytes -= last->first;
-    std::free(last->second);
+    pages_give(last->second, last->first);
     p.idle.erase(last);
   }
 }
@@ -87,7 +76,7 @@ int64_t pool_bytes() {
 void pool_trim() {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
-  for (const auto& [size, block] : p.idle) std::free(block);
+  for (const auto& [size, block] : p.idle) pages_give(block, size);
   p.idle.clear();
   p.idle_bytes = 0;
   p.peak_bytes = p.used_bytes;

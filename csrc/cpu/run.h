@@ -1,4 +1,4 @@
-// A convolution on prepared planes: which sub-tiles, row blocks and chunks are run in which order.
+// A convolution on prepared planes: which tiles, row blocks and chunks are run in which order.
 #pragma once
 
 #include <atomic>
@@ -9,37 +9,37 @@
 #include "../otk.h"
 #include "isa.h"
 #include "scratch.h"
+#include "window.h"
 
 namespace otk {
 
-// The source is a flat run of `positions` floats per channel: rows of `src_row` floats, of which
-// the first `valid` are pixels. Position p lies in row (p - skip) / src_row; positions before
-// `skip` are not pixels.
+// With a window, tiles of it; without, a 1x1 that reads whole vectors of the planes where they are
+// and writes them at the same positions.
 struct Run {
   const SparseWeight* w;
-  const float* x;             // channel 0, position 0
-  int64_t x_channel;          // floats between channels
-  const uint32_t* tap_bytes;  // kernel > 1: byte offset by code
-  int64_t positions;
-  int skip, src_row, valid;
-  float* out;  // plane of output row 0
+  const float* x;     // channel 0, position 0; with a window its pixel (y0, 0)
+  int64_t x_channel;  // floats between channels
+  const Window* window;
+  int64_t positions;  // floats per channel, without a window
+  bool exact;         // touch no more than `positions` floats of a residual or output plane
+  float* out;         // plane of output row 0, at the first position or the window's row0
   int64_t out_channel;
   const float* residual;  // planes like out, or null
   int64_t residual_channel;
-  int dst_row;  // floats between rows of out; 0: whole vectors are stored at the same positions
   bool relu;
 };
 
-int64_t vectors_of(const Run& run, const Isa& isa);
+// What a run is cut into: vectors, or tiles of the window.
+int64_t units_of(const Run& run, const Isa& isa);
 
 // Floats of `local` scratch that run_range takes.
-int64_t run_scratch(const SparseWeight& w, const Isa& isa);
+int64_t run_scratch(const Run& run, const Isa& isa);
 
-// Vectors [v0, v1) of row blocks [b0, b1).
-void run_range(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const Isa& isa,
+// Units [u0, u1) of row blocks [b0, b1).
+void run_range(const Run& run, int64_t u0, int64_t u1, int b0, int b1, const Isa& isa,
                Arena& local);
 
-// All of it, split over row blocks and vectors.
+// All of it, split over row blocks and units.
 void run_parallel(const Run& run, const Isa& isa, const Parallel& par);
 
 // Calls body(begin, end) over [0, n) through `par`. No exception crosses the callback: running out

@@ -4,43 +4,40 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../otk.h"
+#include "pages.h"
 
 namespace otk {
 namespace {
 
-constexpr int64_t kHuge = int64_t{1} << 21;
 std::atomic<int64_t> held{0};
 
 }  // namespace
 
-Arena::~Arena() {
+Arena::~Arena() { release(); }
+
+void Arena::release() {
   held -= capacity_ * 4;
-  std::free(base_);
+  if (pages_)
+    pages_give(base_, static_cast<size_t>(capacity_) * 4);
+  else
+    std::free(base_);
+  base_ = nullptr;
+  capacity_ = 0;
 }
 
 void Arena::reset(int64_t floats) {
   used_ = 0;
   if (floats <= capacity_) return;
-  held -= capacity_ * 4;
-  std::free(base_);
-  base_ = nullptr;
-  capacity_ = 0;
-  const bool huge = floats * 4 >= kHuge / 2;
-  const int64_t unit = huge ? kHuge : 4096;
-  const int64_t bytes = (floats * 4 + unit - 1) / unit * unit;
-  void* block = std::aligned_alloc(static_cast<size_t>(unit), static_cast<size_t>(bytes));
+  release();
+  pages_ = floats * 4 >= static_cast<int64_t>(kHugePage / 2);
+  const size_t unit = pages_ ? kHugePage : 4096;
+  const size_t bytes = (static_cast<size_t>(floats) * 4 + unit - 1) / unit * unit;
+  void* block = pages_ ? pages_take(bytes) : std::aligned_alloc(unit, bytes);
   if (!block) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (huge) madvise(block, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a hint; refusal is fine
-#endif
   base_ = static_cast<float*>(block);
-  capacity_ = bytes / 4;
-  held += bytes;
+  capacity_ = static_cast<int64_t>(bytes / 4);
+  held += capacity_ * 4;
 }
 
 float* Arena::take(int64_t floats) {

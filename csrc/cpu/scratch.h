@@ -1,6 +1,5 @@
 // Per-thread scratch memory: one block that grows to the largest request and is handed out from the
-// front. Blocks of 1 MB and more sit on huge pages where the system offers them, so that a tile
-// spread over hundreds of channels needs a handful of TLB entries.
+// front. Blocks of 1 MB and more sit on huge pages (pages.h).
 #pragma once
 
 #include <cstdint>
@@ -21,8 +20,11 @@ class Arena {
   static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
  private:
+  void release();
+
   float* base_ = nullptr;
   int64_t capacity_ = 0, used_ = 0;
+  bool pages_ = false;
 };
 
 // `local` belongs to the unit of work a thread is in; `shared` to the call it started.

@@ -17,11 +17,11 @@ _MAGIC, _VERSION = 0x4B544F50, 1
 _HEADER = 13  # int32 words; the order of csrc/torch/bind_cpu.cpp
 _FIRST, _LAST, _COUNT_SHIFT = 1 << 30, 1 << 31, 16
 _MAX_COUNT = 0x3FFF  # nonzeros of one (row, chunk)
-# By taps: (density, channels per chunk below it, channels from it on). A chunk's tile should stay
-# in L1 (a 3x3 reads two more rows per channel), but rows of a few nonzeros cost more in loop starts
-# and partial sums than a wider chunk does in cache misses.
-_CHUNK = {1: (0.08, 128, 64), 9: (0.06, 64, 32)}
-_CHUNK_OTHER = (0.0, 64, 64)
+# By taps: channels per chunk from each density on. A chunk's tile should stay in L1 (that of a 3x3
+# holds three shifted copies), but rows of a few nonzeros cost more in loop starts and partial sums
+# than a wider chunk does in cache misses.
+_CHUNK = {1: ((0.08, 64), (0.0, 128)), 9: ((0.06, 16), (0.03, 24), (0.0, 48))}
+_CHUNK_OTHER = ((0.0, 64),)
 # Codes of a chunk, 64 channels of a 3x3. Wider windows get fewer channels: their tiles are larger,
 # and shorter sums between two roundings of a partial sum are more accurate.
 _CHUNK_CODES = 576
@@ -99,8 +99,8 @@ def assemble(
 
 
 def _default_chunk(dense: np.ndarray, taps: int) -> int:
-    limit, sparse, dense_enough = _CHUNK.get(taps, _CHUNK_OTHER)
-    chunk = sparse if np.count_nonzero(dense) < limit * dense.size else dense_enough
+    density = np.count_nonzero(dense) / dense.size
+    chunk = next(c for limit, c in _CHUNK.get(taps, _CHUNK_OTHER) if density >= limit)
     return min(chunk, _CHUNK_CODES // taps)
 
 

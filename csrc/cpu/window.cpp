@@ -1,0 +1,97 @@
+#include "window.h"
+
+#include <algorithm>
+
+namespace otk {
+namespace {
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Vectors that rows x columns take in pieces of `piece` pixels.
+
+int64_t cost(int rows, int columns, int piece, const Isa& isa) {
+  const int pieces = isa.lanes / piece, tallest = isa.max_vectors * pieces;
+  const int tiles = std::max(1, ceil_div(rows, tallest));
+  return int64_t{ceil_div(columns, piece)} * tiles * ceil_div(ceil_div(rows, tiles), pieces);
+}
+
+}  // namespace
+
+Window::Window(const SparseWeight& weight, int h, int w_, int first, int last, const Isa& isa)
+    : kernel(weight.kernel),
+      stride(weight.stride),
+      padding(weight.padding),
+      lanes(isa.lanes),
+      w(w_),
+      row0(first),
+      row1(last),
+      y0(0),
+      y1(h),
+      row_stride(w_),
+      col_stride(1),
+      readable(nullptr),
+      readable_end(nullptr),
+      out_row(0) {
+  out_w = (w + 2 * padding - kernel) / stride + 1;
+  reach = (kernel - 1) / stride;
+  phases = std::min(kernel, stride);
+  out_row = out_w;
+  // Shorter pieces waste fewer lanes on narrow images, but take more moves: they must save a tenth.
+  const int rows = row1 - row0;
+  piece = lanes;
+  for (int p = lanes / 2; p >= 4; p /= 2)
+    if (10 * cost(rows, out_w, p, isa) < 9 * cost(rows, out_w, piece, isa)) piece = p;
+  pieces = lanes / piece;
+  strips = ceil_div(out_w, piece);
+  row_tiles = std::max(1, ceil_div(rows, isa.max_vectors * pieces));
+  pitch = ceil_div(ceil_div(rows, row_tiles), pieces);
+}
+
+Window::Tile Window::tile(int64_t i) const {
+  const int strip = static_cast<int>(i % strips), r = static_cast<int>(i / strips);
+  const int64_t rows = row1 - row0;
+  Tile t;
+  t.row = row0 + static_cast<int>(rows * r / row_tiles);
+  t.rows = row0 + static_cast<int>(rows * (r + 1) / row_tiles) - t.row;
+  t.col = strip * piece;
+  t.cols = std::min(piece, out_w - t.col);
+  t.vectors = ceil_div(t.rows, pieces);
+  return t;
+}
+
+void Window::tap_bytes(int chunk, uint32_t* table) const {
+  for (int c = 0; c < chunk; ++c)
+    for (int ky = 0; ky < kernel; ++ky)
+      for (int kx = 0; kx < kernel; ++kx) {
+        const int64_t run = int64_t{c} * kernel * phases + kx * phases + ky % stride;
+        *table++ = static_cast<uint32_t>(4 * lanes * (run * (pitch + reach) + ky / stride));
+      }
+}
+
+void Window::stage(const Isa& isa, const Tile& t, const float* x, int64_t x_channel, int channels,
+                   float* dst) const {
+  StageArgs a{};
+  a.x = x;
+  a.x_channel = x_channel;
+  a.channels = channels;
+  a.row_stride = row_stride;
+  a.col_stride = col_stride;
+  a.readable = readable;
+  a.readable_end = readable_end;
+  a.y0 = y0;
+  a.y1 = y1;
+  a.w = w;
+  a.iy = t.row * stride - padding;
+  a.ix = t.col * stride - padding;
+  a.kernel = kernel;
+  a.stride = stride;
+  a.phases = phases;
+  a.vectors = t.vectors + reach;
+  a.pitch = pitch + reach;
+  a.piece = piece;
+  a.piece_rows = t.vectors * stride;
+  a.dst = dst;
+  isa.stage(a);
+}
+
+}  // namespace otk
