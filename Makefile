@@ -8,7 +8,7 @@ CXX_SOURCES := $(filter %.h %.inc %.cpp,$(SOURCES))
 THREADS     ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test test-all demo bench lint format clang-format type wheel clean clean-venv
+.PHONY: help dev test test-all demo bench gpu lint format clang-format type wheel clean clean-venv
 
 help:
 	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-all      the slow tests too"
 	@echo "make dev           install and build only (editable)"
 	@echo "make bench         time the RN50 trunk: dense variants against accelerated (THREADS=1)"
+	@echo "make gpu           check and time everything for a GPU, < 9 minutes; needs torch and triton only"
 	@echo "make lint          ruff check, ruff format --check, clang-format --dry-run if present"
 	@echo "make format        ruff and clang-format, in place"
 	@echo "make type          mypy, if installed"
@@ -50,6 +51,11 @@ demo: .venv/.built
 
 bench: .venv/.built
 	$(BIN)/opentrans bench trunk --mask global:0.90 --size 224 --threads $(THREADS)
+
+# No network, no build: runs from the tree with a Python that has torch for CUDA. GPU_PYTHON=...
+GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu/run.py $(GPU_ARGS)
 
 lint: .venv/.deps
 	$(BIN)/ruff check .

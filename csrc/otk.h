@@ -85,6 +85,32 @@ void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& o
 // are dropped, as AvgPool2d(k) does.
 void avg_pool2d(const Planes& x, const Planes& out, int k, const Parallel& par);
 
+// Rows of `length` dense floats: row (i, j) starts at data[i * outer_stride + j * inner_stride].
+// Behind each of them lie `padding` floats that belong to nobody.
+struct Rows {
+  float* data;
+  int64_t outer, inner, outer_stride, inner_stride, length, padding;
+};
+
+// z = relu(z + residual) in place; residual may be null. NaN stays NaN. Bit e % 8 of byte e / 8 of
+// a row of bits is set where element e passes its gradient on: not (z <= 0). Every row of bits
+// starts at a whole byte, rows in the order (i, j).
+void relu_bits(const Rows& z, const Rows* residual, uint8_t* bits, const Parallel& par);
+
+// out = grad where the bit is set, 0 elsewhere (selected, not multiplied). out may be grad. The
+// padding of out is set to 0.
+void relu_bits_backward(const Rows& grad, const uint8_t* bits, const Rows& out,
+                        const Parallel& par);
+
+// Power-law fits of `layers` ascending positive spectra x[offsets[i] .. offsets[i + 1]). Of the
+// starts first[i] <= start < last[i] the one with the smallest KS distance is taken, the first of
+// equals: out[3 * i ..] = start inside the spectrum, alpha, distance; -1, NaN, 1 for an empty
+// window. samples: offsets in the lower bound of a candidate, 0 scans every pair; block: offsets
+// that share an upper bound. Both change the time only.
+void powerlaw_fit(const double* x, const int64_t* offsets, const int64_t* first,
+                  const int64_t* last, int64_t layers, int samples, int block, double* out,
+                  const Parallel& par);
+
 // The instruction set in use ("avx512", "avx2", "neon", "generic"). Chosen once, from the CPU and
 // OPENTRANS_CPU_CAPABILITY. Returns null if the forced one is unknown or not supported here, with
 // the reason in *why.

@@ -32,6 +32,8 @@ _EXPORTS = {
     "restore": "accelerate",
     "load_accelerated": "checkpoint",
     "save_accelerated": "checkpoint",
+    "AlphaTable": "spectrum",
+    "estimate_alpha": "spectrum",
     "SparseConv2d": "nn",
     "SparseWeight": "pack",
     "backends": "dispatch",
@@ -74,6 +76,8 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .pack import SparseWeight as SparseWeight
     from .plan import Plan as Plan
     from .plan import make_plan as make_plan
+    from .spectrum import AlphaTable as AlphaTable
+    from .spectrum import estimate_alpha as estimate_alpha
 
 
 def __getattr__(name: str) -> Any:

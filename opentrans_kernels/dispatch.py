@@ -4,13 +4,15 @@ Rows are data. Kernels are named as ``module:function`` strings and imported whe
 importing this module loads no kernel. Tests, benchmarks, ``opentrans info`` and the docs iterate
 over :data:`TABLE`.
 
-Where the compiled extension is missing the reference serves, and says so: one logged warning per
-op, or :class:`~opentrans_kernels.errors.KernelUnavailable` under ``OPENTRANS_STRICT=1``.
+Where the compiled extension, or triton, is missing the reference serves, and says so: one logged
+warning per op, or :class:`~opentrans_kernels.errors.KernelUnavailable` under
+``OPENTRANS_STRICT=1``.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ class Row:
         device: device type whose tensors it takes.
         dtypes: dtypes of the activations.
         layouts: input layouts read without a copy; others are repacked inside the kernel.
-        needs: ``"extension"`` or ``""``.
+        needs: ``"extension"``, ``"triton"`` or ``""``.
         rank: lower is preferred.
         target: ``module:function``, taking the op's arguments in schema order. For a compiled row
             it is the registered op.
@@ -61,6 +63,8 @@ TABLE: tuple[Row, ...] = tuple(
         ("sparse_conv2d_wgrad", "sparse_conv2d", "WGRAD"),
         ("sparse_bottleneck", "sparse_bottleneck", "OP"),
         ("avg_pool2d", "avg_pool2d", "OP"),
+        ("relu_bits", "relu_bits", "OP"),
+        ("relu_bits_backward", "relu_bits", "BACKWARD"),
     )
     for row in (
         Row(
@@ -69,6 +73,20 @@ TABLE: tuple[Row, ...] = tuple(
         ),
         Row(op, "reference", "any", _FLOATS, "any", "", 9, f"{_OPS}.{folder}.reference:{op}"),
     )
+) + (
+    # Eigenvalues are float64 from the Gram matrix to the fit.
+    Row(
+        "powerlaw_fit", "cpu", "cpu", ("float64",), "1-d dense", "extension", 0,
+        f"{_OPS}.powerlaw_fit:OP",
+    ),
+    Row(
+        "powerlaw_fit", "triton", "cuda", ("float64",), "1-d dense", "triton", 1,
+        f"{_OPS}.powerlaw_fit.triton:powerlaw_fit",
+    ),
+    Row(
+        "powerlaw_fit", "reference", "any", ("float64",), "any", "", 9,
+        f"{_OPS}.powerlaw_fit.reference:powerlaw_fit",
+    ),
 )  # fmt: skip
 
 _functions: dict[str, Callable[..., Any]] = {}  # target -> kernel
@@ -103,10 +121,17 @@ def _reject(row: Row, device: str, dtype: str, forced: str) -> str | None:
         return f"takes {', '.join(row.dtypes)}, not {dtype}"
     if row.needs == "extension" and not native.load():
         return f"{_NOT_LOADED}: {native.reason()}"
+    if row.needs == "triton" and not _has_triton():
+        return f"{_NO_TRITON}. Install it with: pip install triton."
     return None
 
 
 _NOT_LOADED = "the compiled extension is not loaded"
+_NO_TRITON = "triton is not installed"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @lru_cache(maxsize=64)
@@ -133,7 +158,8 @@ def _resolve(op: str, device: str, dtype: str, forced: str) -> Resolution:
             f"{op}: no kernel for {device} {dtype} ({reasons or 'unknown op'}). {fix}"
         )
     best = min(accepted, key=lambda row: row.rank)
-    missing = [w for row, w in rejected if row.rank < best.rank and w.startswith(_NOT_LOADED)]
+    faster = [why for row, why in rejected if row.rank < best.rank]
+    missing = [why for why in faster if why.startswith((_NOT_LOADED, _NO_TRITON))]
     rejected += [(row, f"slower than {best.backend}") for row in accepted if row is not best]
     return Resolution(best, tuple(rejected), missing[0] if missing else None)
 
@@ -171,12 +197,20 @@ def explain(op: str, device: str = "cpu", dtype: str = "float32") -> str:
     return "\n".join(lines)
 
 
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def backends() -> list[dict[str, str]]:
     """One record per row: op, backend, device, dtypes, layouts, and whether it can run here."""
     records = []
     for row in TABLE:
         device = "cpu" if row.device == "any" else row.device
         why = _reject(row, device, row.dtypes[0], "auto")
+        if why is None and device == "cuda" and not _has_cuda():
+            why = "torch sees no CUDA device"
         records.append(
             {
                 "op": row.op,

@@ -89,12 +89,46 @@ def bottleneck_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) ->
     return block_macs(nnz, (height, width), pool=arguments["pool"], batch=batch)
 
 
+def folded_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of a dense convolution with its norm folded in; out_shape: of (output, bits)."""
+    batch, _, height, width = out_shape[0]
+    return nominal_macs(arguments["weight"], height, width, batch)
+
+
+def folded_backward_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of its backward: input gradient and weight gradient, each if it is needed."""
+    batch, _, height, width = arguments["grad"]
+    needs = arguments["needs"]
+    count = int(needs[0]) + int(needs[1] or needs[3])  # gamma's gradient comes from the weight's
+    return count * nominal_macs(arguments["weight"], height, width, batch)
+
+
+def sparse_folded_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """Effective MACs of a sparse convolution with its norm folded in."""
+    batch, _, height, width = out_shape[0]
+    return effective_macs(arguments["nnz"], height, width, batch)
+
+
+def sparse_folded_backward_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """Effective MACs of its backward; a weight gradient that is computed densely counts in full."""
+    batch, _, height, width = arguments["grad"]
+    needs = arguments["needs"]
+    count = effective_macs(arguments["nnz"], height, width, batch)
+    dense = nominal_macs(arguments["weight"], height, width, batch)
+    wgrad = count if arguments["sparse_wgrad"] else dense
+    return int(needs[0]) * count + int(needs[1] or needs[3]) * wgrad
+
+
 # Operator name without its namespace -> formula.
 FORMULAS: dict[str, Formula] = {
     "sparse_conv2d": conv_macs,
     "sparse_conv2d_dgrad": dgrad_macs,
     "sparse_conv2d_wgrad": wgrad_macs,
     "sparse_bottleneck": bottleneck_macs,
+    "folded_conv2d": folded_macs,
+    "folded_conv2d_backward": folded_backward_macs,
+    "sparse_folded_conv2d": sparse_folded_macs,
+    "sparse_folded_conv2d_backward": sparse_folded_backward_macs,
 }
 
 

@@ -40,9 +40,9 @@ class Settings:
     backend: str = _variable(
         "OPENTRANS_BACKEND",
         "auto",
-        ("auto", "reference", "cpu"),
-        "Which kernels to use: the fastest available, plain PyTorch, or the compiled CPU kernels "
-        "(an error where they are missing).",
+        ("auto", "reference", "cpu", "triton"),
+        "Which kernels to use: the fastest available, plain PyTorch, the compiled CPU kernels or "
+        "the Triton kernels for CUDA (an error where they are missing).",
     )
     strict: bool = _variable(
         "OPENTRANS_STRICT",

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from opentrans import demo as demo_module
 from opentrans_kernels import cli
 from opentrans_kernels.bench.environment import isa_environment
 from opentrans_kernels.bench.subject import load_subject
@@ -258,7 +257,7 @@ def test_demo_writes_a_report(
     folder = tmp_path / "report"
     arguments = ["--mask", mask_file, "--arch", TINY, "--size", "40", "--rounds", "2"]
     arguments += ["--variants", "eager", "--no-download", "--output", str(folder)]
-    assert demo_module.main(arguments) == 0
+    assert cli.main(["demo", *arguments]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["index.html", "report.json"]
     page, result = (
         (folder / "index.html").read_text(),

@@ -1,5 +1,5 @@
-// The only file that sees torch: checks arguments, allocates outputs, calls otk.h. Schemas, fakes
-// and autograd live in opentrans_kernels/ops.
+// The torch side of the kernels on activations: checks arguments, allocates outputs, calls otk.h.
+// Schemas, fakes and autograd live in opentrans_kernels/ops.
 #include <torch/csrc/stable/macros.h>
 //
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -14,6 +14,7 @@
 #include <string>
 
 #include "../otk.h"
+#include "parallel.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -42,14 +43,6 @@ constexpr int32_t kVersionValue = 1;
 // clang-format on
 
 constexpr int64_t kPoolBytes = 256 * 1024;  // smaller outputs come from torch's allocator
-
-otk::Parallel parallel() {
-  return {[](int64_t n, void* ctx, otk::RangeBody body) {
-            torch::stable::parallel_for(0, n, 1,
-                                        [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
-          },
-          static_cast<int>(torch::stable::get_num_threads())};
-}
 
 void check_isa() {
   const char* why = nullptr;
@@ -205,7 +198,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& val
       extra = planes(op, "residual", *copy);
     }
   }
-  otk::sparse_conv2d(w, in, result, residual ? &extra : nullptr, relu, parallel());
+  otk::sparse_conv2d(w, in, result, residual ? &extra : nullptr, relu, torch_threads());
   return out;
 }
 
@@ -222,7 +215,7 @@ Tensor sparse_conv2d_wgrad(const Tensor& x, const Tensor& grad_out, const Tensor
   STD_TORCH_CHECK(reachable(in, w), op, ": an image of ", in.h, "x", in.w,
                   " is too large; split it into tiles");
   Tensor out = torch::stable::empty_like(values);
-  otk::sparse_conv2d_wgrad(w, in, grad, out.mutable_data_ptr<float>(), parallel());
+  otk::sparse_conv2d_wgrad(w, in, grad, out.mutable_data_ptr<float>(), torch_threads());
   return out;
 }
 
@@ -267,7 +260,7 @@ Tensor sparse_bottleneck(const Tensor& x, const Tensor& s1, const Tensor& v1, co
   }
   STD_TORCH_CHECK(reachable(in, block.c1) && reachable(in, block.c2), op, ": an image of ", in.h,
                   "x", in.w, " is too large; split it into tiles");
-  otk::sparse_bottleneck(block, in, planes(op, "out", out), parallel());
+  otk::sparse_bottleneck(block, in, planes(op, "out", out), torch_threads());
   return out;
 }
 
@@ -284,8 +277,59 @@ Tensor avg_pool2d(const Tensor& x, int64_t k) {
   STD_TORCH_CHECK(in.h >= k && in.w >= k, op, ": the image ", in.h, "x", in.w,
                   " is too small for a ", k, "x", k, " window");
   Tensor out = new_planes(x, in.n, in.c, in.h / k, in.w / k);
-  otk::avg_pool2d(in, planes(op, "out", out), static_cast<int>(k), parallel());
+  otk::avg_pool2d(in, planes(op, "out", out), static_cast<int>(k), torch_threads());
   return out;
+}
+
+// Dense rows of an image tensor: planes, or whole images if channels are the last dimension.
+otk::Rows rows(const char* op, const char* name, const Tensor& t, bool channels_last) {
+  const otk::Planes p = planes(op, name, t);
+  const bool dense = channels_last
+                         ? (p.c <= 1 || t.stride(1) == 1) && (p.w <= 1 || p.col_stride == p.c) &&
+                               (p.h <= 1 || p.row_stride == int64_t{p.w} * p.c)
+                         : (p.w <= 1 || p.col_stride == 1) && (p.h <= 1 || p.row_stride == p.w);
+  STD_TORCH_CHECK(dense, op, ": ", name, " does not have dense ",
+                  channels_last ? "channels_last images" : "planes", "; call .contiguous() first");
+  const int64_t pixels = int64_t{p.h} * p.w;
+  if (channels_last) return {p.data, p.n, 1, p.batch_stride, 0, pixels * p.c, 0};
+  // Planes as plane_stride() lays them out; other gaps may be somebody else's.
+  const bool padded = p.plane_stride == otk::plane_stride(pixels) && whole_vectors(p);
+  const int64_t padding = padded ? (pixels + 15) / 16 * 16 - pixels : 0;
+  return {p.data, p.n, p.c, p.batch_stride, p.plane_stride, pixels, padding};
+}
+
+Tensor relu_bits(const Tensor& z, const std::optional<Tensor>& residual, bool channels_last) {
+  const char* op = "relu_bits";
+  check_isa();
+  const otk::Rows out = rows(op, "z", z, channels_last);
+  const int64_t count = out.outer * out.inner, bytes = (out.length + 7) / 8;
+  const std::array<int64_t, 2> size{count, bytes};
+  Tensor bits = torch::stable::new_empty(z, size, ScalarType::Byte);
+  if (residual) {
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == z.size(0) &&
+                        residual->size(1) == z.size(1) && residual->size(2) == z.size(2) &&
+                        residual->size(3) == z.size(3),
+                    op, ": residual must have the shape of z");
+    const otk::Rows extra = rows(op, "residual", *residual, channels_last);
+    otk::relu_bits(out, &extra, bits.mutable_data_ptr<uint8_t>(), torch_threads());
+  } else {
+    otk::relu_bits(out, nullptr, bits.mutable_data_ptr<uint8_t>(), torch_threads());
+  }
+  return bits;
+}
+
+void relu_bits_backward(const Tensor& grad, const Tensor& bits, const Tensor& out,
+                        bool channels_last) {
+  const char* op = "relu_bits_backward";
+  check_isa();
+  const otk::Rows from = rows(op, "grad", grad, channels_last);
+  const otk::Rows to = rows(op, "out", out, channels_last);
+  STD_TORCH_CHECK(to.outer == from.outer && to.inner == from.inner && to.length == from.length, op,
+                  ": out must have the shape of grad");
+  STD_TORCH_CHECK(bits.is_cpu() && bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() &&
+                      bits.numel() == from.outer * from.inner * ((from.length + 7) / 8),
+                  op, ": bits do not belong to this activation");
+  otk::relu_bits_backward(from, bits.const_data_ptr<uint8_t>(), to, torch_threads());
 }
 
 std::string cpu_capability() {
@@ -304,6 +348,8 @@ STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CPU, m) {
   m.impl("sparse_conv2d_wgrad", TORCH_BOX(&sparse_conv2d_wgrad));
   m.impl("sparse_bottleneck", TORCH_BOX(&sparse_bottleneck));
   m.impl("avg_pool2d", TORCH_BOX(&avg_pool2d));
+  m.impl("relu_bits", TORCH_BOX(&relu_bits));
+  m.impl("relu_bits_backward", TORCH_BOX(&relu_bits_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CompositeExplicitAutograd, m) {

@@ -19,6 +19,7 @@ from torch import nn
 
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks.files import shorten
+from opentrans_kernels.topology import original
 
 Shape = tuple[int, ...]
 
@@ -68,8 +69,12 @@ class MaskMatch:
 
 
 def conv_modules(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """The model's Conv2d modules by name, each once, in definition order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    """The model's Conv2d modules by name, each once, in definition order.
+
+    A replacement (accelerated, or skipping gradients) counts as the conv it stands for.
+    """
+    modules = ((name, original(module)) for name, module in model.named_modules())
+    return {name: module for name, module in modules if isinstance(module, nn.Conv2d)}
 
 
 def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatch:

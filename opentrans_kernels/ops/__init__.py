@@ -3,11 +3,20 @@
 from .. import dispatch
 from .avg_pool2d import avg_pool2d
 from .library import release_memory, scratch_bytes
+from .powerlaw_fit import powerlaw_fit
 from .sparse_bottleneck import sparse_bottleneck
 from .sparse_conv2d import sparse_conv2d
 
-__all__ = ["avg_pool2d", "release_memory", "scratch_bytes", "sparse_bottleneck", "sparse_conv2d"]
+__all__ = [
+    "avg_pool2d",
+    "powerlaw_fit",
+    "release_memory",
+    "scratch_bytes",
+    "sparse_bottleneck",
+    "sparse_conv2d",
+]
 
 # Look the kernels up now, so that torch.compile meets no import while tracing a first call.
 for _row in dispatch.TABLE:
-    dispatch.Resolution(_row, ()).function()
+    if _row.needs != "triton":  # imported at first use, on a machine that has it
+        dispatch.Resolution(_row, ()).function()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import dispatch, flops, native
+from ..errors import UnsupportedModelError
 
 __all__ = [
     "LIBRARY",
@@ -21,6 +22,7 @@ __all__ = [
     "define",
     "in_float32",
     "kernel_for",
+    "once_differentiable",
     "plane_padded",
     "plane_stride",
     "release_memory",
@@ -89,6 +91,16 @@ def in_float32(kernel: Callable[..., Any]) -> Callable[..., Any]:
             ))  # fmt: skip
 
     return run
+
+
+def once_differentiable(op: str) -> None:
+    """Raise UnsupportedModelError if the backward that calls this is itself being recorded."""
+    if torch.is_grad_enabled():
+        raise UnsupportedModelError(
+            f"{op}: a gradient of the gradient was asked for (create_graph=True), and what it "
+            "needs is not kept. Use create_graph=False, or put the original modules back with "
+            "opentrans.restore_skipped(model)."
+        )
 
 
 def plane_stride(pixels: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .alpha import alpha_files, alpha_page
 from .trunk import trunk_page
 
-__all__ = ["trunk_page"]
+__all__ = ["alpha_files", "alpha_page", "trunk_page"]

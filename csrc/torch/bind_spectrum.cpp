@@ -1,0 +1,57 @@
+// Arguments of the ops on spectra: checked here, so that the kernel reads nothing outside them.
+#include <torch/csrc/stable/macros.h>
+//
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+
+#include "../otk.h"
+#include "parallel.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+const int64_t* int64_list(const char* op, const char* name, const Tensor& t, int64_t size) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 &&
+                      t.is_contiguous() && t.numel() == size,
+                  op, ": ", name, " must be a contiguous 1-d int64 CPU tensor of ", size,
+                  " elements, got ", t.numel());
+  return t.const_data_ptr<int64_t>();
+}
+
+Tensor powerlaw_fit(const Tensor& x, const Tensor& offsets, const Tensor& first, const Tensor& last,
+                    int64_t samples, int64_t block) {
+  const char* op = "powerlaw_fit";
+  STD_TORCH_CHECK(
+      x.is_cpu() && x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.is_contiguous(), op,
+      ": x must be a contiguous 1-d float64 CPU tensor");
+  STD_TORCH_CHECK(samples >= 0 && samples <= 1 << 20 && block >= 1 && block <= 1 << 20, op,
+                  ": samples must be at least 0 and block at least 1, got ", samples, " and ",
+                  block);
+  const int64_t layers = offsets.numel() - 1;
+  STD_TORCH_CHECK(layers >= 0, op, ": offsets must hold one element more than there are spectra");
+  const int64_t* at = int64_list(op, "offsets", offsets, layers + 1);
+  const int64_t* from = int64_list(op, "first", first, layers);
+  const int64_t* to = int64_list(op, "last", last, layers);
+  STD_TORCH_CHECK(at[0] == 0 && at[layers] == x.numel(), op, ": offsets must run from 0 to ",
+                  x.numel(), ", the number of values");
+  for (int64_t i = 0; i < layers; ++i)
+    STD_TORCH_CHECK(at[i] <= at[i + 1] && from[i] >= 0 && to[i] <= at[i + 1] - at[i], op,
+                    ": spectrum ", i, " has ", at[i + 1] - at[i], " values, but its window is ",
+                    from[i], " to ", to[i]);
+  Tensor out = torch::stable::new_empty(x, std::array<int64_t, 2>{layers, 3});
+  otk::powerlaw_fit(x.const_data_ptr<double>(), at, from, to, layers, static_cast<int>(samples),
+                    static_cast<int>(block), out.mutable_data_ptr<double>(), torch_threads());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CPU, m) {
+  m.impl("powerlaw_fit", TORCH_BOX(&powerlaw_fit));
+}

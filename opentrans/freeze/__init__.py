@@ -1,0 +1,35 @@
+"""Which layers stop training: rules, plans, and what they save.
+
+    alphas = estimate_alpha(model, fit="xmin_peak")
+    plan = freeze_plan(model, alphas, rule="median")
+    print(plan)
+    print(plan.report(model, input_size=(512, 512)))
+    plan.apply(model)
+
+See ``docs/freezing.md`` for the rules and the baselines every result needs.
+"""
+
+from __future__ import annotations
+
+from .make import alpha_digest, freeze_plan, parse_rule
+from .pairing import NormPairs, pair_norms
+from .plan import Applied, Decision, FreezePlan
+from .report import FreezeReport
+from .rules import RULES, FreezeRule
+from .work import Work, trace_work
+
+__all__ = [
+    "RULES",
+    "Applied",
+    "Decision",
+    "FreezePlan",
+    "FreezeReport",
+    "FreezeRule",
+    "NormPairs",
+    "Work",
+    "alpha_digest",
+    "freeze_plan",
+    "pair_norms",
+    "parse_rule",
+    "trace_work",
+]

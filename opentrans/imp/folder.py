@@ -1,0 +1,155 @@
+"""The folder of a run: what is written after each round, so that nothing kept is ever lost.
+
+``state.pt``               everything needed to go on: masks, model, optimizer, random states
+``rewind.pt``              the weights to go back to after each round, if the run rewinds
+``round-001.safetensors``  the masks after each round, in the project's format
+``log.json``               settings and one record per round
+
+Every file is replaced as a whole. ``state.pt`` comes first and is what counts: masks and log are
+made from it, and made again when a run that was stopped in between continues.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opentrans_kernels.errors import CheckpointError
+from opentrans_kernels.masks import atomic_write, open_checkpoint
+
+from ..state import random_states, set_random_states, write_state
+from .pruner import Pruner
+from .ranks import is_first
+
+STATE, REWIND, LOG = "state.pt", "rewind.pt", "log.json"
+FORMAT_VERSION = 1
+
+
+class RunFolder:
+    """Saves and restores one run in ``path``, which is created if its parent exists.
+
+    extras: name -> object with ``state_dict`` and ``load_state_dict`` that goes along, such as a
+    learning-rate scheduler. Raises CheckpointError if the folder cannot be used.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], pruner: Pruner, extras: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.pruner, self.extras = Path(path), pruner, dict(extras or {})
+        try:
+            self.path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"the folder {self.path} cannot be used ({error.strerror}). Name a folder whose "
+                "parent exists and is writable."
+            ) from error
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a run was saved here."""
+        return (self.path / STATE).exists()
+
+    def mask_path(self, number: int) -> Path:
+        """The mask file of round ``number``."""
+        return self.path / f"round-{number:03d}.safetensors"
+
+    def save(self) -> None:
+        """Write everything after a round (or at the start). Raises CheckpointError."""
+        pruner = self.pruner
+        keep = pruner.state_dict()
+        weights = keep.pop("rewind")
+        # Written again after the first round: a run that was stopped may have left another one.
+        if weights is not None and (pruner.round <= 1 or not (self.path / REWIND).exists()):
+            write_state(self.path / REWIND, {"version": FORMAT_VERSION, "rewind": weights})
+        state = {
+            "version": FORMAT_VERSION,
+            "pruner": keep,
+            "model": pruner.model.state_dict(),
+            "optimizer": None if pruner.optimizer is None else pruner.optimizer.state_dict(),
+            "extras": {name: extra.state_dict() for name, extra in self.extras.items()},
+            "random": random_states(),
+        }
+        write_state(self.path / STATE, state)
+        self._derived()
+
+    def load(self) -> None:
+        """Put model, optimizer, extras, masks and random states back as they were saved.
+
+        Raises:
+            CheckpointError: a file is damaged, or of another model.
+            PlanError: the run had other settings; the message names them.
+        """
+        pruner = self.pruner
+        state = self._read(STATE)
+        keep = {**state["pruner"], "rewind": None}
+        if pruner.config.rewind is not None and (self.path / REWIND).exists():
+            keep["rewind"] = self._read(REWIND)["rewind"]
+        self._fits(pruner.model, state["model"])
+        if (state["optimizer"] is None) != (pruner.optimizer is None):
+            raise CheckpointError(
+                f"{self.path / STATE} was saved {'without' if pruner.optimizer else 'with'} an "
+                "optimizer. Continue the run the way it was started."
+            )
+        if set(state["extras"]) != set(self.extras):
+            raise CheckpointError(
+                f"{self.path / STATE} holds the extras {sorted(state['extras'])}, given are "
+                f"{sorted(self.extras)}. Continue the run with the same extras."
+            )
+        # The settings are compared before anything is overwritten.
+        pruner.load_state_dict(keep)
+        pruner.model.load_state_dict(state["model"])
+        if pruner.optimizer is not None:
+            try:
+                pruner.optimizer.load_state_dict(state["optimizer"])
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(
+                    f"{self.path / STATE} was saved with another optimizer ({error}). Continue the "
+                    "run with the optimizer and the parameters it was started with."
+                ) from error
+        for name, extra in self.extras.items():
+            extra.load_state_dict(state["extras"][name])
+        if is_first():  # the others must not draw the same numbers
+            set_random_states(state["random"])
+            self._derived()
+
+    def _derived(self) -> None:
+        """Mask file of the last round and log, where they are missing or behind."""
+        pruner = self.pruner
+        record = pruner.records[-1] if pruner.records else None
+        if record is not None and not self.mask_path(record.round).exists():
+            pruner.masks.save(self.mask_path(record.round))
+        log = {
+            "config": pruner.config.to_dict(),
+            "weights": pruner.total,
+            "rounds_planned": len(pruner.targets),
+            "rounds": [record.to_dict() for record in pruner.records],
+        }
+        atomic_write(self.path / LOG, (json.dumps(log, indent=2) + "\n").encode())
+
+    def _read(self, name: str) -> dict[str, Any]:
+        content = open_checkpoint(self.path / name).content
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{self.path / name} is not the state of a pruning run that this version reads "
+                f"(version {version!r}, expected {FORMAT_VERSION}). Name another folder; the masks "
+                "of its rounds can be passed as masks= to start from them."
+            )
+        return content
+
+    def _fits(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        saved = {name: tuple(value.shape) for name, value in state.items()}
+        if own != saved:
+            odd = sorted(n for n in {*own, *saved} if own.get(n) != saved.get(n))
+            raise CheckpointError(
+                f"{self.path / STATE} is of another model: {len(odd)} tensors differ, such as "
+                f"{odd[0]} ({saved.get(odd[0], 'absent')} in the run, {own.get(odd[0], 'absent')} "
+                "now). Continue with the model of the run."
+            )

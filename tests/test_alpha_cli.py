@@ -1,0 +1,229 @@
+"""``opentrans alpha``: numbers, plans, files and pictures, on small networks; and its refusals."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from freeze_cases import Chain, alpha_row, alpha_table
+
+from opentrans import FreezePlan, freeze_plan
+from opentrans_kernels import cli
+from opentrans_kernels.bench.subject import build_tower
+from opentrans_kernels.cli import render
+from opentrans_kernels.cli.alpha import progress_bar
+from opentrans_kernels.report import alpha_files
+from opentrans_kernels.report.alpha_plots import Freezing, alphas_svg, spectra_svg, standalone
+from opentrans_kernels.spectrum import AlphaTable, estimate_alpha
+
+TINY = "torchvision:resnet18"
+BASE = ["alpha", "--arch", TINY, "--size", "64"]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(build_tower(TINY, seed=3).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run_of_everything(
+    checkpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """One run that writes every file, on the checkpoint."""
+    folder = tmp_path_factory.mktemp("out")
+    arguments = [
+        "alpha", checkpoint, "--arch", TINY, "--size", "64", "--fit", "xmin_mid",
+        "--freeze", "median", "--plot", str(folder / "plots"), "--csv", str(folder / "a.csv"),
+        "--save-plan", str(folder / "plan.json"), "--json", str(folder / "a.json"),
+    ]  # fmt: skip
+    return cli.main(arguments), folder
+
+
+def test_files_agree_with_the_library(run_of_everything) -> None:
+    code, folder = run_of_everything
+    assert code == 0
+    model = build_tower(TINY, seed=3).requires_grad_(True)
+    alphas = estimate_alpha(model, "xmin_mid")
+    read = AlphaTable.from_json(folder / "a.json")  # the JSON is a table, with more beside it
+    assert read.rows == alphas.rows
+    payload = json.loads((folder / "a.json").read_text())
+    assert payload["subject"]["weights"] == "weights of resnet18.pth"
+    assert not payload["subject"]["synthetic"] and not payload["notes"]
+    plan = FreezePlan.from_json(folder / "plan.json")
+    assert plan.digest() == freeze_plan(model, alphas, "median").digest()
+    assert payload["freeze"]["frozen"] == [one.name for one in plan.decisions if one.frozen]
+    report = plan.report(model, (64, 64))
+    assert payload["savings"]["after_macs"] == report.after_macs < report.before_macs
+    rows = list(csv.DictReader(io.StringIO((folder / "a.csv").read_text())))
+    assert [float(row["alpha"]) for row in rows] == [row.alpha for row in alphas]
+    assert sorted(p.name for p in folder.iterdir()) == ["a.csv", "a.json", "plan.json", "plots"]
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.count = 0
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.count += 1
+        if tag not in ("meta",):
+            self.open.append(tag)
+        for key, value in attrs:
+            assert key not in ("src", "href"), f"{tag} refers to {value}"
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(run_of_everything) -> None:
+    folder = run_of_everything[1] / "plots"
+    assert sorted(p.name for p in folder.iterdir()) == ["alpha.svg", "index.html", "spectra.svg"]
+    page = (folder / "index.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open and tags.count > 500 and page.count("<svg") == 2
+    assert "training step" in page and "SYNTHETIC" not in page
+    for name in ("alpha.svg", "spectra.svg"):
+        assert ElementTree.parse(folder / name).getroot().tag == f"{SVG}svg"
+
+
+def test_synthetic_weights_are_loudly_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*BASE, "--fit", "ks", "--freeze", "random:1"]) == 0
+    shown = capsys.readouterr()
+    assert "SYNTHETIC weights" in shown.err and "say nothing about a trained" in shown.err
+    assert "fit ks, median alpha" in shown.out and "10 of 21" in shown.out
+    assert re.search(r"layer4\.1\.conv2 +512x512x3x3 .*(frozen|trains)", shown.out)
+    assert "training step" in shown.out and "first trainable" in shown.out
+    assert cli.main([*BASE, "--json"]) == 0
+    shown = capsys.readouterr()
+    payload = json.loads(shown.out)
+    assert payload["subject"]["synthetic"] and "SYNTHETIC" in payload["notes"][0]
+    assert "freeze" not in payload and len(payload["layers"]) == 21
+
+
+def test_masked_weights_are_measured(checkpoint: str, capsys) -> None:
+    arguments = ["alpha", checkpoint, "--arch", TINY, "--size", "64", "--json", "--fit", "xmin_mid"]
+    assert cli.main([*arguments, "--freeze", "median", "--mask", "uniform:0.90"]) == 0
+    shown = capsys.readouterr()
+    masked = json.loads(shown.out)
+    assert "SYNTHETIC mask" in shown.err
+    assert masked["freeze"]["weights_seen"] == "masked"
+    assert cli.main([*arguments, "--freeze", "median"]) == 0
+    dense = json.loads(capsys.readouterr().out)
+    assert dense["freeze"]["weights_seen"] == "dense"
+    assert dense["layers"][3]["alpha"] != masked["layers"][3]["alpha"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such.pth"], "no-such.pth"),
+        (["--fit", "median"], "xmin_peak"),
+        (["--freeze", "medium"], "there is no freeze rule 'medium'. Did you mean median?"),
+        (["--freeze", "prefix:layer9"], "Did you mean layer"),
+        (["--save-plan", "plan.json"], "Add --freeze median"),
+        (["--csv", "no/such/dir/a.csv"], "does not exist. Create it first"),
+        (["--plot", "no/such/dir"], "does not exist. Create it first"),
+        (["--device", "abacus"], "Use 'cpu' or 'cuda'"),
+        (["--arch", "RN9000"], "RN9000"),
+    ],
+)
+def test_bad_input_is_2_with_the_fix(arguments, message, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*BASE, *arguments]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and "\nopentrans alpha: " in f"\n{shown.err}"
+    assert not list(tmp_path.iterdir())
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("use_rich", [True, False])
+def test_progress_bar(use_rich: bool) -> None:
+    if use_rich:
+        pytest.importorskip("rich")
+    streams = {"stdout": Terminal(), "stderr": Terminal()}
+    out = render.Output(None, **streams, use_rich=use_rich)
+    with progress_bar(out, "alpha") as progress:
+        for step in range(1, 5):
+            progress(step, 4, f"layer{step}")
+    shown = streams["stderr"].getvalue()
+    assert "4/4" in shown and "layer4" in shown and not streams["stdout"].getvalue()
+    quiet = render.Output(None, stdout=io.StringIO(), stderr=io.StringIO(), use_rich=use_rich)
+    with progress_bar(quiet, "alpha") as progress:
+        assert progress is None
+    assert quiet.stderr.getvalue() == ""
+
+
+def marks(svg: str, css: str) -> int:
+    root = ElementTree.fromstring(standalone(svg))
+    return sum(
+        1 for one in root.iter() if one.get("class") == css and one.find(f"{SVG}title") is not None
+    )
+
+
+def test_alpha_drawing_marks_and_line() -> None:
+    model = Chain()
+    table = alpha_table(model, {"conv0": 2.0, "conv1": 8.0, "conv2": math.nan, "conv3": math.inf})
+    plan = freeze_plan(model, table, "median")
+    svg = alphas_svg(table, Freezing(plan.frozen, plan.threshold, "median"))
+    legend = 1  # one filled mark
+    assert marks(svg, "frozen") == 1 + legend and marks(svg, "trains") == 2 + 3
+    assert "median 8" in svg and "all zero" in svg and "infinite" in svg
+    plain = alphas_svg(table)
+    assert 'class="cut"' not in plain and marks(plain, "frozen") == 0
+    x = [float(v) for v in re.findall(r'<circle class="frozen" cx="([\d.]+)"', svg)]
+    cut = float(re.search(r'class="cut" x1="([\d.]+)"', svg).group(1))
+    assert x[-1] < cut
+
+
+def test_tail_is_drawn_where_the_fit_says() -> None:
+    count = 4000
+    share = torch.arange(count, 0, -1, dtype=torch.float64) / count
+    values = share.pow(-1 / 1.5)  # an exact power law: P(X >= x) = x^-1.5, alpha 2.5
+    weights = {"w": torch.diag(values[-64:].sqrt())}
+    table = estimate_alpha(weights, "xmin_mid", keep_spectra=True)
+    svg = spectra_svg(table)
+    line = re.search(r'class="tail" x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="([\d.]+)"', svg)
+    x1, y1, x2, y2 = map(float, line.groups())
+    points = re.search(r'class="points" points="([^"]+)"', svg).group(1).split(",")
+    curve = [tuple(map(float, point.split())) for point in points]
+    assert len(curve) == 64 and (x1, y1) in curve
+    assert x2 > x1 and y2 > y1
+    start = float(re.search(r'class="start" x1="([\d.]+)"', svg).group(1))
+    assert start == x1
+    assert curve == sorted(curve) and all(0 <= y <= 104 for _, y in curve)
+
+
+def test_drawings_survive_anything() -> None:
+    weights = {
+        "<i>&evil": torch.randn(8, 9),
+        "zero": torch.zeros(4, 4),
+        "equal": torch.eye(5),
+        "one": torch.randn(1, 6),
+        "wide.range": torch.diag(torch.logspace(-2, 4, 30)),
+    }
+    table = estimate_alpha(weights, "xmin_mid", linear_aspect=None, keep_spectra=True)
+    for name, text in alpha_files(table, title="<script>").items():
+        assert "<i>" not in text and "<script>" not in text
+        assert "nan" not in re.sub(r"<(style|pre|td|title).*?</\1>", "", text, flags=re.S).lower()
+        if name.endswith(".svg"):
+            ElementTree.fromstring(text)
+    assert "0 eigenvalues" in spectra_svg(table) and "1 eigenvalues" in spectra_svg(table)
+    with pytest.raises(ValueError, match="keep_spectra=True"):
+        spectra_svg(AlphaTable((alpha_row("a", 2.0, (4, 4)),), "ks"))

@@ -1,0 +1,29 @@
+"""Functions that tests call in the interpreter's process (``triton_tools.Interpreter``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def tridiagonalise(matrices: dict[int, torch.Tensor], by_columns: bool) -> Any:
+    """With ``by_columns`` every matrix takes the path of large ones, in small blocks."""
+    from opentrans_kernels.spectrum.cuda import tridiagonal
+
+    before = tridiagonal.SMALL, tridiagonal._ROWS, tridiagonal._WIDTH
+    if by_columns:
+        tridiagonal.SMALL, tridiagonal._ROWS, tridiagonal._WIDTH = 0, 4, 16
+    try:
+        return tridiagonal.tridiagonalise(matrices)
+    finally:
+        tridiagonal.SMALL, tridiagonal._ROWS, tridiagonal._WIDTH = before
+
+
+def eigenvalues(weights: dict[str, torch.Tensor], solver: str) -> list[torch.Tensor]:
+    """The whole path from weights to eigenvalues, on the CPU device, kernels interpreted."""
+    from opentrans_kernels.spectrum.cuda import eigenvalues
+    from opentrans_kernels.spectrum.layers import select
+
+    found = eigenvalues(select(weights), device="cpu", solver=solver)
+    return [spectrum.values for spectrum in found]
