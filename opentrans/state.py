@@ -255,13 +255,12 @@ def check_zeros(
         )
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One text per setting that differs."""
-    keys = sorted({*before, *now})
+def differences(run: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """ "rate is 0.1 in the run, 0.2 now" for every key in which the two differ."""
     return [
-        f"{key} is {now.get(key, 'absent')!r}, was {before.get(key, 'absent')!r}"
-        for key in keys
-        if before.get(key, keys) != now.get(key, keys)
+        f"{key} is {run.get(key)!r} in the run, {given.get(key)!r} now"
+        for key in sorted({*run, *given})
+        if run.get(key) != given.get(key)
     ]
 
 

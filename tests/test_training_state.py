@@ -100,7 +100,7 @@ def test_other_settings_plans_models_and_parts_are_named(tmp_path: Path, masks: 
     run = Run(0, masks, data="a")
     run.train(1)
     run.state.save(path, step=1)
-    with pytest.raises(PlanError, match=r"data is 'b', was 'a'.*start a new one"):
+    with pytest.raises(PlanError, match=r"data is 'a' in the run, 'b' now.*start a new one"):
         Run(0, masks, data="b").state.load(path)
     other = freeze_plan(net(), rule="list", layers=["0"], input_size=(8, 8))
     with pytest.raises(PlanError, match="freeze plan: 1 layers frozen in the file, 1 layers given"):

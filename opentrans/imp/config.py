@@ -80,12 +80,3 @@ class ImpConfig:
         """One line for the provenance of the masks."""
         parts = f"{self.allocation.name} {self.pattern.name}, rate {self.schedule.rate}"
         return f"iterative magnitude pruning, {parts}, {self.schedule.period} steps per round"
-
-
-def differences(run: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """ "rate is 0.1 in the run, 0.2 now" for every key in which the two differ."""
-    return [
-        f"{key} is {run.get(key)!r} in the run, {given.get(key)!r} now"
-        for key in sorted({*run, *given})
-        if run.get(key) != given.get(key)
-    ]

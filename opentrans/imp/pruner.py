@@ -22,8 +22,9 @@ from opentrans_kernels.masks.packed import pack_bits
 from opentrans_kernels.plan import Plan
 
 from ..masked import ELEMENTWISE, MaskedOptimizer
+from ..state import differences
 from .allocation import choose
-from .config import ImpConfig, differences
+from .config import ImpConfig
 from .cost import layer_costs
 from .records import NotFiniteLoss, RoundRecord
 from .scope import prunable_convs
