@@ -276,7 +276,7 @@ def test_freeze_trains_the_rest_and_nothing_else(
     assert 0 < result["kept_bytes"] <= result["baseline_bytes"]
     assert [row["step"] for row in result["log"]] == [2, 4]
     assert freeze(folder, run, "--mask", "global:0.5", "--rule", "random:1") == 2
-    assert "rule is 'random:1', was 'all_3x3'" in capsys.readouterr().err
+    assert "rule is 'all_3x3' in the run, 'random:1' now" in capsys.readouterr().err
     assert freeze(folder, run, "--mask", "global:0.5", "--fresh") == 2
     assert "Leave out --fresh" in capsys.readouterr().err
 
