@@ -21,7 +21,7 @@ from opentrans_kernels.errors import OpenTransError
 Result = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY = "No results are stored yet."
-NEEDED = ("baseline", "accelerated", "speedup", "exact", "layers", "mask", "source")
+NEEDED = ("baseline", "variants", "accelerated", "speedup", "exact", "layers", "mask", "source")
 TRUNK = "mask|input|threads|ISA|baseline|dense ms|ours ms|speed-up (quartiles)|error, dense's own"
 LAYERS = "run|convolution|output|n|density|dense ms|sparse ms|speed-up"
 ORIGIN = "CPU|torch|commit|uncommitted changes|weights|masks"
@@ -68,7 +68,9 @@ def trunk_table(results: Sequence[Result]) -> str:
     rows, facts = [], []
     for r in results:
         q1, q3 = r["speedup_spread"]["q1"], r["speedup_spread"]["q3"]
-        times = r["baseline"]["name"], f"{r['baseline']['ms']:.1f}", f"{r['accelerated']['ms']:.1f}"
+        ran = sum("ms" in variant for variant in r["variants"].values())
+        name = f"{r['baseline']['name']} (of {ran})"
+        times = name, f"{r['baseline']['ms']:.1f}", f"{r['accelerated']['ms']:.1f}"
         ratio = f"**{r['speedup']:.2f}x** ({q1:.2f}-{q3:.2f})"
         errors = f"{r['max_rel_err']:.1e}, {r['dense_own_rel_err']:.1e}"
         rows.append((*_run(r), *times, ratio, errors))

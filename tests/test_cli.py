@@ -227,6 +227,7 @@ def test_bench_trunk_runs_and_checks(
     for key in ("speedup", "max_rel_err", "dense_own_rel_err", "machine", "versions", "isa"):
         assert key in result
     assert result["baseline"]["name"] == "eager" and result["input"] == [1, 3, 40, 48]
+    assert "trunk.json" in result["command"] and str(target) not in result["command"]
     assert "speed-up" in capsys.readouterr().out
     assert cli.main([*arguments, "--fail-under", "1e9"]) == 1
     assert "below the limit" in capsys.readouterr().err

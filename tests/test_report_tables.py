@@ -51,6 +51,7 @@ def result() -> dict[str, Any]:
     """What the tables read of the JSON of ``opentrans bench trunk``."""
     return {
         "baseline": {"name": "compile", "ms": 123.45},
+        "variants": {"compile": {"ms": 123.45}, "eager": {"ms": 150.0}, "jit": {"available": False}},
         "accelerated": {"ms": 30.06},
         "speedup": 4.114,
         "speedup_spread": {"q1": 4.02, "q3": 4.21},
@@ -92,7 +93,7 @@ def test_the_tables_hold_the_numbers_of_the_json(tables, tmp_path, result) -> No
     code, text = run(tables, tmp_path, write(tmp_path / "r", one=result))
     assert code == 0
     assert (
-        "| global:0.90 | 224 | 1 | avx2 | compile | 123.5 | 30.1 | **4.11x** (4.02-4.21) | "
+        "| global:0.90 | 224 | 1 | avx2 | compile (of 2) | 123.5 | 30.1 | **4.11x** (4.02-4.21) | "
         "2.5e-07, 3.6e-07 |"
     ) in text
     assert "torch: 2.14.1; commit: 0123456789ab; uncommitted changes: False" in text

@@ -4,6 +4,7 @@ the accelerated one; interleaved, pinned, one process."""
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .options import add_json, add_model, add_size, add_threads, input_size, positive, subject_of
@@ -78,7 +79,9 @@ def run(options: argparse.Namespace, out: Output) -> int:
     subject = subject_of(options, out)
     with out.progress("bench trunk") as step:
         result = run_trunk(subject, settings, step)
-    result["command"] = ["opentrans", *options.arguments]
+    # Where the result was written to is nobody else's business; what was run is.
+    told = {str(options.json): Path(str(options.json)).name}
+    result["command"] = ["opentrans", *(told.get(word, word) for word in options.arguments)]
     show(result, out)
     failed = failures(result, options.fail_under)
     result["failed_checks"] = failed
