@@ -51,7 +51,11 @@ def result() -> dict[str, Any]:
     """What the tables read of the JSON of ``opentrans bench trunk``."""
     return {
         "baseline": {"name": "compile", "ms": 123.45},
-        "variants": {"compile": {"ms": 123.45}, "eager": {"ms": 150.0}, "jit": {"available": False}},
+        "variants": {
+            "compile": {"ms": 123.45},
+            "eager": {"ms": 150.0},
+            "jit": {"available": False},
+        },
         "accelerated": {"ms": 30.06},
         "speedup": 4.114,
         "speedup_spread": {"q1": 4.02, "q3": 4.21},
