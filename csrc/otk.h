@@ -81,6 +81,14 @@ struct Bottleneck {
 void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& out,
                        const Parallel& par);
 
+// Blocks [0, count) one after the other, without writing the outputs between them to memory.
+void sparse_stage(const Bottleneck* blocks, int count, const Planes& x, const Planes& out,
+                  const Parallel& par);
+// Whether sparse_stage suits these sizes and threads. If not, blocks are better run one by one:
+// every thread would compute too many rows that its neighbour computes as well.
+bool stage_pays(const Bottleneck* blocks, int count, const Planes& x, const Planes& out,
+                const Parallel& par);
+
 // out[h, w] = mean of the k x k window at (k h, k w); rows and columns that do not fill a window
 // are dropped, as AvgPool2d(k) does.
 void avg_pool2d(const Planes& x, const Planes& out, int k, const Parallel& par);
@@ -110,6 +118,22 @@ void relu_bits_backward(const Rows& grad, const uint8_t* bits, const Rows& out,
 void powerlaw_fit(const double* x, const int64_t* offsets, const int64_t* first,
                   const int64_t* last, int64_t layers, int samples, int block, double* out,
                   const Parallel& par);
+
+// Squared singular values of `count` matrices [rows][columns], float or double: element (m, i, j)
+// at data[m * stride + i * row_stride + j * column_stride].
+struct StridedMatrices {
+  const void* data;
+  bool is_double;
+  int64_t count, rows, columns, stride, row_stride, column_stride;
+};
+
+// values [count][rows]: eigenvalues of scale * A A^T, ascending, at least 0; NaN where the trace is
+// not finite. Those from `threshold` on are to have relative errors of at most `relative`.
+// redone [count]: how many of the smallest were computed again for that; -1 if that was not enough.
+// A matrix takes 4 * rows^2 bytes and little more, twice that if something is computed again.
+// Throws std::bad_alloc.
+void gram_eigenvalues(const StridedMatrices& a, double scale, double threshold, double relative,
+                      double* values, int64_t* redone, const Parallel& par);
 
 // The instruction set in use ("avx512", "avx2", "neon", "generic"). Chosen once, from the CPU and
 // OPENTRANS_CPU_CAPABILITY. Returns null if the forced one is unknown or not supported here, with

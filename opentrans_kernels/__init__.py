@@ -41,6 +41,7 @@ _EXPORTS = {
     "release_memory": "ops",
     "sparse_bottleneck": "ops",
     "sparse_conv2d": "ops",
+    "sparse_stage": "ops",
     "BuildMismatch": "errors",
     "CheckpointError": "errors",
     "KernelUnavailable": "errors",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .ops import release_memory as release_memory
     from .ops import sparse_bottleneck as sparse_bottleneck
     from .ops import sparse_conv2d as sparse_conv2d
+    from .ops import sparse_stage as sparse_stage
     from .pack import SparseWeight as SparseWeight
     from .plan import Plan as Plan
     from .plan import make_plan as make_plan

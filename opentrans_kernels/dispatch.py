@@ -36,7 +36,7 @@ class Row:
         device: device type whose tensors it takes.
         dtypes: dtypes of the activations.
         layouts: input layouts read without a copy; others are repacked inside the kernel.
-        needs: ``"extension"``, ``"triton"`` or ``""``.
+        needs: ``"extension"``, ``"triton"``, ``"nvcc"`` (built at first use) or ``""``.
         rank: lower is preferred.
         target: ``module:function``, taking the op's arguments in schema order. For a compiled row
             it is the registered op.
@@ -62,6 +62,7 @@ TABLE: tuple[Row, ...] = tuple(
         ("sparse_conv2d", "sparse_conv2d", "OP"),
         ("sparse_conv2d_wgrad", "sparse_conv2d", "WGRAD"),
         ("sparse_bottleneck", "sparse_bottleneck", "OP"),
+        ("sparse_stage", "sparse_stage", "OP"),
         ("avg_pool2d", "avg_pool2d", "OP"),
         ("relu_bits", "relu_bits", "OP"),
         ("relu_bits_backward", "relu_bits", "BACKWARD"),
@@ -86,6 +87,41 @@ TABLE: tuple[Row, ...] = tuple(
     Row(
         "powerlaw_fit", "reference", "any", ("float64",), "any", "", 9,
         f"{_OPS}.powerlaw_fit.reference:powerlaw_fit",
+    ),
+    Row(
+        "gram_eigenvalues", "cpu", "cpu", ("float64",), "any strides", "extension", 0,
+        f"{_OPS}.gram_eigenvalues:OP",
+    ),
+    Row(
+        "gram_eigenvalues", "reference", "any", ("float64",), "any", "", 9,
+        f"{_OPS}.gram_eigenvalues.reference:gram_eigenvalues",
+    ),
+) + tuple(
+    # The GPU path; on the CPU the references serve, so that its plans can be checked there.
+    row
+    for op, dtypes in (
+        ("implicit_gemm_conv2d", (*_HALF, "float32")),
+        ("bottleneck_chain", _HALF),
+        ("fused_stem", (*_HALF, "float32")),
+    )
+    for row in (
+        Row(
+            op, "triton", "cuda", dtypes, "channels_last", "triton", 1,
+            f"{_OPS}.{op}.triton:{op}",
+        ),
+        Row(
+            op, "reference", "any", (*_FLOATS, *_HALF), "any", "", 9,
+            f"{_OPS}.{op}.reference:{op}",
+        ),
+    )
+) + (
+    Row(
+        "sparse_conv2d_nhwc", "cuda", "cuda", ("float32", *_HALF), "channels_last", "nvcc", 1,
+        f"{_OPS}.sparse_conv2d_nhwc.cuda:sparse_conv2d_nhwc",
+    ),
+    Row(
+        "sparse_conv2d_nhwc", "reference", "any", (*_FLOATS, *_HALF), "any", "", 9,
+        f"{_OPS}.sparse_conv2d_nhwc.reference:sparse_conv2d_nhwc",
     ),
 )  # fmt: skip
 
@@ -123,11 +159,18 @@ def _reject(row: Row, device: str, dtype: str, forced: str) -> str | None:
         return f"{_NOT_LOADED}: {native.reason()}"
     if row.needs == "triton" and not _has_triton():
         return f"{_NO_TRITON}. Install it with: pip install triton."
+    if row.needs == "nvcc" and (why := _why_no_nvcc()) is not None:
+        return f"{_NO_NVCC}: {why}."
     return None
 
 
 _NOT_LOADED = "the compiled extension is not loaded"
 _NO_TRITON = "triton is not installed"
+_NO_NVCC = "its CUDA kernel cannot be built"
+
+
+def _why_no_nvcc() -> str | None:
+    return importlib.import_module(f"{_OPS}.sparse_conv2d_nhwc.build").why_not()
 
 
 def _has_triton() -> bool:
@@ -159,7 +202,7 @@ def _resolve(op: str, device: str, dtype: str, forced: str) -> Resolution:
         )
     best = min(accepted, key=lambda row: row.rank)
     faster = [why for row, why in rejected if row.rank < best.rank]
-    missing = [why for why in faster if why.startswith((_NOT_LOADED, _NO_TRITON))]
+    missing = [why for why in faster if why.startswith((_NOT_LOADED, _NO_TRITON, _NO_NVCC))]
     rejected += [(row, f"slower than {best.backend}") for row in accepted if row is not best]
     return Resolution(best, tuple(rejected), missing[0] if missing else None)
 

@@ -89,6 +89,19 @@ def bottleneck_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) ->
     return block_macs(nnz, (height, width), pool=arguments["pool"], batch=batch)
 
 
+def stage_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) -> int:
+    """Effective MACs of the blocks of one ``sparse_stage`` call."""
+    batch, _, height, width = arguments["x"]
+    sizes = iter(shape[0] for shape in arguments["weights"][1::3])  # structure, values, bias
+    total = 0
+    for pool, down in zip(arguments["pool"], arguments["down"], strict=True):
+        roles = ("conv1", "conv2", "conv3", *(["downsample"] if down else []))
+        nnz = {role: next(sizes) for role in roles}
+        total += block_macs(nnz, (height, width), pool=pool, batch=batch)
+        height, width = height // pool, width // pool
+    return total
+
+
 def folded_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
     """MACs of a dense convolution with its norm folded in; out_shape: of (output, bits)."""
     batch, _, height, width = out_shape[0]
@@ -119,15 +132,53 @@ def sparse_folded_backward_macs(arguments: Mapping[str, Any], out_shape: tuple[A
     return int(needs[0]) * count + int(needs[1] or needs[3]) * wgrad
 
 
+def implicit_gemm_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of a dense convolution with both K segments, pixels that a pool drops left out."""
+    batch, cout, height, width = out_shape
+    taps, cin, _ = arguments["weight"]
+    count = taps * cin * arguments["pool"] ** 2
+    if arguments.get("weight2") is not None:
+        count += arguments["weight2"][1]
+    return count * batch * cout * height * width
+
+
+def chain_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of the three dense convolutions of a chain; out_shape: of (output, next conv1)."""
+    batch, _, height, width = arguments["x"]
+    count = sum(
+        taps * cin * cout for taps, cin, cout in (arguments[f"weight{i}"] for i in (2, 3, 1))
+    )
+    return count * batch * height * width
+
+
+def sparse_nhwc_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """Effective MACs of a sparse convolution with packed (offset, value) pairs."""
+    return effective_macs(arguments["entries"][0], out_shape[2], out_shape[3], out_shape[0])
+
+
+def stem_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of two dense convolutions, each counted once though a kernel may repeat the first."""
+    batch, _, height, width = out_shape
+    count = sum(
+        taps * cin * cout for taps, cin, cout in (arguments["weight1"], arguments["weight2"])
+    )
+    return count * batch * height * width
+
+
 # Operator name without its namespace -> formula.
 FORMULAS: dict[str, Formula] = {
     "sparse_conv2d": conv_macs,
     "sparse_conv2d_dgrad": dgrad_macs,
     "sparse_conv2d_wgrad": wgrad_macs,
     "sparse_bottleneck": bottleneck_macs,
+    "sparse_stage": stage_macs,
     "folded_conv2d": folded_macs,
     "folded_conv2d_backward": folded_backward_macs,
     "sparse_folded_conv2d": sparse_folded_macs,
+    "implicit_gemm_conv2d": implicit_gemm_macs,
+    "bottleneck_chain": chain_macs,
+    "fused_stem": stem_macs,
+    "sparse_conv2d_nhwc": sparse_nhwc_macs,
     "sparse_folded_conv2d_backward": sparse_folded_backward_macs,
 }
 
@@ -272,4 +323,6 @@ def _shape(value: Any) -> Any:
     if isinstance(kind, torch._C.TensorType):
         sizes = kind.sizes()
         return None if sizes is None else tuple(sizes)
+    if value.node().kind() == "prim::ListConstruct":
+        return [_shape(element) for element in value.node().inputs()]
     return value.toIValue()

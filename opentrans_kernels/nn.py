@@ -36,12 +36,13 @@ __all__ = [
     "Replacement",
     "SparseConv2d",
     "SparseEngine",
+    "operator_of",
 ]
 
 _FIX = "Call opentrans_kernels.restore(model) first"
 
 
-def _operator(name: str) -> Callable[..., Any]:
+def operator_of(name: str) -> Callable[..., Any]:
     """The kernel of an op, resolved once, when a layer is packed."""
     found = dispatch.resolve(name)
     if found.row.backend == "cpu" or not native.load():
@@ -80,7 +81,7 @@ class SparseEngine(Engine):
         self._hold(structure=weight.structure, values=weight.values, bias=weight.bias)
         self.cin, self.cout, self.kernel = weight.cin, weight.cout, weight.kernel
         self.stride, self.padding, self.nnz = weight.stride, weight.padding, weight.nnz
-        self.operator = _operator("sparse_conv2d")
+        self.operator = operator_of("sparse_conv2d")
 
     @classmethod
     def from_folded(cls, conv: FoldedConv) -> SparseEngine:
@@ -288,8 +289,8 @@ class AcceleratedBlock(Replacement):
         self.opentrans_planar = all(isinstance(e, SparseEngine) for e in engines.values())
         #: Why the block does not run as one fused op; None if it does.
         self.opentrans_unfused = self._why_unfused(engines)
-        self.opentrans_operator = _operator("sparse_bottleneck")
-        self.opentrans_average = _operator("avg_pool2d")
+        self.opentrans_operator = operator_of("sparse_bottleneck")
+        self.opentrans_average = operator_of("avg_pool2d")
 
     def _why_unfused(self, engines: Mapping[str, Engine]) -> str | None:
         if not self.opentrans_planar:
@@ -361,7 +362,7 @@ class PlanarAvgPool2d(Replacement):
     def __init__(self, original: nn.Module, size: int) -> None:
         super().__init__(original)
         self.opentrans_size = size
-        self.opentrans_average = _operator("avg_pool2d")
+        self.opentrans_average = operator_of("avg_pool2d")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":

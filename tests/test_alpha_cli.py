@@ -227,3 +227,24 @@ def test_drawings_survive_anything() -> None:
     assert "0 eigenvalues" in spectra_svg(table) and "1 eigenvalues" in spectra_svg(table)
     with pytest.raises(ValueError, match="keep_spectra=True"):
         spectra_svg(AlphaTable((alpha_row("a", 2.0, (4, 4)),), "ks"))
+
+
+def test_vision_transformers_of_clip_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    open_clip = pytest.importorskip("open_clip")
+
+    class Tiny(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = torch.nn.Sequential(torch.nn.Linear(40, 40))
+
+    asked: list[str] = []
+    monkeypatch.setattr(
+        open_clip, "create_model", lambda name, pretrained: asked.append(name) or Tiny()
+    )
+    first, again = build_tower("ViT-L-14", seed=1), build_tower("ViT-L-14", seed=1)
+    assert asked == ["ViT-L-14"] * 2 and not first.training
+    assert torch.equal(first[0].weight, again[0].weight) and not first[0].weight.requires_grad
+    assert cli.main(["alpha", "--arch", "ViT-L-14", "--fit", "ks"]) == 0
+    assert "1 layers, fit ks" in capsys.readouterr().out
+    assert cli.main(["alpha", "--arch", "ViT-L-140"]) == 2
+    assert "does not know 'ViT-L-140'. Use for example one of: ViT-" in capsys.readouterr().err

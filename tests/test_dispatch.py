@@ -17,8 +17,11 @@ from opentrans_kernels.errors import KernelUnavailable
 from opentrans_kernels.pack import SparseWeight
 
 OPS = sorted({row.op for row in dispatch.TABLE})
-SPECTRA = {"powerlaw_fit"}  # float64 throughout; the others take float32 activations
-ACTIVATIONS = sorted(set(OPS) - SPECTRA)
+# float64 throughout; the others take float32 activations
+SPECTRA = {"gram_eigenvalues", "powerlaw_fit"}
+# The GPU path: half precision too; on the CPU only the reference, so that its plans run there.
+NHWC = {row.op for row in dispatch.TABLE if row.layouts == "channels_last"}
+ACTIVATIONS = sorted(set(OPS) - SPECTRA - NHWC)
 
 
 def test_every_op_has_a_reference_row_for_every_dtype() -> None:
@@ -27,6 +30,7 @@ def test_every_op_has_a_reference_row_for_every_dtype() -> None:
         (reference,) = (row for row in rows if row.backend == "reference")
         assert reference.device == "any" and reference.needs == ""
         floats = ("float64",) if op in SPECTRA else ("float32", "float64")
+        floats += ("bfloat16", "float16") if op in NHWC else ()
         assert reference.dtypes == floats, "the oracle runs in float64"
         assert reference.rank == max(row.rank for row in rows)
         assert len({row.rank for row in rows}) == len(rows), "equal ranks leave the choice open"
@@ -64,6 +68,17 @@ def test_float64_and_other_devices_take_the_reference_and_say_why() -> None:
         assert "float32, not float64" in dispatch.explain(op, "cpu", "float64")
         assert dispatch.resolve(op, "cuda", "float32").row.backend == "reference"
         assert "takes cpu tensors, not cuda" in dispatch.explain(op, "cuda")
+
+
+def test_the_gpu_path_has_one_compiled_row_and_is_checked_by_the_reference() -> None:
+    assert "implicit_gemm_conv2d" in NHWC
+    for op in NHWC:
+        (compiled,) = (r for r in dispatch.TABLE if r.op == op and r.device == "cuda")
+        assert {"float16", "bfloat16"} <= set(compiled.dtypes)
+        for dtype in compiled.dtypes:
+            assert dispatch.resolve(op, "cpu", dtype).row.backend == "reference"
+            found = dispatch._resolve(op, "cuda", dtype, "auto")
+            assert found.row is compiled or any("cannot be built" in w for _, w in found.rejected)
 
 
 def test_explain_names_the_choice_first(extension: None) -> None:
@@ -158,7 +173,7 @@ def test_strict_refuses_the_fallback_only(no_extension: None, set_env, caplog) -
 
 def test_strict_changes_nothing_where_the_extension_is_loaded(extension: None, set_env) -> None:
     set_env(OPENTRANS_STRICT="1")
-    for op in OPS:
+    for op in sorted(set(OPS) - NHWC):
         dtype = "float64" if op in SPECTRA else "float32"
         assert dispatch.resolve(op, "cpu", dtype).row.backend == "cpu"
 

@@ -82,7 +82,7 @@ def test_a_crash_and_a_hang_are_outcomes(run, tmp_path: Path, monkeypatch) -> No
 
 def test_unknown_sections_are_refused_with_the_known() -> None:
     done = call("--only", "gramm")
-    assert done.returncode == 2 and "no section 'gramm'; there are gram, solvers" in done.stderr
+    assert done.returncode == 2 and "no section 'gramm'; there are rows, ceilings" in done.stderr
 
 
 def test_a_section_runs_in_a_rehearsal(tmp_path: Path) -> None:
@@ -97,3 +97,35 @@ def test_a_section_runs_in_a_rehearsal(tmp_path: Path) -> None:
     assert record["sections"]["fit"]["result"]["spectra"] == 2
     assert record["sections"]["fit"]["result"]["time"] is None, "a rehearsal measures nothing"
     assert record["machine"]["versions"]["torch"]
+
+
+def test_trunk_sections_run_in_a_rehearsal(tmp_path: Path) -> None:
+    """Plan, pack, check and record as on a GPU: reference kernels, tiny shapes, no times."""
+    path = tmp_path / "gpu.json"
+    names = ("ceilings", "trunk bfloat16")
+    done = call("--rehearse", "--only", *names, "--json", str(path))
+    record = json.loads(path.read_text())
+    assert done.returncode == 0 and record["failed"] == [], done.stdout + done.stderr
+    cases = record["sections"]["trunk bfloat16"]["result"]["cases"]
+    assert list(cases) == ["32x48 b1", "32x32 b2"]
+    for case in cases.values():
+        assert {"eager", "masked", "dense model", "best dense in a graph"} == set(case)
+        assert case["masked"]["time"] is None and case["masked"]["error"] < 0.02
+        assert len(case["masked"]["layers"]) == 21 and case["masked"]["chains"]
+        assert any(row["kernel"].startswith("gemm") for row in case["masked"]["layers"])
+
+
+def test_a_section_that_is_stopped_keeps_what_it_found(run, tmp_path: Path, monkeypatch) -> None:
+    script = tmp_path / "run.py"
+    monkeypatch.setattr(run, "__file__", str(script))
+    script.write_text(
+        "import json, pathlib, sys, time\n"
+        "path = sys.argv[sys.argv.index('--worker') + 1]\n"
+        "pathlib.Path(path).write_text(json.dumps({'result': {'a': 1}, 'partial': True}))\n"
+        "time.sleep(600)\n"
+    )
+    stopped = run.in_a_process("any", 2.0, False)
+    assert not stopped["ok"] and stopped["result"] == {"a": 1} and "stopped" in stopped["error"]
+    script.write_text(script.read_text().replace("time.sleep(600)", "sys.exit('died')"))
+    crashed = run.in_a_process("any", 60.0, False)
+    assert not crashed["ok"] and crashed["result"] == {"a": 1} and "died" in crashed["error"]

@@ -18,7 +18,7 @@ FLOORS = (
     ("errors", "settings", "native"),
     ("masks", "synthetic", "topology"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
-    ("plan", "nn", "spectrum"),
+    ("plan", "nn", "stage", "spectrum", "gpu"),
     ("accelerate", "checkpoint"),
     ("bench",),
     ("opentrans",),

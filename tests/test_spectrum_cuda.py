@@ -230,6 +230,49 @@ def test_rows_equal_those_of_the_cpu(library: Library, fit: str) -> None:
             assert same or math.isclose(a, b, rel_tol=1e-6), (row.name, name, a, b)
 
 
+@pytest.mark.parametrize("fit", ["xmin_peak", "xmin_mid", "ks", "xmin_peak_fixed", "weightwatcher"])
+@pytest.mark.parametrize("threshold", [1e-5, 0.0])
+def test_the_host_reads_once(
+    library: Library, monkeypatch: pytest.MonkeyPatch, fit: str, threshold: float
+) -> None:
+    """Fits come with the eigenvalues, in the one copy; only layers done again are fitted again."""
+    from opentrans_kernels.spectrum import rules
+
+    layers = select(weights())
+    options = FitOptions(fit, threshold=threshold)
+    apart = rows_of(layers, eigenvalues(layers, device="cpu", threshold=threshold), options)
+    copies: list[int] = []
+    cpu = torch.Tensor.cpu
+
+    def counted(tensor: torch.Tensor, *rest: object) -> torch.Tensor:
+        copies.append(tensor.numel())
+        return cpu(tensor, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", counted)
+        found = eigenvalues(layers, device="cpu", options=options)
+    again = [i for i, spectrum in enumerate(found) if "svdvals" in spectrum.solver]
+    assert len(copies) == 1 + len(again) and len(again) < len(layers) / 2
+    fitted: list[int] = []
+    together = rules._fit_all
+
+    def watched(spectra: list[torch.Tensor], *rest: object) -> list[rules.Fit]:
+        fitted.extend(one.numel() for one in spectra)
+        return together(spectra, *rest)
+
+    monkeypatch.setattr(rules, "_fit_all", watched)
+    rows = rows_of(layers, found, options)
+    sizes = [layers[i].num_eigenvalues for i in again]
+    assert len(fitted) <= 3 * len(again) and all(any(n <= m for m in sizes) for n in fitted)
+    for one, other in zip(rows, apart, strict=True):
+        for name, value in vars(one).items():
+            same = value == getattr(other, name) or value != value
+            assert same, (one.name, name, value, getattr(other, name))
+    # Other options were not fitted ahead, and are fitted now.
+    fitted.clear()
+    assert rows_of(layers, found, FitOptions("xmin_mid", xmin_pos=3.0)) and fitted
+
+
 def weights_like(table) -> dict[str, torch.Tensor]:
     """The same weights again: they are drawn from a fixed seed."""
     torch.manual_seed(0)

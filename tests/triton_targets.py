@@ -27,3 +27,37 @@ def eigenvalues(weights: dict[str, torch.Tensor], solver: str) -> list[torch.Ten
 
     found = eigenvalues(select(weights), device="cpu", solver=solver)
     return [spectrum.values for spectrum in found]
+
+
+def poisoned_conv(*arguments: Any) -> torch.Tensor:
+    """The Triton convolution into an output full of NaN."""
+    from opentrans_kernels.ops.implicit_gemm_conv2d import triton as kernels
+
+    return _poisoned(kernels, kernels.implicit_gemm_conv2d, *arguments)
+
+
+def _poisoned(module: Any, function: Any, *arguments: Any) -> Any:
+    before = module.empty_nhwc
+
+    def empty(like: torch.Tensor, *size: int) -> torch.Tensor:
+        return before(like, *size).fill_(float("nan"))
+
+    module.empty_nhwc = empty
+    try:
+        return function(*arguments)
+    finally:
+        module.empty_nhwc = before
+
+
+def poisoned_chain(*arguments: Any) -> Any:
+    """The Triton chain into outputs full of NaN."""
+    from opentrans_kernels.ops.bottleneck_chain import triton as kernels
+
+    return _poisoned(kernels, kernels.bottleneck_chain, *arguments)
+
+
+def poisoned_stem(*arguments: Any) -> Any:
+    """The Triton stem into an output full of NaN."""
+    from opentrans_kernels.ops.fused_stem import triton as kernels
+
+    return _poisoned(kernels, kernels.fused_stem, *arguments)

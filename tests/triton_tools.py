@@ -147,6 +147,7 @@ def compile_for(
     types: Mapping[str, str],
     constants: Mapping[str, Any],
     num_warps: int = 4,
+    aligned: tuple[str, ...] = (),
     **options: Any,
 ) -> Compiled:
     """Compile a ``triton.jit`` function for ``sm_<capability>`` and ask what it uses.
@@ -154,6 +155,7 @@ def compile_for(
     Args:
         types: argument -> Triton type such as "*fp64", "*i32", "i32". Pointers are taken to be
             aligned to 16 bytes, as torch's are; integers are not specialised.
+        aligned: integer arguments that are multiples of 16, which triton recognises by itself.
         constants: ``tl.constexpr`` argument -> value. With ``types`` it covers every argument.
         options: num_stages and other compile options.
     """
@@ -170,7 +172,7 @@ def compile_for(
         attrs={
             (position,): [["tt.divisibility", 16]]
             for position, name in enumerate(kernel.arg_names)
-            if types.get(name, "").startswith("*")
+            if types.get(name, "").startswith("*") or name in aligned
         },
     )
     done = triton.compile(

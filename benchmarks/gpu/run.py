@@ -24,10 +24,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Modules of this folder that register sections.
-MODULES = ("alpha",)
+MODULES = ("rows", "trunk", "alpha")
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 NO_GPU = "gpu: torch sees no CUDA device, so nothing was run. See docs/gpu.md."
 _MINUTES = 8.5
+_MARGIN = 6.0  # seconds of a section for starting Python and for writing
 _PACKAGES = ("torch", "triton", "numpy", "timm", "open_clip_torch")
 
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="tiny shapes on the CPU in Triton's interpreter: proves the script, measures nothing",
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=1e9, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(NO_GPU)
         return 2
     if options.worker:
-        return work(options.worker, names[0], options.rehearse)
+        return work(options.worker, names[0], options.rehearse, options.limit)
     record = {"kind": "opentrans gpu run", "rehearsal": options.rehearse, "machine": machine()}
     path = options.json or RESULTS / f"{file_name(record['machine'])}.json"
     code = run_all(
@@ -118,33 +120,43 @@ def in_a_process(name: str, limit: float, rehearse: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(path)]
-        command += ["--only", name, *(["--rehearse"] if rehearse else [])]
+        command += ["--only", name, "--limit", str(limit), *(["--rehearse"] if rehearse else [])]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired as error:
             output = error.stderr or b""
             text = output if isinstance(output, str) else output.decode(errors="replace")
             found = {"ok": False, "error": f"stopped after {limit:.0f} s\n{text[-3000:]}"}
+            found = _partial(path) | found
         else:
-            if path.exists():
-                found = json.loads(path.read_text(encoding="utf-8"))
-            else:
+            found = _partial(path)
+            if "ok" not in found:
                 error_text = (done.stdout + done.stderr)[-3000:]
-                found = {"ok": False, "error": f"exit code {done.returncode}\n{error_text}"}
+                found |= {"ok": False, "error": f"exit code {done.returncode}\n{error_text}"}
     return found | {"seconds": round(time.monotonic() - begin, 2)}
 
 
-def work(path: str, name: str, rehearse: bool) -> int:
+def _partial(path: Path) -> dict[str, Any]:
+    """What a section has left behind: its outcome, results so far, or nothing."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def work(path: str, name: str, rehearse: bool, limit: float) -> int:
     """Run one section in this process and leave its outcome in a file."""
     import torch
     from sections import SECTIONS, Context
 
-    context = Context(torch.device("cpu" if rehearse else "cuda"), rehearse)
+    device = torch.device("cpu") if rehearse else torch.device("cuda", torch.cuda.current_device())
+    context = Context(device, rehearse, deadline=time.monotonic() + limit - _MARGIN)
+    context.saver = lambda result: write(
+        Path(path), {"result": result, "partial": True, "notes": context.notes}
+    )
     try:
         found: dict[str, Any] = {"ok": True, "result": SECTIONS[name].run(context)}
     except Exception as error:
         trace = traceback.format_exc(limit=-4)
         found = {"ok": False, "error": f"{type(error).__name__}: {error}\n{trace}"}
+        found = {k: v for k, v in _partial(Path(path)).items() if k == "result"} | found
     write(Path(path), found | {"notes": context.notes})
     return 0
 

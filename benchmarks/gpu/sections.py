@@ -7,6 +7,7 @@ result is wrong; what it must not do is skip in silence.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -29,11 +30,24 @@ class Context:
         device: the CUDA device; the CPU in a rehearsal.
         rehearsal: tiny shapes on the CPU, kernels in Triton's interpreter: no times.
         notes: lines for the reader of the results.
+        deadline: ``time.monotonic()`` by which the section should have returned.
+        saver: keeps intermediate results, should the section be stopped or crash.
     """
 
     device: torch.device
     rehearsal: bool = False
     notes: list[str] = field(default_factory=list)
+    deadline: float = math.inf
+    saver: Callable[[Any], None] | None = None
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def save(self, result: Any) -> None:
+        """Keep what was found so far."""
+        if self.saver is not None:
+            self.saver(result)
 
     def time(self, run: Callable[[], Any], *, cold: bool = False) -> dict[str, float] | None:
         """Device milliseconds of ``run``: median, quartiles and count, after a warm-up.

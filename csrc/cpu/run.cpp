@@ -15,6 +15,10 @@ constexpr int64_t kStageReuse = 6;
 constexpr int64_t kStageFloats = 96 * 1024;
 constexpr int kTileFloats = 10 * 1024;
 
+// More units than threads let the others go on while one thread is disturbed, but each of them
+// copies input or reads weights again.
+constexpr int64_t kUnitsPerThread = 2;
+
 // Most nonzeros a (row block, chunk) can have.
 int64_t block_nnz(const SparseWeight& w) {
   return int64_t{w.row_block} * w.chunk * w.kernel * w.kernel;
@@ -216,17 +220,17 @@ void run_range(const Run& run, int64_t u0, int64_t u1, int b0, int b1, const Isa
 void run_parallel(const Run& run, const Isa& isa, const Parallel& par) {
   const SparseWeight& w = *run.w;
   const int64_t units = units_of(run, isa);
-  const int64_t want = par.threads <= 1 ? 1 : int64_t{4} * par.threads;
+  const int64_t want = par.threads <= 1 ? 1 : kUnitsPerThread * par.threads;
   const int64_t largest = run.window ? units : (units + isa.max_vectors - 1) / isa.max_vectors;
-  int64_t cuts, blocks = par.threads <= 1 ? 1 : w.n_row_blocks;
+  int64_t cuts, blocks;
   if (run.window && largest >= want) {
     // Tiles first: row blocks would stage the same tile again.
     cuts = want;
     blocks = 1;
   } else {
-    // Row blocks first: they share nothing. Then whole sub-tiles.
-    cuts =
-        std::clamp<int64_t>((want + w.n_row_blocks - 1) / std::max(w.n_row_blocks, 1), 1, largest);
+    // Row blocks first: they share no weights. Not more than are wanted: each copies its input.
+    blocks = std::clamp<int64_t>(w.n_row_blocks, 1, want);
+    cuts = std::clamp<int64_t>((want + blocks - 1) / blocks, 1, largest);
   }
   parallel_for(par, cuts * blocks, [&](int64_t begin, int64_t end) {
     Arena& local = thread_scratch().local;

@@ -17,6 +17,9 @@ class Arena {
   void reset(int64_t floats);
   // The next `floats` floats (rounded up to a cache line), 64-byte aligned, not initialised.
   float* take(int64_t floats);
+  // Takes back what was handed out after used() was `mark`.
+  int64_t used() const { return used_; }
+  void rewind(int64_t mark) { used_ = mark; }
   static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
  private:

@@ -8,7 +8,6 @@ namespace {
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Vectors that rows x columns take in pieces of `piece` pixels.
-
 int64_t cost(int rows, int columns, int piece, const Isa& isa) {
   const int pieces = isa.lanes / piece, tallest = isa.max_vectors * pieces;
   const int tiles = std::max(1, ceil_div(rows, tallest));

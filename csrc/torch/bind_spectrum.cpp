@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <tuple>
 
 #include "../otk.h"
 #include "parallel.h"
@@ -50,8 +51,30 @@ Tensor powerlaw_fit(const Tensor& x, const Tensor& offsets, const Tensor& first,
   return out;
 }
 
+std::tuple<Tensor, Tensor> gram_eigenvalues(const Tensor& matrices, double scale, double threshold,
+                                            double relative) {
+  const char* op = "gram_eigenvalues";
+  const bool is_double = matrices.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(matrices.is_cpu() && matrices.dim() == 3 &&
+                      (is_double || matrices.scalar_type() == ScalarType::Float),
+                  op, ": matrices must be a 3-d float32 or float64 CPU tensor");
+  STD_TORCH_CHECK(scale >= 0 && relative >= 0, op, ": scale and relative must be at least 0, got ",
+                  scale, " and ", relative);
+  const otk::StridedMatrices a{matrices.const_data_ptr(), is_double,         matrices.size(0),
+                               matrices.size(1),          matrices.size(2),  matrices.stride(0),
+                               matrices.stride(1),        matrices.stride(2)};
+  Tensor values = torch::stable::new_empty(matrices, std::array<int64_t, 2>{a.count, a.rows},
+                                           ScalarType::Double);
+  Tensor redone =
+      torch::stable::new_empty(matrices, std::array<int64_t, 1>{a.count}, ScalarType::Long);
+  otk::gram_eigenvalues(a, scale, threshold, relative, values.mutable_data_ptr<double>(),
+                        redone.mutable_data_ptr<int64_t>(), torch_threads());
+  return {values, redone};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CPU, m) {
+  m.impl("gram_eigenvalues", TORCH_BOX(&gram_eigenvalues));
   m.impl("powerlaw_fit", TORCH_BOX(&powerlaw_fit));
 }

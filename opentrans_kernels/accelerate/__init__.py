@@ -22,11 +22,14 @@ from ..plan import Plan, plan_and_build, prepare
 from ..plan.build import Builder, check_replaceable
 from ..plan.choose import Choice
 from ..plan.subject import Masks, PlanSubject, accelerated_parts, thread_count
+from ..stage import hooked
 from ..topology.blocks import pool_size
 from .compare import Outcome, Swap
+from .cuda import CudaReport, accelerate_cuda
 from .report import Report
+from .stages import stage_swaps
 
-__all__ = ["Report", "accelerate", "record_of", "restore"]
+__all__ = ["CudaReport", "Report", "accelerate", "record_of", "restore"]
 
 _RECORD = "_opentrans_record"
 log = logging.getLogger(__name__)
@@ -41,7 +44,9 @@ def accelerate(
     measure: bool = True,
     threads: int | None = None,
     batch: int = 1,
-) -> Report:
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> Report | CudaReport:
     """Replace layers of ``model`` in place by faster ones that compute the same masked network.
 
     Modules keep their names, and the ``state_dict`` its keys and shapes. Any input size and batch
@@ -58,10 +63,27 @@ def accelerate(
             rely on predictions, or on the given plan.
         threads: torch threads to plan and measure for; None: as set now.
         batch: images per call to plan and measure for.
+        device: None or "cpu"; "cuda": plan the whole trunk for a GPU, where the other arguments of
+            :func:`~opentrans_kernels.accelerate.cuda.accelerate_cuda` go into ``options``.
 
     Raises:
         UnsupportedModelError, MaskError, CheckpointError, PlanError: nothing was changed.
     """
+    if device is not None and torch.device(device).type != "cpu":
+        if plan is not None or threads is not None:
+            raise PlanError(
+                f"plan and threads are for the CPU, device={str(device)!r} makes its own plan. "
+                "Leave them out; choices for CUDA are kept in cache=FOLDER."
+            )
+        return accelerate_cuda(
+            model, masks, device=device, input_size=input_size, measure=measure, batch=batch,
+            **options,
+        )  # fmt: skip
+    if options:
+        raise PlanError(
+            f"accelerate: {', '.join(options)} only mean something with device='cuda'. Leave them "
+            "out, or pass device='cuda'."
+        )
     size = input_size
     if plan is not None:
         if size is not None and tuple(size) != tuple(plan.input_size):
@@ -79,13 +101,16 @@ def accelerate(
             plan.check(subject)
             choices, notes = _carry_out(subject, plan), _differences(plan, count)
         swaps = _replacements(subject, choices)
-        swap = Swap(model, swaps)
+        stages, found = stage_swaps(subject, swaps, measure, batch)
+        notes += found
+        swap = Swap(model, {**swaps, **stages})
         outcome = Outcome(subject, plan, batch)
         try:
             if swaps:
                 outcome.compare(swap, measure)
                 if outcome.speedup is not None and outcome.speedup < 1:
                     swap.off()
+                    notes = [note for note in notes if note not in found]
                     plan, swaps = outcome.give_up(plan, choices)
                     swap = Swap(model, swaps)
             swap.on()
@@ -183,13 +208,9 @@ def _replacements(subject: PlanSubject, choices: Mapping[str, Choice]) -> dict[s
     stem = subject.trunk.stem
     if stem is not None and stem.pool_name and choices[stem.convs[-1].name].kind == "sparse":
         pool = subject.model.get_submodule(stem.pool_name)
-        if type(pool) is nn.AvgPool2d and (size := pool_size(pool)) > 1 and not _hooked(pool):
+        if type(pool) is nn.AvgPool2d and (size := pool_size(pool)) > 1 and not hooked(pool):
             swaps[stem.pool_name] = PlanarAvgPool2d(pool, size)
     return swaps
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _parts(swaps: Mapping[str, Replacement]) -> Iterator[Any]:

@@ -2,18 +2,30 @@
 
 from .. import dispatch
 from .avg_pool2d import avg_pool2d
+from .bottleneck_chain import bottleneck_chain
+from .fused_stem import fused_stem
+from .gram_eigenvalues import gram_eigenvalues
+from .implicit_gemm_conv2d import implicit_gemm_conv2d
 from .library import release_memory, scratch_bytes
 from .powerlaw_fit import powerlaw_fit
 from .sparse_bottleneck import sparse_bottleneck
 from .sparse_conv2d import sparse_conv2d
+from .sparse_conv2d_nhwc import sparse_conv2d_nhwc
+from .sparse_stage import sparse_stage
 
 __all__ = [
     "avg_pool2d",
+    "bottleneck_chain",
+    "fused_stem",
+    "gram_eigenvalues",
+    "implicit_gemm_conv2d",
     "powerlaw_fit",
     "release_memory",
     "scratch_bytes",
     "sparse_bottleneck",
     "sparse_conv2d",
+    "sparse_conv2d_nhwc",
+    "sparse_stage",
 ]
 
 # Look the kernels up now, so that torch.compile meets no import while tracing a first call.

@@ -163,3 +163,13 @@ def bottleneck_pools(size: Sequence[int], pool: int, down_pool: int, down: bool)
             "be equal with a downsample, and 1 without."
         )
     return pooled_size(op, size, pool)
+
+
+def stage_sizes(size: Sequence[int], pools: Sequence[int]) -> list[tuple[int, int]]:
+    """Height and width of the output of each block of a stage."""
+    sizes: list[tuple[int, int]] = []
+    now = size
+    for pool in pools:
+        now = pooled_size("sparse_stage", now, pool)
+        sizes.append(now)
+    return sizes

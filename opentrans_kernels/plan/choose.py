@@ -9,7 +9,7 @@ import torch
 from ..audit import predicted_speedup
 from ..ops.library import plane_padded
 from .build import Builder, Built, built_call, check_replaceable, dense_call
-from .clock import interleaved_ms, medians
+from .clock import interleaved_ms, undisturbed
 from .subject import PlanSubject, Unit
 
 MARGIN = 0.97  # a form replaces the dense one if it takes at most this share of its time
@@ -78,7 +78,7 @@ class Chooser:
         calls["dense"] = _bind(dense, native)
         if arriving is not native:
             calls["dense here"] = _bind(dense, arriving)
-        ms = medians(interleaved_ms(calls))
+        ms = undisturbed(interleaved_ms(calls))
         dense_here = max(ms["dense"], ms.pop("dense here", 0.0))
         best = min(forms, key=lambda kind: ms[kind])
         others = ", ".join(f"{kind} {ms[kind]:.2f} ms" for kind in forms)

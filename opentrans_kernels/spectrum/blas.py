@@ -1,8 +1,9 @@
-"""The LAPACK the spectrum runs on: NumPy's, one thread per matrix.
+"""The LAPACK beside the compiled solver: NumPy's, one thread per matrix.
 
-NumPy is a dependency anyway, its wheels carry OpenBLAS, its ``a @ a.T`` is a ``syrk`` (half the
-work of a product), its ``eigvalsh`` the divide-and-conquer driver ``syevd`` without vectors, and
-both release the interpreter lock. torch's own copy is MKL, and exports no ``syrk``.
+It serves where the extension is not loaded, in float32, and for singular values. NumPy is a
+dependency anyway, its wheels carry OpenBLAS, its ``a @ a.T`` is a ``syrk`` (half the work of a
+product), its ``eigvalsh`` the divide-and-conquer driver ``syevd`` without vectors, and both release
+the interpreter lock. torch's own copy is MKL, and exports no ``syrk``.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["EIGVALSH", "library_name", "one_thread"]
+__all__ = ["SOLVERS", "library_name", "one_thread"]
 
 
-#: n; milliseconds of numpy's syrk, torch's mm, numpy's eigvalsh, torch's eigvalsh. Float64, one
-#: thread, best of several, an AVX-512 Zen4 (OpenBLAS 0.3.31, MKL 2024.2). Repeat with
-#: ``python benchmarks/bench_alpha.py --solvers``. NumPy leads or ties in every row, so it is used
-#: for all sizes; torch is the second try where it does not converge.
-EIGVALSH: tuple[tuple[int, float, float, float, float], ...] = (
-    (64, 0.01, 0.02, 0.12, 0.12),
-    (128, 0.07, 0.10, 0.44, 0.59),
-    (256, 0.47, 0.77, 2.38, 2.40),
-    (512, 3.5, 5.5, 11.1, 15.6),
-    (1024, 25.0, 43.7, 67.2, 102.5),
-    (2048, 190.0, 358.0, 549.0, 571.0),
+#: n; milliseconds from a square weight to its eigenvalues: ``gram_eigenvalues``, NumPy's syrk and
+#: eigvalsh, torch's mm and eigvalsh. Float64, one thread, best of several, a Zen 4 with AVX-512
+#: (OpenBLAS 0.3.31, MKL 2024.2). Repeat with ``python benchmarks/bench_alpha.py --solvers``. The
+#: first leads or ties in every row, so all sizes go there; NumPy leads torch, so it comes second.
+SOLVERS: tuple[tuple[int, float, float, float], ...] = (
+    (32, 0.03, 0.03, 0.04),
+    (64, 0.09, 0.12, 0.11),
+    (128, 0.40, 0.50, 0.51),
+    (256, 1.92, 2.43, 3.02),
+    (512, 11.3, 16.9, 21.0),
+    (1024, 66.9, 93.8, 142.0),
+    (2048, 455.0, 708.0, 886.0),
 )
 
 

@@ -167,7 +167,7 @@ def _solve(
         from .cuda import eigenvalues  # needs a GPU build of torch, so not before it is asked for
 
         spectra = eigenvalues(
-            layers, device=where, threshold=options.threshold, solver=solver, progress=progress
+            layers, device=where, options=options, solver=solver, progress=progress
         )
         return spectra, rows_of(layers, spectra, options)
     if solver is not None:
@@ -227,12 +227,7 @@ def rows_of(
     approx: how the eigenvalues were approximated, for all rows or for each.
     """
     kept = [rules.keep(x.values, options.threshold, options.fit) for x in spectra]
-    fits = rules.fit_rows(
-        [x.tail(one.values.numel()) for x, one in zip(spectra, kept, strict=True)],
-        options.fit,
-        xmin_pos=options.xmin_pos,
-        bins=options.bins,
-    )
+    fits = _fits([(x, one.values.numel()) for x, one in zip(spectra, kept, strict=True)], options)
     crossing = _crossings(spectra, kept, fits, options)
     notes = [approx] * len(layers) if isinstance(approx, str) else list(approx)
     return tuple(
@@ -241,6 +236,25 @@ def rows_of(
             layers, spectra, kept, fits, crossing, notes, strict=True
         )
     )
+
+
+def _fits(tails: Sequence[tuple[Spectrum, int]], options: FitOptions) -> list[rules.Fit]:
+    """Fits of the ``count`` largest eigenvalues: known ones, and one call for the rest."""
+    known = [spectrum.known_fit(options, count) for spectrum, count in tails]
+    open_tails = [
+        spectrum.tail(count)
+        for (spectrum, count), row in zip(tails, known, strict=True)
+        if row is None
+    ]
+    rest = iter(
+        rules.fit_rows(open_tails, options.fit, xmin_pos=options.xmin_pos, bins=options.bins)
+    )
+    return [
+        next(rest)
+        if row is None
+        else rules.finished(row, spectrum.values[spectrum.values.numel() - count :], options.fit)
+        for (spectrum, count), row in zip(tails, known, strict=True)
+    ]
 
 
 def _crossings(
@@ -256,11 +270,11 @@ def _crossings(
         count = one.values.numel()
         if one.fewer and count > one.fewer:
             rows.append(i)
-            changed.append(spectrum.tail(count - one.fewer))
+            changed.append((spectrum, count - one.fewer))
         if one.more:
             rows.append(i)
-            changed.append(spectrum.tail(count + one.more))
-    others = rules.fit_rows(changed, options.fit, xmin_pos=options.xmin_pos, bins=options.bins)
+            changed.append((spectrum, count + one.more))
+    others = _fits(changed, options)
     for i, other in zip(rows, others, strict=True):
         alpha = fits[i].alpha
         if not math.isclose(alpha, other.alpha, rel_tol=rules.AMBIGUOUS_FROM):

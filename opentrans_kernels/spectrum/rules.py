@@ -14,7 +14,18 @@ import torch
 from ..errors import OpenTransError
 from ..ops import powerlaw_fit
 
-__all__ = ["AMBIGUOUS_FROM", "MODES", "Fit", "Kept", "Mode", "check_fit", "fit_rows", "keep"]
+__all__ = [
+    "AMBIGUOUS_FROM",
+    "MODES",
+    "Fit",
+    "Kept",
+    "Mode",
+    "check_fit",
+    "finished",
+    "fit_padded",
+    "fit_rows",
+    "keep",
+]
 
 #: The published tools take singular values in float32, off by up to about eps32 * the largest: an
 #: eigenvalue x is then off by twice eps32 * sqrt(x * largest), and may lie on either side of what
@@ -61,7 +72,7 @@ def _near_peak(published: bool) -> Callable[..., tuple[torch.Tensor, torch.Tenso
         lower = 0.95 * edge
         # The published rule compares the *logarithm* of its lower bound with the values.
         lower = _log10(lower) if published else lower
-        layer = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
+        layer = _layer_of(x, counts)
         first = _count(x < lower[layer], layer, counts)
         last = _count(x <= (1.5 * edge)[layer], layer, counts)
         return first, torch.minimum(last, (counts - 1).clamp(min=0))
@@ -223,24 +234,82 @@ def _corrected(x: torch.Tensor) -> Fit:
     return Fit(alpha, distance, index, values[index], "" if alpha else "all values are equal")
 
 
+def finished(row: Sequence[float], kept: torch.Tensor, fit: str) -> Fit:
+    """The fit of ``kept``, eigenvalues on the host, from its row of :func:`fit_padded`."""
+    mode = MODES[fit]
+    return _too_few(kept, fit, mode) or _finish(list(row), mode)
+
+
+def fit_padded(
+    values: torch.Tensor, threshold: float, fit: str, *, xmin_pos: float = 2.0, bins: int = 100
+) -> torch.Tensor:
+    """Fits of every layer on the device, without a look at it from the host.
+
+    values: float64 [L, M], ascending, zeros in front of shorter spectra. The result is float64
+    [L, 3, 6]: for the eigenvalues above ``threshold``, for those without the ones near it, and
+    for those with the ones near below it, their number and what :func:`finished` takes.
+    """
+    above = values > threshold
+    count = above.sum(1)
+    margin = _FLOAT32 * (threshold * values[:, -1:]).sqrt() if threshold else values[:, :1] * 0
+    fewer = (above & (values <= threshold + margin)).sum(1)
+    more = (~above & (values >= threshold - margin) & (values > 0)).sum(1)
+    if threshold == 0:
+        fewer, more = fewer * 0, more * 0
+    layers, width = values.shape
+    kept = torch.stack([count, count - fewer, count + more], dim=1).flatten()
+    # Spectra in turn: what is left out of a row, then what is fitted.
+    counts = torch.stack([width - kept, kept], dim=1).flatten()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    x = values.repeat_interleave(3, dim=0, output_size=3 * layers)
+    place = torch.arange(width, device=values.device)
+    x = torch.where(place >= (width - kept)[:, None], x, 1.0).flatten()
+    active = torch.zeros_like(counts, dtype=torch.bool)
+    active[1::2] = kept > 0
+    columns = _columns(x, offsets, counts, MODES[fit], xmin_pos, bins, active)[1::2]
+    return torch.cat([kept[:, None].double(), columns], dim=1).view(layers, 3, 6)
+
+
 def _fit_all(spectra: Sequence[torch.Tensor], mode: Mode, xmin_pos: float, bins: int) -> list[Fit]:
     x = torch.cat([one.reshape(-1) for one in spectra])
     sizes = torch.tensor([0, *(one.numel() for one in spectra)])
     offsets = sizes.cumsum(0).to(x.device)
-    counts = sizes[1:].to(x.device)
+    columns = _columns(x, offsets, sizes[1:].to(x.device), mode, xmin_pos, bins)
+    return [_finish(row, mode) for row in columns.tolist()]  # the one copy to the host
 
-    def fitted(edge: torch.Tensor) -> torch.Tensor:
-        return powerlaw_fit(x, offsets, *mode.window(x, offsets, counts, edge, xmin_pos))
+
+def _columns(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    counts: torch.Tensor,
+    mode: Mode,
+    xmin_pos: float,
+    bins: int,
+    active: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Index, alpha, D, x at the index, alpha with the rival bin: float64 [L, 5].
+
+    Of spectra that are not ``active`` the values are read, but no start is tried.
+    """
+
+    def fitted(edge: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+        first, last = mode.window(x, offsets, counts, edge, xmin_pos)
+        if wanted is not None:
+            first = torch.where(wanted, first, 0)
+            last = torch.where(wanted, last, 0)
+        return powerlaw_fit(x, offsets, first, last)
 
     if mode.histogram:
         edge, rival = _peaks(x, offsets, counts, bins)
-        found, other = fitted(edge), fitted(rival)[:, 1]
+        differs = rival != edge  # the others need no second fit
+        found = fitted(edge, active)
+        second = fitted(rival, differs if active is None else differs & active)
+        other = torch.where(differs, second[:, 1], found[:, 1])
     else:
-        found = fitted(x[:0])
+        found = fitted(x[:0], active)
         other = found[:, 1]
-    start = found[:, 0].long().clamp(min=0) + offsets[:-1]
-    columns = torch.stack([*found.unbind(1), x[start], other], dim=1)
-    return [_finish(row, mode) for row in columns.tolist()]  # the one copy to the host
+    start = (found[:, 0].long().clamp(min=0) + offsets[:-1]).clamp(max=len(x) - 1)
+    return torch.stack([*found.unbind(1), x[start], other], dim=1)
 
 
 def _finish(row: list[float], mode: Mode) -> Fit:
@@ -265,10 +334,12 @@ def _peaks(
     which may cross it, decide. It is the peak itself where there is none.
     """
     layers = len(counts)
-    layer = torch.arange(layers, device=x.device).repeat_interleave(counts)
+    layer = _layer_of(x, counts)
     h = _log10(x)
-    low, high = h[offsets[:-1]], h[offsets[1:] - 1]
-    flat = x[offsets[:-1]] == x[offsets[1:] - 1]
+    # Spectra without values have no edge, but must not be looked for outside.
+    begin, end = offsets[:-1].clamp(max=len(x) - 1), (offsets[1:] - 1).clamp(min=0)
+    low, high = h[begin], h[end]
+    flat = x[begin] == x[end]
     width = torch.where(flat, 1.0, high - low)
     position = (h - low[layer]) * bins / width[layer]
     number = position.long().clamp(0, bins - 1)
@@ -281,8 +352,8 @@ def _peaks(
     top = full.argmax(1)
     nearest = position.round()
     # Relative noise of each value, in bins; that of the smallest one moves all edges.
-    noise = _FLOAT32 * (x[offsets[1:] - 1][layer] / x).sqrt() * (bins / math.log(10)) / width[layer]
-    noise = noise + noise[offsets[:-1]][layer] * (1 - position / bins)
+    noise = _FLOAT32 * (x[end][layer] / x).sqrt() * (bins / math.log(10)) / width[layer]
+    noise = noise + noise[begin][layer] * (1 - position / bins)
     near = (position - nearest).abs() < noise.clamp(min=_NEAR_EDGE)
     near &= (nearest > 0) & (nearest < bins)
     right = nearest.long().clamp(1, max(1, bins - 1))
@@ -297,9 +368,15 @@ def _peaks(
 
     def edge(number: torch.Tensor) -> torch.Tensor:
         exponent = low + (high - low) * number / bins
-        return torch.where(flat, x[offsets[:-1]], torch.pow(10.0, exponent))
+        return torch.where(flat, x[begin], torch.pow(10.0, exponent))
 
     return edge(top), edge(rival)
+
+
+def _layer_of(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The spectrum of every value; a known length spares the host a look at the device."""
+    layers = torch.arange(len(counts), device=x.device)
+    return layers.repeat_interleave(counts, output_size=x.numel())
 
 
 def _count(true: torch.Tensor, layer: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

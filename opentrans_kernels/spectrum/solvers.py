@@ -1,7 +1,8 @@
 """Eigenvalues of all layers on the CPU: grouped by shape, in parallel over matrices.
 
-float64 Gram of the smaller side, then LAPACK's ``syevd`` without vectors. Where squaring would cost
-digits that matter, singular values of the weight itself instead.
+float64 Gram of the smaller side and its eigenvalues: the compiled ``gram_eigenvalues``, or LAPACK's
+``syevd`` where that is not loaded. Where squaring would cost digits that matter, the small ones
+again from their own subspace, or singular values of the weight itself.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .. import dispatch, native
 from ..errors import UnsupportedModelError
+from ..ops import gram_eigenvalues
+from ..ops.gram_eigenvalues.reference import NOISE
 from .blas import library_name, one_thread
 from .gram import gram, stacked
 from .layers import LayerSlices
 
 __all__ = ["Spectrum", "eigenvalues"]
 
-#: A Gram matrix's eigenvalues are off by about this many eps * largest.
-_NOISE = 8
 #: Digits that must survive: an eigenvalue at or above the threshold with a larger relative error
 #: is computed from the weight itself.
-_RELATIVE = 1e-7
+RELATIVE = 1e-7
 _STACK_BYTES = 8 << 20  # small matrices are solved in stacks of about this size
 _LARGE_BYTES = 64 << 20  # Gram matrices from here on are worked on one at a time
 
@@ -50,6 +52,10 @@ class Spectrum:
     def tail(self, count: int) -> torch.Tensor:
         """The ``count`` largest values, ascending, on the device where they are to be fitted."""
         return self.values[self.values.numel() - count :]
+
+    def known_fit(self, options: object, count: int) -> Sequence[float] | None:
+        """The fit of the ``count`` largest values under ``options``, if it has been computed."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,27 @@ def eigenvalues(
     dtype = np.float32 if precision == "float32" else np.float64
     tasks = sorted(_tasks(layers), key=lambda task: -task.cost)
     found = [np.empty((layer.positions, layer.small)) for layer in layers]
-    redone: dict[tuple[int, int], int] = {}  # (layer, first matrix) -> matrices
+    projected = [0] * len(layers)  # matrices whose small eigenvalues were computed again
+    redone = [0] * len(layers)  # ... and those that took singular values
+    compiled = dtype == np.float64 and _compiled()
+    counting = threading.Lock()
+
+    def run_compiled(task: _Task) -> None:
+        for i, a, b in task.pieces:
+            layer = layers[i]
+            view = layer.matrices()[a:b].detach().cpu()
+            if view.dtype != torch.float64:
+                view = view.float()  # exact, and no copy of float32
+            values, counts = gram_eigenvalues(view, layer.scale, threshold, RELATIVE)
+            part, lost = values.numpy(), np.flatnonzero(counts.numpy() < 0)
+            if not np.isfinite(part).all():
+                raise _not_finite(layer.name, view)
+            for row in lost:
+                part[row] = _squared_singular(view[row : row + 1], layer)[0]
+            found[i][a:b] = part
+            with counting:
+                projected[i] += int((counts > 0).sum())
+                redone[i] += len(lost)
 
     def run(task: _Task) -> None:
         views = [layers[i].matrices()[a:b] for i, a, b in task.pieces]
@@ -100,16 +126,20 @@ def eigenvalues(
             part = values[at : at + b - a]
             at += b - a
             if dtype == np.float64:
-                redone[i, a] = _refine(part, view, layers[i], threshold)
+                again = _refine(part, view, layers[i], threshold)
+                with counting:
+                    redone[i] += again
             found[i][a:b] = part
 
     with one_thread():
-        _run_all(tasks, layers, run, threads, progress)
+        _run_all(tasks, layers, run_compiled if compiled else run, threads, progress)
     label = "syrk, eigvalsh" if dtype == np.float64 else "float32 syrk, eigvalsh"
+    label = "gram_eigenvalues" if compiled else f"{library_name()}: {label}"
     spectra = []
-    for index, (layer, values) in enumerate(zip(layers, found, strict=True)):
-        count = sum(number for (i, _), number in redone.items() if i == index)
-        solver = f"{library_name()}: {label}"
+    for layer, values, again, count in zip(layers, found, projected, redone, strict=True):
+        solver = label
+        if again:
+            solver += f"; small ones projected for {again} of {layer.positions} matrices"
         if count:
             solver += f"; svd for {count} of {layer.positions} matrices"
         flat = np.sort(values, axis=None)
@@ -119,6 +149,13 @@ def eigenvalues(
             solver = f"{library_name()}: svd"
         spectra.append(Spectrum(torch.from_numpy(flat), solver, np.dtype(dtype).name))
     return spectra
+
+
+def _compiled() -> bool:
+    """Whether the compiled solver serves; LAPACK does where it is missing or not faster."""
+    if dispatch.resolve("gram_eigenvalues", "cpu", "float64").row.backend != "cpu":
+        return False
+    return native.cpu_capability() != "generic"
 
 
 def _tasks(layers: Sequence[LayerSlices]) -> list[_Task]:
@@ -187,10 +224,10 @@ def _not_finite(name: str, view: torch.Tensor) -> UnsupportedModelError:
 def _refine(values: np.ndarray, view: torch.Tensor, layer: LayerSlices, threshold: float) -> int:
     """Replace rows of ``values`` whose digits near or above the threshold were lost; how many."""
     largest = values[:, -1]
-    noise = _NOISE * np.finfo(np.float64).eps * largest
+    noise = NOISE * np.finfo(np.float64).eps * largest
     # The smallest eigenvalue that will be kept, or may be.
     above = np.where(values > (threshold - noise)[:, None], values, np.inf).min(axis=1)
-    rows = np.flatnonzero((largest > 0) & (noise > _RELATIVE * above))
+    rows = np.flatnonzero((largest > 0) & (noise > RELATIVE * above))
     for row in rows:
         values[row] = _squared_singular(view[row : row + 1], layer)[0]
     return len(rows)

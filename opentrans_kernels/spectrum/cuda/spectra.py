@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import UnsupportedModelError
+from ...ops.gram_eigenvalues.reference import NOISE
 from ..layers import LayerSlices
+from ..solvers import RELATIVE
 from .gram import gram_into
 from .solve import Solved, method, solve
 
@@ -22,8 +24,6 @@ __all__ = ["DEVICE_SHARE", "DeviceSpectra", "singular", "spectra"]
 #: Share of the free device memory that the Gram matrices of one wave may take.
 DEVICE_SHARE = 0.2
 _WORKSPACES = 2.5  # a solver may need this many times the matrices on top of them
-_NOISE = 8  # a Gram matrix's eigenvalues are off by about this many eps * largest
-_RELATIVE = 1e-7  # larger errors, relative to a kept eigenvalue, call for a singular value solver
 
 Progress = Callable[[int, int, str], None]
 
@@ -173,9 +173,9 @@ def _grams(
 def _lossy(values: torch.Tensor, threshold: float) -> torch.Tensor:
     """Whether squaring cost digits of an eigenvalue that will be kept, per row of [B, n]."""
     largest = values[:, -1]
-    noise = _NOISE * torch.finfo(torch.float64).eps * largest
+    noise = NOISE * torch.finfo(torch.float64).eps * largest
     above = torch.where(values > (threshold - noise)[:, None], values, torch.inf).amin(1)
-    return (largest > 0) & (noise > _RELATIVE * above)
+    return (largest > 0) & (noise > RELATIVE * above)
 
 
 def singular(layer: LayerSlices, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,145 @@
+"""Triton kernel of ``bottleneck_chain``: 3x3, 1x1, residual and the next block's 1x1 in one launch.
+
+A program owns BM pixels. Its part of conv2's output stays in registers as the left operand of
+conv3, whose wide output is made in chunks of BJ channels; each chunk is finished (bias, residual,
+ReLU), written, and at once multiplied into conv1 of the next block, so it is never read back. No
+halo: what follows conv2 is pointwise. Sums are float32, nothing is split, no atomics.
+
+The widths of the products must be powers of two for tiles in registers, so inner widths are padded
+with zero weights; the input's width C is a multiple of BK.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import PlanError
+from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
+from .shapes import check, default_config, padded_weights, power
+
+__all__ = ["bottleneck_chain", "chain_kernel", "warm"]
+
+
+@triton.jit(do_not_specialize=["rows", "height", "width"])
+def chain_kernel(
+    x, weight2, bias2, weight3, bias3, residual, weight1, bias1, y, after,
+    rows, height, width, cin, wide, after_channels,
+    INNER: tl.constexpr, AFTER: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = row < rows
+    w = row % width
+    h = row // width % height
+    k = tl.arange(0, BK)
+    inner_col = tl.arange(0, INNER)
+    inner = tl.zeros((BM, INNER), tl.float32)
+    steps = cin // BK
+    for step in range(0, 9 * steps):
+        tap = step // steps
+        at = step % steps * BK + k
+        dy = tap // 3 - 1
+        dx = tap % 3 - 1
+        inside = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
+        pixel = (row + dy * width + dx).to(tl.int64)
+        a = tl.load(x + (pixel * cin)[:, None] + at[None, :], mask=inside[:, None], other=0.0)
+        b = tl.load(weight2 + ((tap * cin + at) * INNER)[:, None] + inner_col[None, :])
+        inner = tl.dot(a, b, inner, input_precision=PRECISION)
+    inner += tl.load(bias2 + inner_col)[None, :]
+    inner = tl.where(inner < 0, 0.0, inner)
+    left = inner.to(x.dtype.element_ty)
+    after_col = tl.arange(0, AFTER)
+    summed = tl.zeros((BM, AFTER), tl.float32)
+    base = row.to(tl.int64) * wide
+    for chunk in range(0, wide // BJ):
+        col = chunk * BJ + tl.arange(0, BJ)
+        b3 = tl.load(weight3 + (inner_col * wide)[:, None] + col[None, :])
+        at_wide = base[:, None] + col[None, :]
+        z = tl.load(residual + at_wide, mask=live[:, None], other=0.0).to(tl.float32)
+        z += tl.load(bias3 + col)[None, :]
+        z += tl.dot(left, b3, input_precision=PRECISION)
+        z = tl.where(z < 0, 0.0, z)
+        finished = z.to(y.dtype.element_ty)
+        tl.store(y + at_wide, finished, mask=live[:, None])
+        b1 = tl.load(weight1 + (col * AFTER)[:, None] + after_col[None, :])
+        summed = tl.dot(finished, b1, summed, input_precision=PRECISION)
+    summed += tl.load(bias1 + after_col)[None, :]
+    summed = tl.where(summed < 0, 0.0, summed)
+    tl.store(
+        after + (row.to(tl.int64) * after_channels)[:, None] + after_col[None, :],
+        summed.to(after.dtype.element_ty),
+        mask=live[:, None] & (after_col < after_channels)[None, :],
+    )
+
+
+def bottleneck_chain(x, weight2, bias2, weight3, bias3, residual, weight1, bias1, tf32, config=()):
+    given = (x, weight2, bias2, weight3, bias3, residual, weight1, bias1, config)
+    out, after_size = check(*given)
+    check_capability("bottleneck_chain", x)
+    y, after = empty_nhwc(x, *out), empty_nhwc(x, *after_size)
+    if y.numel() == 0:
+        return y, after
+    n, cin, h, w = x.shape
+    rows = n * h * w
+    if rows > LIMIT:
+        raise PlanError(
+            f"bottleneck_chain: {rows} pixels are more than {LIMIT}. Pass a smaller batch."
+        )
+    weights, inner, last = padded_weights(weight2, bias2, weight3, weight1, bias1)
+    weight2, bias2, weight3, weight1, bias1 = weights
+    x, residual = nhwc(x), nhwc(residual)
+    config = config or default_config(cin, inner, last, x.dtype)
+    on_its_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with on_its_device:
+        chain_kernel[(triton.cdiv(rows, config[0]),)](
+            x, weight2, bias2, weight3, bias3, residual, weight1, bias1, y, after,
+            rows, h, w, cin, out[1], after_size[1], **_constants(inner, last, tf32, config),
+        )  # fmt: skip
+    return y, after
+    n, cin, h, w = x.shape
+    rows = n * h * w
+    if rows > LIMIT:
+        raise PlanError(
+            f"bottleneck_chain: {rows} pixels are more than {LIMIT}. Pass a smaller batch."
+        )
+    bm, bj, bk, warps, stages = config or default_config(
+        cin, weight3.shape[1], after_size[1], x.dtype
+    )
+    (weight2, bias2, weight3, weight1, bias1), inner, last = padded_weights(
+        weight2, bias2, weight3, weight1, bias1
+    )
+    x, residual = nhwc(x), nhwc(residual)
+    on_its_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with on_its_device:
+        chain_kernel[(triton.cdiv(rows, bm),)](
+            x, weight2, bias2, weight3, bias3, residual, weight1, bias1, y, after,
+            rows, h, w, cin, out[1], after_size[1],
+            INNER=inner, AFTER=last, PRECISION="tf32" if tf32 else "ieee",
+            BM=bm, BJ=bj, BK=bk, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y, after
+
+
+def _constants(inner: int, after: int, tf32: bool, config: tuple[int, ...]) -> dict[str, object]:
+    bm, bj, bk, warps, stages = config
+    return dict(
+        INNER=inner, AFTER=after, PRECISION="tf32" if tf32 else "ieee",
+        BM=bm, BJ=bj, BK=bk, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def warm(
+    dtype: torch.dtype, cin: int, inner: int, wide: int, after: int, tf32: bool,
+    config: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Compile for these widths without running."""
+    single = torch.float32
+    chain_kernel.warmup(
+        dtype, dtype, single, dtype, single, dtype, dtype, single, dtype, dtype,
+        1024, 32, 32, cin, wide, after, grid=(8,),
+        **_constants(power(inner), power(after), tf32, config),
+    )  # fmt: skip

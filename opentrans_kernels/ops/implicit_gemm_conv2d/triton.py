@@ -1,0 +1,186 @@
+"""Triton kernel of ``implicit_gemm_conv2d``: one GEMM whose left operand is read through the image.
+
+Rows are output pixels (with a pool, the four pixels of a window in a row), columns are output
+channels, K runs over taps and input channels. NHWC, so a row of K is contiguous in memory and taps
+outside the image are masked loads. Sums are float32; no atomics and no split of K, so results do
+not depend on timing. Bound by memory for most 1x1, by tensor cores for 3x3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import PlanError
+from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
+from .shapes import check, default_config
+
+__all__ = ["conv_kernel", "implicit_gemm_conv2d", "launch_arguments", "warm"]
+
+
+# Sizes of the image are not specialised on, or every feature map would compile anew.
+@triton.jit(
+    do_not_specialize=["rows", "height", "width", "out_height", "out_width", "height2", "width2"]
+)
+def conv_kernel(
+    x, weight, bias, channels, residual, x2, weight2, y,
+    rows, height, width, out_height, out_width, cin, cout, x_channels,
+    height2, width2, cin2,
+    TAPS: tl.constexpr, POOL: tl.constexpr, POOL2: tl.constexpr, GATHER: tl.constexpr,
+    RESIDUAL: tl.constexpr, SECOND: tl.constexpr, RELU: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_K2: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs share rows of x, which are larger than the weights.
+    tiles = tl.cdiv(cout, BN)
+    first_row = tl.program_id(0) // tiles * BM
+    row = first_row + tl.arange(0, BM)
+    col = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    live = row < rows
+    if POOL == 2:
+        window = row // 4
+        column = window % out_width
+        line = window // out_width % out_height
+        image = window // (out_width * out_height)
+        h = 2 * line + row % 4 // 2
+        w = 2 * column + row % 2
+    else:
+        w = row % out_width
+        h = row // out_width % out_height
+        image = row // (out_width * out_height)
+    pixel = ((image * height + h) * width + w).to(tl.int64)
+    k = tl.arange(0, BK)
+    accumulated = tl.zeros((BM, BN), tl.float32)
+    steps = tl.cdiv(cin, BK)
+    for step in range(0, TAPS * steps):
+        tap = step // steps
+        at = step % steps * BK + k
+        inside = live
+        shift = 0
+        if TAPS == 9:
+            dy = tap // 3 - 1
+            dx = tap % 3 - 1
+            inside = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
+            shift = dy * width + dx
+        if GATHER:
+            source = tl.load(channels + at, mask=at < cin, other=0)
+        else:
+            source = at
+        a_mask = inside[:, None]
+        if not EVEN_K:
+            a_mask = a_mask & (at < cin)[None, :]
+        a = tl.load(
+            x + ((pixel + shift) * x_channels)[:, None] + source[None, :], mask=a_mask, other=0.0
+        )
+        b_at = weight + ((tap * cin + at).to(tl.int64) * cout)[:, None] + col[None, :]
+        if EVEN_K and EVEN_N:
+            b = tl.load(b_at)
+        else:
+            b = tl.load(b_at, mask=(at < cin)[:, None] & (col < cout)[None, :], other=0.0)
+        accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
+    if SECOND:
+        start = (image * height2 + POOL2 * h).to(tl.int64) * width2 + POOL2 * w
+        for step in range(0, tl.cdiv(cin2, BK)):
+            at = step * BK + k
+            a_mask = live[:, None]
+            if not EVEN_K2:
+                a_mask = a_mask & (at < cin2)[None, :]
+            a_at = x2 + (start * cin2)[:, None] + at[None, :]
+            if POOL2 == 2:
+                down = width2 * cin2
+                a = tl.load(a_at, mask=a_mask, other=0.0).to(tl.float32)
+                a += tl.load(a_at + cin2, mask=a_mask, other=0.0).to(tl.float32)
+                a += tl.load(a_at + down, mask=a_mask, other=0.0).to(tl.float32)
+                a += tl.load(a_at + down + cin2, mask=a_mask, other=0.0).to(tl.float32)
+                a = (a * 0.25).to(x2.dtype.element_ty)
+            else:
+                a = tl.load(a_at, mask=a_mask, other=0.0)
+            b_at = weight2 + (at.to(tl.int64) * cout)[:, None] + col[None, :]
+            if EVEN_K2 and EVEN_N:
+                b = tl.load(b_at)
+            else:
+                b = tl.load(b_at, mask=(at < cin2)[:, None] & (col < cout)[None, :], other=0.0)
+            accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
+    accumulated += tl.load(bias + col, mask=col < cout, other=0.0)[None, :]
+    kept = live[:, None] & (col < cout)[None, :]
+    if RESIDUAL:
+        at_residual = residual + (row.to(tl.int64) * cout)[:, None] + col[None, :]
+        accumulated += tl.load(at_residual, mask=kept, other=0.0).to(tl.float32)
+    if RELU:  # a comparison, because tl.maximum would turn NaN into zero
+        accumulated = tl.where(accumulated < 0, 0.0, accumulated)
+    if POOL == 2:
+        accumulated = tl.sum(tl.reshape(accumulated, (BM // 4, 4, BN)), axis=1) * 0.25
+        row = first_row // 4 + tl.arange(0, BM // 4)
+        kept = (row < rows // 4)[:, None] & (col < cout)[None, :]
+    tl.store(
+        y + (row.to(tl.int64) * cout)[:, None] + col[None, :],
+        accumulated.to(y.dtype.element_ty),
+        mask=kept,
+    )
+
+
+def launch_arguments(
+    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config, out
+):
+    """Grid, positional and keyword arguments of one launch."""
+    n, c, h, w = x.shape
+    taps, cin, cout = weight.shape
+    out_h, out_w = out.shape[2:]
+    rows = n * out_h * out_w * pool * pool
+    if max(rows, n * h * w, taps * cin) > LIMIT:
+        raise PlanError(
+            f"implicit_gemm_conv2d: {max(rows, n * h * w)} pixels are more than {LIMIT}. Pass a "
+            "smaller batch."
+        )
+    if not config:
+        config = default_config(rows, cout, x.dtype, pool2 > 1)
+    bm, bn, bk, warps, stages = config
+    cin2 = 0 if weight2 is None else weight2.shape[1]
+    size2 = (0, 0) if x2 is None else x2.shape[2:]
+    grid = (triton.cdiv(rows, bm) * triton.cdiv(cout, bn),)
+    # Where an operand is absent its constant flag keeps the kernel from reading this.
+    positional = (
+        x, weight, bias, x if channels is None else channels, x if residual is None else residual,
+        x if x2 is None else x2, weight if weight2 is None else weight2, out,
+        rows, h, w, out_h, out_w, cin, cout, c, *size2, cin2,
+    )  # fmt: skip
+    keywords = dict(
+        TAPS=taps, POOL=pool, POOL2=pool2, GATHER=channels is not None,
+        RESIDUAL=residual is not None, SECOND=x2 is not None, RELU=relu,
+        EVEN_K=cin % bk == 0, EVEN_K2=cin2 % bk == 0, EVEN_N=cout % bn == 0,
+        PRECISION="tf32" if tf32 else "ieee", BM=bm, BN=bn, BK=bk,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return grid, positional, keywords
+
+
+def implicit_gemm_conv2d(
+    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config=()
+):
+    size = check(x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config)
+    check_capability("implicit_gemm_conv2d", x)
+    out = empty_nhwc(x, *size)
+    if out.numel() == 0:
+        return out
+    x, residual, x2 = (None if t is None else nhwc(t) for t in (x, residual, x2))
+    grid, positional, keywords = launch_arguments(
+        x, weight.contiguous(), bias, channels, residual, x2,
+        None if weight2 is None else weight2.contiguous(),
+        kernel, pool, pool2, relu, tf32, config, out,
+    )  # fmt: skip
+    on_its_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with on_its_device:  # triton launches on the current device
+        conv_kernel[grid](*positional, **keywords)
+    return out
+
+
+def warm(*arguments) -> None:
+    """Compile for these arguments without running; tensors may be on the meta device."""
+    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, _, _, config = arguments
+    size = check(x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config)
+    grid, positional, keywords = launch_arguments(*arguments, empty_nhwc(x, *size))
+    types = (a.dtype if isinstance(a, torch.Tensor) else a for a in positional)
+    conv_kernel.warmup(*types, grid=grid, **keywords)

@@ -1,0 +1,87 @@
+"""The accelerated stage: residual blocks of an ``nn.Sequential`` that run as one op.
+
+Its children stay where they are and can be called one by one. Together, neighbours that are fused
+blocks run as one :func:`~opentrans_kernels.ops.sparse_stage`, to the same bits: what a block writes
+is read by the next one while it is in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .nn import AcceleratedBlock, Replacement, operator_of
+
+__all__ = ["AcceleratedStage", "fused_runs", "hooked"]
+
+
+class AcceleratedStage(Replacement, nn.Sequential):
+    """Stands in for an ``nn.Sequential`` of residual blocks; float32 ``[N, cin, H, W]``.
+
+    A block with forward hooks, one that is not fused, and all of them where gradients are needed,
+    run on their own.
+    """
+
+    def __init__(self, original: nn.Sequential) -> None:
+        super().__init__(original)
+        # The very same dict: blocks swapped in the original are swapped here.
+        self.__dict__["_modules"] = original._modules
+        self.opentrans_operator = operator_of("sparse_stage")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        alone = torch.is_grad_enabled() and x.requires_grad
+        for run in fused_runs(self):
+            if alone or len(run) == 1:
+                for block in run:
+                    x = block(x)
+            else:
+                x = self._fused(x, run)
+        return x
+
+    def _fused(self, x: torch.Tensor, blocks: list[AcceleratedBlock]) -> torch.Tensor:
+        x = blocks[0]._checked(x)
+        for block in blocks[1:]:
+            block._checked(x)
+        weights: list[torch.Tensor] = []
+        cout, pool, down = [], [], []
+        for block in blocks:
+            engines = block.opentrans_engines._modules
+            for role in ("conv1", "conv2", "conv3", "downsample"):
+                engine = engines.get(role)
+                if engine is not None:
+                    weights += (engine.structure, engine.values, engine.bias)
+            cout.append(engines["conv3"].cout)
+            pool.append(block.opentrans_pool)
+            down.append(int("downsample" in engines))
+        return self.opentrans_operator(x, weights, cout, pool, down)
+
+    def extra_repr(self) -> str:
+        fused = [str(len(run)) for run in fused_runs(self) if len(run) > 1]
+        return f"{' and '.join(fused)} blocks at a time" if fused else "blocks run one by one"
+
+
+def fused_runs(stage: nn.Sequential) -> Iterator[list[nn.Module]]:
+    """The children of a stage, in order: fused blocks that follow each other together."""
+    run: list[nn.Module] = []
+    for block in stage._modules.values():
+        if (
+            type(block) is AcceleratedBlock
+            and block.opentrans_unfused is None
+            and not hooked(block)
+        ):
+            run.append(block)
+            continue
+        if run:
+            yield run
+        run = []
+        if block is not None:
+            yield [block]
+    if run:
+        yield run
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs forward hooks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
