@@ -20,7 +20,10 @@ from .render import Output
 OK, FAILED_CHECK, BAD_INPUT, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
 
 #: Commands in the order of a first session; each is a module of this package.
-COMMANDS = ("info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "bench", "demo")
+COMMANDS = (
+    "info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "flops", "bench",
+    "report", "demo",
+)  # fmt: skip
 
 _EPILOG = """\
 MASK is a mask file or a recipe: global:0.90 prunes 90 % of all weights by magnitude, uniform:0.90

@@ -1,0 +1,219 @@
+"""``attach(model, ...)``: masks, freezing and acceleration for a model that is built already."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from opentrans_kernels.accelerate import Report, accelerate, restore
+from opentrans_kernels.errors import PlanError, UnsupportedModelError
+from opentrans_kernels.masks import MaskSet
+from opentrans_kernels.plan import Plan
+from opentrans_kernels.plan.subject import accelerated_parts, check_model
+from opentrans_kernels.spectrum import AlphaTable, estimate_alpha
+
+from ..freeze import RULES, FreezePlan, freeze_plan, parse_rule
+from .analysis import register_with_fvcore
+from .config import DEVICE_POLICIES, ConfigError, OpenTransConfig
+from .norms import hold_norms
+from .towers import Masks, Tower, find_tower, masks_for, unwrap
+
+__all__ = ["Attachment", "attach", "plan_freezing", "speed_up"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Attachment:
+    """What :func:`attach` did.
+
+    tower: where. masks: in force, under the tower's names. plan: of freezing. report: of
+    acceleration; None if the tower runs densely. notes: what a user should know.
+    """
+
+    tower: Tower
+    masks: MaskSet | None = None
+    plan: FreezePlan | None = None
+    report: Report | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def detach(self) -> None:
+        """Take the acceleration off; masked weights stay zero and frozen ones frozen."""
+        if accelerated_parts(self.tower.module):
+            restore(self.tower.module)
+        self.report = None
+
+    def __str__(self) -> str:
+        lines = [str(self.tower)]
+        if self.masks is not None:
+            lines.append(f"masks: {self.masks}")
+        if self.plan is not None:
+            lines.append(str(self.plan).splitlines()[-1 - len(self.plan.notes)])
+        lines.append(str(self.report) if self.report is not None else "runs densely")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def attach(
+    model: nn.Module,
+    masks: Masks | None = None,
+    freeze: FreezePlan | str | Iterable[str] | None = None,
+    accelerate: bool | str | Plan = False,
+    *,
+    tower: str = "",
+    alphas: AlphaTable | None = None,
+    fit: str = "xmin_peak",
+    norms: str = "frozen",
+    input_size: tuple[int, int] | None = None,
+    measure: bool = True,
+    threads: int | None = None,
+) -> Attachment:
+    """Mask, freeze and accelerate the CLIP tower of a built detectron2 model, in place.
+
+    Module paths and the keys and shapes of the ``state_dict`` stay, so code that walks the tower
+    attribute by attribute, as FC-CLIP does, and checkpoints go on working. Checks come before
+    changes. Load the model's weights first.
+
+    Args:
+        model: an FC-CLIP, Mask2Former-style or DeepLab model, or any with one ResNet tower.
+        masks: MaskSet, name -> 0/1 tensors, mask file or recipe. Removed weights become zero.
+        freeze: a FreezePlan for the tower, a rule ("median", "ratio:0.25"), or layer names.
+        accelerate: True or "require": run the tower on the sparse kernels, or raise; "auto": where
+            that is possible (float32, CPU, eval mode), else densely with a note; or a Plan.
+        tower: module path of the tower; "": found by structure.
+        alphas: for rules that need them; None: estimated with ``fit``.
+        norms: with ``freeze``: see ``MODEL.OPENTRANS.FREEZE.NORMS``.
+        input_size: (height, width) in pixels to plan for; None: the tower's own.
+        measure, threads: as in ``opentrans_kernels.accelerate``.
+
+    Raises:
+        UnsupportedModelError: no tower, several, or one that cannot be accelerated.
+        MaskError: the masks are of another backbone. PlanError: the plan is, or it leaves nothing
+            to train, or the model is wrapped already. ConfigError: an option that does not exist.
+    """
+    policy = accelerate if isinstance(accelerate, str) else "require"
+    if policy not in DEVICE_POLICIES:
+        raise ConfigError(
+            f"accelerate={accelerate!r} must be True, False, a Plan, or one of "
+            f"{', '.join(DEVICE_POLICIES)}."
+        )
+    found = find_tower(model, tower)
+    done = Attachment(found, notes=list(found.notes))
+    if masks is not None:
+        done.masks = masks_for(found.module, masks)
+    if freeze is not None:
+        done.plan = plan_freezing(found.module, freeze, alphas=alphas, fit=fit, norms=norms)
+        _leaves_something(unwrap(model), found, done)
+    if accelerate is not False and policy == "require":
+        check_model(found.module)
+    if done.masks is not None:
+        done.masks.apply_(found.module)
+    if done.plan is not None:
+        done.plan.apply(found.module)
+        hold_norms(found.module, norms)
+    if accelerate is not False:
+        plan = accelerate if isinstance(accelerate, Plan) else None
+        done.report, note = speed_up(
+            found.module, policy, plan, input_size=input_size, measure=measure, threads=threads
+        )
+        done.notes += [note] if note else []
+    for note in done.notes:
+        log.warning("%s", note)
+    return done
+
+
+def attach_from_config(model: nn.Module, cfg: object) -> Attachment:
+    """:func:`attach` with what ``MODEL.OPENTRANS`` says, for inference or before training.
+
+    Raises ConfigError besides what ``attach`` raises.
+    """
+    options = OpenTransConfig.from_cfg(cfg)
+    freeze: FreezePlan | str | None = options.FREEZE.RULE or None
+    if options.FREEZE.PLAN:
+        freeze = FreezePlan.from_json(options.FREEZE.PLAN)
+    return attach(
+        model,
+        options.MASK.FILE or None,
+        freeze,
+        options.ACCELERATE.DEVICE if options.ACCELERATE.ENABLED else False,
+        tower=options.TOWER,
+        fit=options.FREEZE.FIT,
+        norms=options.FREEZE.NORMS,
+        input_size=(options.ACCELERATE.INPUT_SIZE[0], options.ACCELERATE.INPUT_SIZE[1]),
+        measure=options.ACCELERATE.MEASURE,
+        threads=options.ACCELERATE.THREADS or None,
+    )
+
+
+def plan_freezing(
+    tower: nn.Module,
+    freeze: FreezePlan | str | Iterable[str],
+    *,
+    alphas: AlphaTable | None = None,
+    fit: str = "xmin_peak",
+    norms: str = "frozen",
+) -> FreezePlan:
+    """A plan that fits ``tower``, from a plan, a rule or layer names.
+
+    Raises PlanError for unknown rules and layers, a plan of another model, one that freezes
+    nothing or everything, or one that would make frozen parameters train again.
+    """
+    if isinstance(freeze, FreezePlan):
+        freeze.check(tower)
+        plan = freeze
+    elif isinstance(freeze, str):
+        row = parse_rule(freeze, {})
+        if RULES[row.name].needs_alphas and alphas is None:
+            alphas = estimate_alpha(tower, fit=fit)
+        plan = freeze_plan(tower, alphas, freeze, norms=norms == "frozen")
+    else:
+        plan = freeze_plan(tower, rule="list", layers=list(freeze), norms=norms == "frozen")
+    if plan.trainable_again:
+        raise PlanError(
+            f"rule {plan.rule!r} makes {len(plan.trainable_again)} frozen parameters trainable "
+            f"again (first: {plan.trainable_again[0]}). Use the rule median, which freezes the "
+            "same layers by exact name and unfreezes none."
+        )
+    return plan
+
+
+def speed_up(
+    tower: nn.Module,
+    policy: str,
+    plan: Plan | None = None,
+    *,
+    input_size: tuple[int, int] | None = None,
+    measure: bool = True,
+    threads: int | None = None,
+) -> tuple[Report | None, str]:
+    """Accelerate ``tower`` for its own zeros; (report, "") or, under "auto", (None, why not)."""
+    if policy == "auto":
+        try:
+            check_model(tower)
+        except UnsupportedModelError as error:
+            return None, f"the tower runs densely: {error}"
+    register_with_fvcore()  # so that analyze_model sees the layers that are put in
+    size = None if plan is not None else input_size
+    return accelerate(tower, plan=plan, input_size=size, measure=measure, threads=threads), ""
+
+
+def _leaves_something(model: nn.Module, tower: Tower, done: Attachment) -> None:
+    """A tower that was frozen anyway gains a note, a model that would not train an error."""
+    assert done.plan is not None
+    place = f"{tower.path}." if tower.path else ""
+    frozen = {place + name for name in done.plan.parameters}
+    left = [n for n, p in model.named_parameters() if p.requires_grad and n not in frozen]
+    before = [n for n, p in model.named_parameters() if p.requires_grad]
+    if not left and before:
+        raise PlanError(
+            f"the plan freezes the last {len(before)} trainable parameters of the model, so "
+            "nothing would train. Freeze fewer layers (MODEL.OPENTRANS.FREEZE.RULE ratio:0.5), or "
+            "train without a rule."
+        )
+    if not any(name.startswith(place) for name in before):
+        done.notes.append(
+            "the tower is frozen as a whole already (as FC-CLIP's is), so a freeze plan changes "
+            "nothing: only inference speed pays here"
+        )

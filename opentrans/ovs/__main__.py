@@ -1,0 +1,67 @@
+"""``python -m opentrans.ovs shapes FOLDER`` and ``clip FILE``: what the tiny run starts from."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from opentrans_kernels.errors import OpenTransError
+
+log = logging.getLogger("opentrans.ovs")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 with the reason on stderr."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        options.run(options)
+    except OpenTransError as error:
+        log.error("error: %s", error)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m opentrans.ovs")
+    commands = parser.add_subparsers(required=True)
+    shapes = commands.add_parser("shapes", help="draw the shapes dataset")
+    shapes.add_argument("folder")
+    shapes.add_argument("--train", type=int, default=400, help="training images")
+    shapes.add_argument("--val", type=int, default=60, help="images of each other split")
+    shapes.add_argument("--size", type=int, default=96, help="side in pixels")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.set_defaults(run=_shapes)
+    clip = commands.add_parser("clip", help="train the tiny CLIP")
+    clip.add_argument("file", help="to write, .safetensors")
+    clip.add_argument("--steps", type=int, default=300)
+    clip.add_argument("--seed", type=int, default=0)
+    clip.set_defaults(run=_clip)
+    return parser
+
+
+def _shapes(options: argparse.Namespace) -> None:
+    from .folder import SPLITS, write_shapes
+
+    folder = write_shapes(
+        options.folder, train=options.train, val=options.val, size=options.size, seed=options.seed
+    )
+    log.info("%s: splits %s", folder, ", ".join(SPLITS))
+
+
+def _clip(options: argparse.Namespace) -> None:
+    from .tiny import train_tiny_clip
+
+    def tell(step: int, loss: float) -> None:
+        if step % 50 == 0 or step == options.steps:
+            log.info("step %d of %d: loss %.3f", step, options.steps, loss)
+
+    log.info(
+        "%s", train_tiny_clip(options.file, steps=options.steps, seed=options.seed, on_step=tell)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Every hook in two processes under DistributedDataParallel (gloo)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("open_clip")
+
+TESTS = Path(__file__).parent
+
+PROGRAM = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, {tests!r})
+from d2_models import SIZE, Evaluation, Trainer, segmenter
+from opentrans.d2 import unwrap
+from opentrans.d2.training import AccelerateStep, FreezeStep, ImpStep, MaskStep, ReportStep
+from opentrans.imp.config import ImpConfig
+from opentrans.imp.schedule import ImpSchedule
+from opentrans_kernels import OpenTransError, PlanError
+from opentrans_kernels.masks.names import conv_modules
+from opentrans_kernels.plan.subject import accelerated_parts
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+store = dist.FileStore(str(folder / "store"), 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2,
+                        timeout=timedelta(seconds=300))
+
+
+def wrapped(seed=0, **options):
+    # Unused parameters are an error in DDP, so a freeze that it does not know of would show.
+    return DistributedDataParallel(segmenter(seed), broadcast_buffers=False, **options)
+
+
+def same_everywhere(model, what):
+    for name, value in unwrap(model).state_dict().items():
+        if "running" in name or "batches" in name:
+            continue  # of norms that train: every rank has its own
+        both = [torch.empty_like(value) for _ in range(2)]
+        dist.all_gather(both, value)
+        assert torch.equal(*both), (what, name)
+
+
+def trained(hooks, steps, **options):
+    trainer = Trainer(wrapped(**options), hooks)
+    trainer.seed = 1000 * rank  # other data on every rank
+    return trainer.train(steps)
+
+
+# Freezing after two steps, under a live wrapper, with a mask, evaluations and a report.
+seen = []
+hooks = [
+    MaskStep("global:0.7", at=1, remove_at=4),
+    FreezeStep("median", at=2),
+    AccelerateStep("require", SIZE, measure=False),
+    Evaluation(2, lambda: seen.append(len(accelerated_parts(trainer.model)))),
+    ReportStep(folder / "report", SIZE),
+]
+trainer = Trainer(wrapped(gradient_as_bucket_view=True), hooks)
+trainer.seed = 1000 * rank
+trainer.train(6)
+assert isinstance(trainer.model, DistributedDataParallel) and trainer.model.gradient_as_bucket_view
+same_everywhere(trainer.model, "mask and freeze")
+frozen = hooks[1].plan.frozen
+assert frozen and seen and all(seen), (frozen, seen)
+assert not any(p.requires_grad for n, p in hooks[1].tower.named_parameters()
+               if n in hooks[1].plan.parameters)
+assert len(list((folder / "report").iterdir())) == 1
+print("freeze", rank, len(frozen))
+
+# A hook that holds the wrapper gets the new one.
+class Holder(Evaluation):
+    pass
+holder = Holder(100, lambda: None)
+trainer = Trainer(wrapped(), [FreezeStep("median"), holder])
+holder.model_of = trainer.model
+trainer.train(2)
+assert holder.model_of is trainer.model
+same_everywhere(trainer.model, "freeze at once")
+
+# Whoever else holds the old wrapper would break it: an error says so.
+trainer = Trainer(wrapped(), [FreezeStep("median")])
+kept = trainer.model
+try:
+    trainer.train(1)
+    raise SystemExit("a held wrapper went unnoticed")
+except PlanError as error:
+    assert "unwrap" in str(error), error
+del kept, trainer
+
+# Pruning: same masks on both, one set of files.
+hook = ImpStep(ImpConfig(ImpSchedule(rounds=2, rate=0.5, period=2)), folder / "masks")
+trainer = trained([hook, FreezeStep("prefix:layer1", at=1)], 5)
+same_everywhere(trainer.model, "imp")
+assert hook.masks.density() < 0.26
+assert len(list((folder / "masks").iterdir())) == 3
+print("imp", rank, f"{{hook.masks.density():.3f}}")
+
+# Ranks that were given other masks notice before a step is made.
+other = {{n: torch.rand(c.weight.shape) > (0.2 + 0.5 * rank)
+         for n, c in conv_modules(segmenter().backbone).items()}}
+try:
+    trained([MaskStep(other)], 1)
+    raise SystemExit("different masks went unnoticed")
+except OpenTransError as error:
+    assert "rank" in str(error), error
+
+# A plan that rank 0 cannot make is an error on both.
+try:
+    trained([FreezeStep("list:nothing")], 1)
+    raise SystemExit("no error")
+except PlanError as error:
+    assert "nothing" in str(error), error
+    print("refused", rank)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_every_hook_under_ddp(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM.format(tests=str(TESTS))]
+    runs = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    done = [run.communicate(timeout=600) for run in runs]
+    for run, (_, errors) in zip(runs, done, strict=True):
+        assert run.returncode == 0, errors[-3000:]
+    for rank, (out, _) in enumerate(done):
+        assert {line.split()[0] for line in out.splitlines()} == {"freeze", "imp", "refused"}, out
+        assert f"imp {rank} 0.250" in out
