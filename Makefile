@@ -8,7 +8,7 @@ CXX_SOURCES := $(filter %.h %.inc %.cpp,$(SOURCES))
 THREADS     ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test test-all demo bench gpu lint format clang-format type wheel clean clean-venv
+.PHONY: help dev test test-all demo bench bench-quick bench-all bench-ops peers readme-tables gpu lint format clang-format type wheel clean clean-venv
 
 help:
 	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
@@ -16,6 +16,10 @@ help:
 	@echo "make test-all      the slow tests too"
 	@echo "make dev           install and build only (editable)"
 	@echo "make bench         time the RN50 trunk: dense variants against accelerated (THREADS=1)"
+	@echo "make bench-quick   a first look at this machine, < 3 minutes -> bench-results/"
+	@echo "make bench-all     the whole suite, < 30 minutes -> benchmarks/results/MACHINE/"
+	@echo "make peers         environments of the other engines, pinned (PEERS=onnxruntime ...)"
+	@echo "make readme-tables rewrite the tables of README.md and docs/performance.md"
 	@echo "make gpu           check and time everything for a GPU, < 9 minutes; needs torch and triton only"
 	@echo "make lint          ruff check, ruff format --check, clang-format --dry-run if present"
 	@echo "make format        ruff and clang-format, in place"
@@ -51,6 +55,23 @@ demo: .venv/.built
 
 bench: .venv/.built
 	$(BIN)/opentrans bench trunk --mask global:0.90 --size 224 --threads $(THREADS)
+
+bench-quick: .venv/.built
+	mkdir -p bench-results
+	$(BIN)/opentrans bench all --quick -o bench-results
+
+bench-all: .venv/.built
+	$(BIN)/opentrans bench all -o benchmarks/results
+
+# pytest-benchmark's view of single cases; CASES is an expression for -k.
+bench-ops: .venv/.built
+	$(BIN)/python -m pytest -q benchmarks/bench_ops.py --benchmark-group-by=group -k "$(CASES)"
+
+peers: .venv/.built
+	$(BIN)/opentrans bench peers $(PEERS) --setup
+
+readme-tables: .venv/.built
+	$(BIN)/python benchmarks/report_tables.py
 
 # No network, no build: runs from the tree with a Python that has torch for CUDA. GPU_PYTHON=...
 GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))

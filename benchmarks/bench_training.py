@@ -9,7 +9,10 @@ A step is zero_grad, forward, mean of squares, backward; no optimizer. Variants 
 run interleaved on one pinned CPU and are compared by the ratio within a round; CPU time of the
 process decides, because wall time counts what other processes take. The baseline is
 ``requires_grad = False`` with frozen batch norms (scale and shift in buffers), as detectron2 does;
-"plain" is the usual eval-mode batch norm with trainable affine. Losing variants are in the table.
+"plain" is the usual eval-mode batch norm with trainable affine; "selective saving" is the baseline
+with convolutions that keep their input only if their weight trains, the idea of memsave_torch
+(Bhatia and Dangel, arXiv 2404.12406), written anew. Losing variants are in the table. An interrupt
+keeps the freeze sets that were finished.
 Weights and masks are synthetic. Exit code 1 if the step is slower than the baseline by more than
 ``--fail-above``, or keeps more.
 """
@@ -82,6 +85,46 @@ def freeze_plainly(model: nn.Module, names: Sequence[str], frozen_norms: bool) -
     return model
 
 
+class SelectiveConv(torch.autograd.Function):
+    """Convolution that saves its input only for a weight gradient, and its weight only for an input
+    gradient; torch's own saves both whenever either is needed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any):
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.shapes, ctx.stride, ctx.padding = (x.shape, weight.shape), stride, padding
+        return nn.functional.conv2d(x, weight, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        needs = [x_or_weight is not None for x_or_weight in (weight, x)]
+        # Neither gradient reads the tensor it is of: one element stands for all of it.
+        image, kernel = (
+            grad.new_empty(1).expand(shape) if known is None else known
+            for known, shape in zip((x, weight), ctx.shapes, strict=True)
+        )
+        found = torch.ops.aten.convolution_backward(
+            grad, image, kernel, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1,
+            [*needs, False],
+        )  # fmt: skip
+        return found[0], found[1], None, None
+
+
+def save_selectively(model: nn.Module) -> nn.Module:
+    """Let every convolution of ``model`` run as :class:`SelectiveConv`."""
+
+    def forward_of(conv: nn.Conv2d) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: SelectiveConv.apply(x, conv.weight, conv.stride, conv.padding)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.forward = forward_of(module)  # type: ignore[method-assign]
+    return model
+
+
 def run_trunk(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     x = model.stem(x)
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
@@ -123,6 +166,7 @@ def variants(masks: Any, names: Sequence[str]) -> dict[str, Callable[[nn.Module]
     found = {
         "baseline": lambda m: freeze_plainly(m, names, True),
         "plain": lambda m: freeze_plainly(m, names, False),
+        "selective saving": lambda m: save_selectively(freeze_plainly(m, names, True)),
         "skip": skip,
         "skip, affine trains": lambda m: skip(m, bn="affine"),
     }
@@ -225,10 +269,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cpus is not None:
             pin(cpus)
         torch.set_num_threads(options.threads)
-        results = []
-        for kind in options.sets:
-            results.append(measure_set(kind, options, out))
-            show(results[-1], out)
+        results: list[dict[str, Any]] = []
+        try:
+            for kind in options.sets:
+                results.append(measure_set(kind, options, out))
+                show(results[-1], out)
+        except KeyboardInterrupt:
+            if not results:
+                raise
+            out.warn(f"interrupted: {len(results)} finished freeze sets were kept")
     except OpenTransError as error:
         sys.stderr.write(f"bench_training: {error}\n")
         return 2
@@ -254,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "batch": options.batch,
             "channels_last": options.channels_last,
             "rounds": options.rounds,
+            "complete": len(results) == len(options.sets),
             "environment": environment_block(),
             "results": results,
         }

@@ -1,14 +1,15 @@
-"""Rewrite the generated tables of README.md: "trunk" and "layers" from the JSON files that
-``opentrans bench trunk`` wrote to ``benchmarks/results``, "settings" from the package.
+"""Rewrite the generated tables of README.md and docs/performance.md: "trunk", "layers", "limits",
+"crossover" and "peers" from the JSON files that ``opentrans bench`` wrote to
+``benchmarks/results/MACHINE``, "settings" from the package.
 
 A table is what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``. A result that
-failed its checks is refused. Exit code 1 with ``--check`` if a table is old, 2 for bad input.
+failed its checks, or lies in another machine's folder, is refused. Exit code 1 with ``--check`` if
+a table is old, 2 for bad input.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from opentrans_kernels import settings
+from opentrans_kernels.bench.machines import machine_slug
+from opentrans_kernels.bench.schema import Result, check_result, kind_of, read_json
 from opentrans_kernels.errors import OpenTransError
 
-Result = dict[str, Any]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import performance_tables  # noqa: E402
+from markdown_tables import EMPTY, table  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
-EMPTY = "No results are stored yet."
-NEEDED = ("baseline", "variants", "accelerated", "speedup", "exact", "layers", "mask", "source")
+OLDEST = 1  # results from before the canary are still shown, until they are measured again
+OTHER_FOLDERS = ("alpha", "training", "gpu", "ovs")  # results of other scripts, not read here
 TRUNK = "mask|input|threads|ISA|baseline|dense ms|ours ms|speed-up (quartiles)|error, dense's own"
 LAYERS = "run|convolution|output|n|density|dense ms|sparse ms|speed-up"
 ORIGIN = "CPU|torch|commit|uncommitted changes|weights|masks"
@@ -31,20 +37,34 @@ OTHERS = 4  # losing rows shown of the other runs, so that the README stays read
 
 
 def load_results(folder: Path) -> list[Result]:
-    """Every trunk benchmark in ``folder``, ordered. Raises OpenTransError for anything else."""
+    """Every result below ``folder``; trunk results first, in the order of the tables.
+
+    Raises OpenTransError for a file that is no valid result, failed its checks, was interrupted,
+    or lies in the folder of another machine.
+    """
     found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise OpenTransError(f"{path.name} is not JSON ({error}). Measure it again.") from error
-        missing = [k for k in NEEDED if k not in result] if isinstance(result, dict) else NEEDED
-        if missing or not result["exact"] or result.get("failed_checks"):
-            why = f"lacks {', '.join(missing)}" if missing else "failed its checks"
-            fix = "Measure it again with 'opentrans bench trunk', or move it elsewhere"
-            raise OpenTransError(f"{path.name} {why}. {fix}.")
+    for path in sorted(folder.rglob("*.json")):
+        if set(path.relative_to(folder).parts[:-1]) & set(OTHER_FOLDERS):
+            continue
+        result = check_result(read_json(path), path.name, oldest=OLDEST)
+        why = ""
+        if not result.get("complete", True):
+            why = "was interrupted"
+        elif result.get("exact") is False or result.get("failed_checks"):
+            why = "failed its checks"
+        if why:
+            again = "Measure it again with 'opentrans bench', or move it elsewhere"
+            raise OpenTransError(f"{path.name} {why}. {again}.")
+        slug = machine_slug(result["machine"])
+        if path.parent.name != slug:
+            raise OpenTransError(
+                f"{path.name} was measured on {slug} but lies in {path.parent.name}. Move it to "
+                f"{folder.name}/{slug}."
+            )
         found.append(result)
-    return sorted(found, key=lambda r: (r["threads"], r["input"], _run(r)))
+    trunks = [r for r in found if kind_of(r)[0] == "trunk"]
+    trunks.sort(key=lambda r: (r["threads"], r["input"], _run(r)))
+    return trunks + [r for r in found if kind_of(r)[0] != "trunk"]
 
 
 def _run(result: Result) -> tuple[str, str, int, str]:
@@ -56,13 +76,6 @@ def _run(result: Result) -> tuple[str, str, int, str]:
     return mask, size, result["threads"], result["opentrans_cpu_capability"] or result["isa"]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; cells may not break it."""
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
 def trunk_table(results: Sequence[Result]) -> str:
     """One row per result, and below them where the numbers come from."""
     rows, facts = [], []
@@ -72,6 +85,8 @@ def trunk_table(results: Sequence[Result]) -> str:
         name = f"{r['baseline']['name']} (of {ran})"
         times = name, f"{r['baseline']['ms']:.1f}", f"{r['accelerated']['ms']:.1f}"
         ratio = f"**{r['speedup']:.2f}x** ({q1:.2f}-{q3:.2f})"
+        if r.get("canary", {}).get("disturbed"):
+            ratio += ", disturbed machine"
         errors = f"{r['max_rel_err']:.1e}, {r['dense_own_rel_err']:.1e}"
         rows.append((*_run(r), *times, ratio, errors))
         source = r["source"] or {}
@@ -129,33 +144,48 @@ def rewrite(text: str, tables: dict[str, str]) -> str:
     for name, content in tables.items():
         start, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise OpenTransError(f"the README must hold {start} and {end} once each. Add them.")
+            raise OpenTransError(f"the page must hold {start} and {end} once each. Add them.")
         block, pattern = f"{start}\n{content}\n{end}", f"{re.escape(start)}.*?{re.escape(end)}"
         text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
     return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md.")
+    parser = argparse.ArgumentParser(description="Rewrite the generated tables.")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     options = parser.parse_args(argv)
     try:
         results = load_results(options.results)
+        trunks = [r for r in results if kind_of(r)[0] == "trunk"]
+        ops = [r for r in results if kind_of(r)[0] == "op"]
         rows = [(f"`{r.name}`", r.when, r.default, r.choices, r.doc) for r in settings.table({})]
-        tables = {"trunk": trunk_table(results), "layers": layers_table(results)}
+        tables = {"trunk": trunk_table(trunks), "layers": layers_table(trunks)}
         tables["settings"] = table(SETTINGS.split("|"), rows)
-        before = options.readme.read_text(encoding="utf-8")
-        after = rewrite(before, tables)
-        if after != before and not options.check:
-            options.readme.write_text(after, encoding="utf-8")
+        limits = {
+            "limits": performance_tables.limits_table(trunks),
+            "crossover": performance_tables.crossover_table(ops),
+            "peers": performance_tables.peers_table(trunks),
+        }
+        changed = []
+        for page, content in ((options.readme, tables), (options.performance, limits)):
+            before = page.read_text(encoding="utf-8")
+            after = rewrite(before, content)
+            if after != before:
+                changed.append((page, after))
+        for page, after in () if options.check else changed:
+            page.write_text(after, encoding="utf-8")
     except (OpenTransError, OSError) as error:
         sys.stderr.write(f"report_tables: {error}\n")
         return 2
-    state = "up to date" if after == before else "out of date" if options.check else "rewritten"
-    sys.stdout.write(f"{options.readme.name}: {state}, {len(results)} results\n")
-    return int(options.check and after != before)
+    names = {page for page, _ in changed}
+    for page in (options.readme, options.performance):
+        state = "out of date" if options.check else "rewritten"
+        state = state if page in names else "up to date"
+        sys.stdout.write(f"{page.name}: {state}, {len(results)} results\n")
+    return int(options.check and bool(changed))
 
 
 if __name__ == "__main__":

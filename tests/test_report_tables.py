@@ -13,16 +13,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bench_results as make
 import pytest
 
 from opentrans_kernels import settings
+from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+CPU = "Some | CPU"
+SLUG = machine_slug({**make.MACHINE, "cpu": CPU})
 MARKED = "".join(
     f"before\n<!-- table:{name} -->\nold {name}\n<!-- /table:{name} -->\n"
     for name in ("trunk", "layers", "settings")
+)
+LIMITS = "".join(
+    f"before\n<!-- table:{name} -->\nold {name}\n<!-- /table:{name} -->\n"
+    for name in ("limits", "crossover", "peers")
 )
 
 
@@ -38,50 +46,29 @@ def tables() -> ModuleType:
 
 
 def layer(name: str, dense: float, sparse: float, cin: int = 64) -> dict[str, Any]:
-    speedup = dense / sparse
-    return {
-        "name": name, "cin": cin, "cout": 256, "kernel": 1, "stride": 1, "h_out": 56, "w_out": 56,
-        "nnz": cin * 128, "dense_ms": dense, "sparse_ms": sparse, "speedup": speedup,
-        "loses": speedup < 1,
-    }  # fmt: skip
+    return make.layer(name, dense, sparse, cin=cin, nnz=cin * 128)
 
 
 @pytest.fixture
 def result() -> dict[str, Any]:
-    """What the tables read of the JSON of ``opentrans bench trunk``."""
-    return {
-        "baseline": {"name": "compile", "ms": 123.45},
-        "variants": {
-            "compile": {"ms": 123.45},
-            "eager": {"ms": 150.0},
-            "jit": {"available": False},
-        },
-        "accelerated": {"ms": 30.06},
-        "speedup": 4.114,
-        "speedup_spread": {"q1": 4.02, "q3": 4.21},
-        "max_rel_err": 2.5e-07,
-        "dense_own_rel_err": 3.6e-07,
-        "exact": True,
-        "failed_checks": [],
-        "layers": [
-            layer("a", 2.0, 1.0), layer("b", 3.0, 1.0), layer("c", 1.0, 1.5), layer("d", 4, 1, 512)
-        ],
-        "mask": {"label": "global:0.90 (synthetic mask)", "synthetic": True},
-        "subject": {"weights": "synthetic weights (seed 0)"},
-        "input": [1, 3, 224, 224],
-        "threads": 1,
-        "isa": "avx2",
-        "opentrans_cpu_capability": "avx2",
-        "machine": {"cpu": "Some | CPU"},
-        "versions": {"torch": "2.14.1"},
-        "source": {"commit": "0123456789abcdef", "dirty": False},
-    }  # fmt: skip
+    """A result of ``opentrans bench trunk``."""
+    found = make.trunk()
+    found["baseline"] |= {"name": "compile", "ms": 123.45}
+    found["accelerated"]["ms"] = 30.06
+    found |= {"speedup": 4.114, "max_rel_err": 2.5e-07, "dense_own_rel_err": 3.6e-07}
+    found["speedup_spread"] |= {"q1": 4.02, "q3": 4.21}
+    found["machine"]["cpu"] = CPU
+    found["layers"] = [
+        layer("a", 2.0, 1.0), layer("b", 3.0, 1.0), layer("c", 1.0, 1.5), layer("d", 4, 1, 512)
+    ]  # fmt: skip
+    return found
 
 
 def write(folder: Path, **results: object) -> Path:
-    folder.mkdir(exist_ok=True)
+    inner = folder / SLUG
+    inner.mkdir(exist_ok=True, parents=True)
     for name, content in results.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        (inner / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
@@ -89,7 +76,11 @@ def run(tables: ModuleType, tmp_path: Path, folder: Path, *extra: str) -> tuple[
     readme = tmp_path / "README.md"
     if not readme.exists():
         readme.write_text(MARKED)
-    code = tables.main(["--results", str(folder), "--readme", str(readme), *extra])
+    page = tmp_path / "performance.md"
+    if not page.exists():
+        page.write_text(LIMITS)
+    pages = ["--readme", str(readme), "--performance", str(page)]
+    code = tables.main(["--results", str(folder), *pages, *extra])
     return code, readme.read_text()
 
 
@@ -103,6 +94,19 @@ def test_the_tables_hold_the_numbers_of_the_json(tables, tmp_path, result) -> No
     assert "torch: 2.14.1; commit: 0123456789ab; uncommitted changes: False" in text
     assert "masks: synthetic" in text
     assert "old" not in text and text.count("before\n") == 3
+
+
+def test_the_performance_page_has_limits_crossovers_and_peers(tables, tmp_path, result) -> None:
+    op = make.op()
+    op["machine"]["cpu"] = CPU
+    assert run(tables, tmp_path, write(tmp_path / "r", one=result, op=op))[0] == 0
+    text = (tmp_path / "performance.md").read_text()
+    assert "old" not in text
+    # 3 x 2 x 8192 nonzeros x 3136 pixels in 3.5 ms; dense's best is 206 GFLOP/s, of layer d.
+    assert "| 64->256 k1 | 56x56 | 3 | 0.500 | 32.0 | 13 | 44 (21%) |" in text
+    assert "| 1x1 expand | 64->256 k1 56x56 | 0.6" in text and "| 0.67x |" in text
+    assert "| onnxruntime 1.0 | 110.0 |" in text and "| **4.40x** (" in text
+    assert "| openvino |  |  |  |  | no environment |" in text
 
 
 def test_layers_of_one_shape_are_summed_but_a_loser_is_not_averaged_away(
@@ -138,6 +142,7 @@ def test_without_results_the_tables_say_so_and_a_second_run_changes_nothing(
     assert (tmp_path / "README.md").read_text() == MARKED
     code, text = run(tables, tmp_path, tmp_path / "none")
     assert code == 0 and text.count(tables.EMPTY) == 2
+    assert (tmp_path / "performance.md").read_text().count(tables.EMPTY) == 3
     assert run(tables, tmp_path, tmp_path / "none", "--check") == (0, text)
 
 
@@ -146,7 +151,8 @@ def test_without_results_the_tables_say_so_and_a_second_run_changes_nothing(
     [
         ({"exact": False}, "failed its checks"),
         ({"failed_checks": ["speed-up 1.00x is below the limit 3x"]}, "failed its checks"),
-        ({"layers": None}, "lacks layers"),
+        ({"complete": False}, "was interrupted"),
+        ({"layers": None}, "layers is missing"),
     ],
 )
 def test_unsound_results_are_refused(tables, tmp_path, result, capsys, change, message) -> None:
@@ -160,13 +166,42 @@ def test_unsound_results_are_refused(tables, tmp_path, result, capsys, change, m
 def test_other_files_and_missing_markers_are_refused(tables, tmp_path, result, capsys) -> None:
     folder = write(tmp_path / "r", list=[1, 2])
     assert run(tables, tmp_path, folder)[0] == 2
-    (folder / "list.json").write_text("{")
+    (folder / SLUG / "list.json").write_text("{")
     assert run(tables, tmp_path, folder)[0] == 2
-    (folder / "list.json").unlink()
+    (folder / SLUG / "list.json").unlink()
     (tmp_path / "README.md").write_text(MARKED.replace("<!-- /table:layers -->", ""))
     assert run(tables, tmp_path, folder)[0] == 2
     said = capsys.readouterr().err
-    assert "lacks" in said and "not JSON" in said and "<!-- /table:layers --> once" in said
+    assert "no schema kind" in said and "not JSON" in said and "<!-- /table:layers --> once" in said
+
+
+def test_a_result_in_the_folder_of_another_machine_is_refused(
+    tables, tmp_path, result, capsys
+) -> None:
+    folder = write(tmp_path / "r", one=result)
+    (folder / SLUG).rename(folder / "elsewhere")
+    assert run(tables, tmp_path, folder)[0] == 2
+    assert f"lies in elsewhere. Move it to r/{SLUG}." in capsys.readouterr().err
+
+
+def test_results_of_other_kinds_are_checked_but_not_shown(tables, tmp_path, result) -> None:
+    op = make.op()
+    op["machine"]["cpu"] = CPU
+    folder = write(tmp_path / "r", one=result, op=op)
+    assert run(tables, tmp_path, folder)[0] == 0
+    (folder / "alpha").mkdir()
+    (folder / "alpha" / "x.json").write_text("[]")
+    before = (tmp_path / "README.md").read_text()
+    assert run(tables, tmp_path, folder, "--check") == (0, before)
+    del op["rows"]
+    write(tmp_path / "r", op=op)
+    assert run(tables, tmp_path, folder)[0] == 2
+
+
+def test_the_version_from_before_the_canary_is_still_shown(tables, tmp_path, result) -> None:
+    for key in ("schema", "complete", "canary", "peers"):
+        del result[key]
+    assert "**4.11x**" in run(tables, tmp_path, write(tmp_path / "r", one=result))[1]
 
 
 def test_the_readme_has_every_environment_variable(tables) -> None:
@@ -180,7 +215,7 @@ def test_the_readme_has_every_environment_variable(tables) -> None:
 
 
 def test_the_generated_tables_are_up_to_date(tables) -> None:
-    assert tables.main(["--check"]) == 0, "type: python benchmarks/report_tables.py"
+    assert tables.main(["--check"]) == 0, "type: make readme-tables"
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-REQUIREMENTS = ("weightwatcher==0.7.7", "torch")
+from opentrans_kernels.bench.peers.registry import PEERS
+
+REQUIREMENTS = PEERS["weightwatcher"].requirements
 
 
 def main(argv: Sequence[str] | None = None) -> int:

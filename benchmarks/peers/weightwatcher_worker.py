@@ -10,10 +10,15 @@ import json
 import logging
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
-from protocol import serve, take_stdout
 from torch import nn
+
+WORKERS = Path(__file__).resolve().parents[2] / "opentrans_kernels" / "bench" / "peers" / "workers"
+sys.path.insert(0, str(WORKERS))
+
+from protocol import serve, take_stdout  # noqa: E402
 
 
 def network(weights):

@@ -159,7 +159,8 @@ def source_state() -> dict[str, Any] | None:
 def onednn_isa() -> str | None:
     """Instruction set oneDNN says it runs on, asked in a fresh process under this environment.
 
-    None if its report cannot be read (for instance on a build of torch without oneDNN).
+    None if its report cannot be read (for instance on a build of torch without oneDNN), or does
+    not come within two minutes: a finished measurement is not given up for it.
     """
     # The operator that is oneDNN for certain; an ordinary convolution this small may not use it.
     code = (
@@ -167,9 +168,11 @@ def onednn_isa() -> str | None:
         "torch.mkldnn_convolution(x, w, None, [0, 0], [1, 1], [1, 1], 1)"
     )
     environ = {**os.environ, "ONEDNN_VERBOSE": "1", "DNNL_VERBOSE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return None
     found = re.search(r"cpu,isa:(.*)", done.stdout)
     return found.group(1).strip() if found else None
 

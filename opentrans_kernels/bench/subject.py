@@ -151,15 +151,17 @@ def load_subject(
 def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
     """A tower without trained weights, eval mode, float32, no gradients.
 
-    CLIP ResNets get synthetic weights; "torchvision:NAME" and "timm:NAME" their library's random
-    initialisation under ``seed``.
+    CLIP ResNets get synthetic weights; CLIP's other towers ("ViT-L-14"), "torchvision:NAME" and
+    "timm:NAME" their library's random initialisation under ``seed``.
 
     Raises:
         OpenTransError: the library is missing or does not know the name.
     """
     family, colon, name = arch.partition(":")
+    if not colon and arch.startswith("ViT"):
+        return _vision_transformer(arch, seed)
     if not colon:
-        return synthetic_rn50(arch, seed=seed, image_size=_clip_image_size(arch))
+        return synthetic_rn50(arch, seed=seed, image_size=clip_image_size(arch))
     if family not in _FAMILIES:
         raise OpenTransError(
             f"arch {arch!r}: {family!r} is not a known library. Write RN50, RN101 or RN50x4 for "
@@ -188,7 +190,24 @@ def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _clip_image_size(arch: str) -> int:
+def _vision_transformer(arch: str, seed: int) -> nn.Module:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise OpenTransError(
+            f"arch {arch!r} needs open_clip, which cannot be imported ({error}). Install it with: "
+            "pip install open_clip_torch"
+        ) from error
+    if arch not in open_clip.list_models():
+        known = ", ".join([n for n in open_clip.list_models() if n.startswith("ViT")][:8])
+        raise OpenTransError(f"open_clip does not know {arch!r}. Use for example one of: {known}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.create_model(arch, pretrained=None).visual
+    return model.eval().requires_grad_(False)
+
+
+def clip_image_size(arch: str) -> int:
     """Side in pixels that ``arch``'s attention pool is made for; 224 where that is unknown."""
     try:
         import open_clip

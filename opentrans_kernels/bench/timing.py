@@ -119,6 +119,7 @@ class TimingTable:
     timings: dict[str, Timing]
     rounds: int
     warmup_s: float
+    interrupted: bool = False
 
     def __getitem__(self, name: str) -> Timing:
         return self.timings[name]
@@ -147,6 +148,7 @@ def interleave(
     min_sample_ms: float = 5.0,
     before: Mapping[str, Callable[[], object]] | None = None,
     on_round: Callable[[int, int], None] | None = None,
+    keep_finished: bool = False,
 ) -> TimingTable:
     """Time callables against each other, round robin.
 
@@ -160,6 +162,8 @@ def interleave(
         min_sample_ms: calls are repeated inside one sample until it lasts about this long.
         before: name -> untimed preparation run before each turn (for instance a thread count).
         on_round: called with (finished rounds, all rounds).
+        keep_finished: an interrupt (Ctrl-C) after at least one whole round ends the run there; the
+            table holds the whole rounds and says ``interrupted``. Otherwise it is raised.
 
     Raises:
         OpenTransError: no callable, or fewer than one round.
@@ -178,15 +182,23 @@ def interleave(
         repeats = max(1, round(min_sample_ms / 1e3 / max(per_call, 1e-7)))
         timings[name] = Timing(name, repeats)
     names = list(callables)
-    for index in range(rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            if name in before:
-                before[name]()
-            _sample(callables[name], timings[name], settle)
-        if on_round is not None:
-            on_round(index + 1, rounds)
-    return TimingTable(timings, rounds, warmup_s)
+    finished = 0
+    try:
+        for index in range(rounds):
+            shift = index % len(names)
+            for name in names[shift:] + names[:shift]:
+                if name in before:
+                    before[name]()
+                _sample(callables[name], timings[name], settle)
+            finished = index + 1
+            if on_round is not None:
+                on_round(finished, rounds)
+    except KeyboardInterrupt:
+        if not (keep_finished and finished):
+            raise
+        for timing in timings.values():
+            del timing.wall_ms[finished:], timing.cpu_ms[finished:]
+    return TimingTable(timings, finished, warmup_s, finished < rounds)
 
 
 def _warm_up(call: Callable[[], object], seconds: float) -> float:

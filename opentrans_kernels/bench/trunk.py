@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import nn
 
 from ..accelerate import accelerate
 from ..errors import OpenTransError
+from . import canary
 from .cores import CoreCheck, physical_core_check
 from .environment import SIMD_BITS, environment_block, missing_limits, onednn_isa
 from .layers import LayerRow, measure_layers
+from .schema import envelope
 from .subject import Subject
 from .timing import TimingTable, available_cpus, interleave
 from .variants import NAMES, TrunkModule, Variant, build_variants, relative_error
@@ -45,6 +48,8 @@ class TrunkOptions:
     layers: bool = True
     core_attempts: int = 3
     cpus: tuple[int, ...] | None = None
+    peers: tuple[str, ...] = ()
+    peer_home: Path | None = None
 
     def check(self) -> None:
         """Raise OpenTransError for numbers that make no sense, before anything is built."""
@@ -76,6 +81,8 @@ def run(
     options.check()
     torch.set_num_threads(options.threads)
     cores_before = _core_checks(options, tell)
+    tell("fixed dense kernel, before")
+    before_run = canary.look(threads=options.threads)
     generator = torch.Generator().manual_seed(options.seed)
     x = torch.randn(options.batch, 3, options.height, options.width, generator=generator)
     masked = subject.masked_copy()
@@ -112,18 +119,25 @@ def run(
         warmup_s=options.warmup_s,
         before=before,
         on_round=lambda done, total: tell(f"round {done} of {total}"),
+        keep_finished=True,
     )
     seconds = time.time() - started
     cores_after = _core_checks(options, tell, attempts=1)
+    tell("fixed dense kernel, after")
+    after_run = canary.look(threads=options.threads)
     rows: list[LayerRow] = []
-    if options.layers:
+    if options.layers and not table.interrupted:
         rows = measure_layers(
             subject,
             (options.height, options.width),
             batch=options.batch,
             on_layer=lambda done, total, name: tell(f"layer {done + 1} of {total}: {name}"),
         )
-    result = summarise(table, variants, errors)
+    result = envelope("trunk", complete=not table.interrupted)
+    result.update(summarise(table, variants, errors))
+    result["canary"] = canary.verdict(before_run, after_run, shares=_shares(table, options))
+    if rows:
+        result["ceilings"] = canary.ceilings(before_run, after_run, options.threads)
     result.update(max_rel_err=error, dense_own_rel_err=own_error, timed_seconds=seconds)
     result["exact"] = error <= 2 * own_error
     if options.threads > 1:
@@ -137,6 +151,13 @@ def run(
     result["report"] = report
     result["layers"] = [row.to_dict() for row in rows]
     result["losing_layers"] = [row.to_dict() for row in rows if row.loses]
+    result["peers"] = {}
+    if options.peers and result["complete"]:
+        try:
+            result["peers"], interrupted = _peers(subject, x, reference, options, result, tell)
+            result["complete"] = not interrupted
+        except OpenTransError as failure:
+            result["peers_error"] = str(failure)  # ours in a process of its own: see failures()
     result.update(_labels(subject, options))
     return result
 
@@ -206,6 +227,60 @@ def _accelerated(
         for name in (OURS, *options.variants):
             before[name] = lambda: torch.set_num_threads(options.threads)
     return trunks[OURS], calls, before, report
+
+
+def _peers(
+    subject: Subject,
+    x: torch.Tensor,
+    reference: torch.Tensor,
+    options: TrunkOptions,
+    result: dict[str, Any],
+    tell: Progress,
+) -> tuple[dict[str, Any], bool]:
+    """Entries of the peers, and whether they were interrupted."""
+    from .peers.environments import default_home
+    from .peers.registry import BUILT_IN
+    from .peers.session import measure_peers
+
+    entries: dict[str, Any] = {}
+    if BUILT_IN in options.peers:
+        compiled = {
+            name: entry
+            for name, entry in result["variants"].items()
+            if name.startswith("compile") and entry["available"]
+        }
+        entries[BUILT_IN] = {
+            "available": False, "skipped": True,
+            "error": "no compiled dense variant was timed; add one with --variants",
+        }  # fmt: skip
+        if compiled:
+            best = min(compiled, key=lambda name: compiled[name]["ms"])
+            entries[BUILT_IN] = {
+                **compiled[best],
+                "speedup_of_ours": compiled[best]["speedup_of_accelerated"],
+                "max_rel_err": compiled[best]["rel_err"],
+                "note": f"the dense variant {best} of this run",
+            }
+    found, interrupted = measure_peers(
+        subject,
+        x,
+        reference,
+        [name for name in options.peers if name != BUILT_IN],
+        home=options.peer_home or default_home(),
+        isa=options.isa,
+        threads=options.threads,
+        allowed=2 * result["dense_own_rel_err"],
+        rounds=max(3, options.rounds // 2),
+        tell=tell,
+    )
+    return {**entries, **found}, interrupted
+
+
+def _shares(table: TimingTable, options: TrunkOptions) -> dict[str, float]:
+    """Interrupted share of the samples of each side; only one thread can tell."""
+    if options.threads > 1:
+        return {}
+    return {name: timing.contended_share() for name, timing in table.timings.items()}
 
 
 def _no_grad(module: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:

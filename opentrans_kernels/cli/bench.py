@@ -1,5 +1,5 @@
 """Time things fairly. ``bench trunk``: the masked trunk dense, in every way PyTorch has, against
-the accelerated one; interleaved, pinned, one process."""
+the accelerated one; interleaved, pinned, one process. ``bench compare`` is the regression gate."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from . import bench_all, bench_compare, bench_model, bench_op, bench_peers, bench_scripts
+from .bench_session import INTERRUPTED, ISAS, chosen_cpus, command_of, show_canary
 from .options import add_json, add_model, add_size, add_threads, input_size, positive, subject_of
 from .render import Output
 
-SUMMARY = "time dense variants against the accelerated trunk"
-ISAS = ("native", "avx2", "avx512")
+SUMMARY = "time dense against accelerated: ops, trunk, whole models; compare results"
+#: Further targets: name -> (summary, adds its options, runs it).
+TARGETS = {
+    "op": (bench_op.SUMMARY, bench_op.add_arguments, bench_op.run),
+    "model": (bench_model.SUMMARY, bench_model.add_arguments, bench_model.run),
+    "alpha": (
+        bench_scripts.ALPHA_SUMMARY, bench_scripts.add_alpha_arguments, bench_scripts.run_alpha
+    ),
+    "training": (
+        bench_scripts.TRAINING_SUMMARY,
+        bench_scripts.add_training_arguments,
+        bench_scripts.run_training,
+    ),
+    "all": (bench_all.SUMMARY, bench_all.add_arguments, bench_all.run),
+    "peers": (bench_peers.SUMMARY, bench_peers.add_arguments, bench_peers.run),
+    "compare": (bench_compare.SUMMARY, bench_compare.add_arguments, bench_compare.run),
+}  # fmt: skip
+ROUNDS, QUICK_ROUNDS = 15, 5
+#: The dense variants that ``--quick`` times: one without a compiler, and the usual winner.
+QUICK_VARIANTS = ("folded_channels_last", "compile_folded_channels_last")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="native",
         help="limit BOTH sides to this instruction set (default native: no limit)",
     )
-    trunk.add_argument("--rounds", type=positive, default=15, metavar="N", help="default 15")
+    trunk.add_argument(
+        "--rounds", type=positive, metavar="N", help=f"default {ROUNDS}, quick {QUICK_ROUNDS}"
+    )
+    trunk.add_argument(
+        "--quick", action="store_true", help="two dense variants and few rounds: under 3 minutes"
+    )
     trunk.add_argument(
         "--variants", metavar="A,B,...", help="dense variants to time (default: all)"
     )
@@ -44,70 +69,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-layers", action="store_true", help="skip the layer-by-layer table (losing layers)"
     )
     trunk.add_argument(
+        "--peers",
+        metavar="all|A,B,...",
+        help="other engines to time, each in its own environment: 'opentrans bench peers' lists "
+        "and makes them",
+    )
+    trunk.add_argument(
+        "--peer-envs", metavar="DIR", help="where the peers' environments are (a cache directory)"
+    )
+    trunk.add_argument(
         "--fail-under", type=float, metavar="X", help="exit with 1 if the speed-up is below X"
     )
     add_json(trunk)
+    trunk.set_defaults(run_target=run_trunk)
+    for name, (summary, add, run_target) in TARGETS.items():
+        target = targets.add_parser(name, help=summary, description=f"{summary}.".capitalize())
+        add(target)
+        target.set_defaults(run_target=run_target)
 
 
 def run(options: argparse.Namespace, out: Output) -> int:
+    """Hand over to the target; returns its exit code."""
+    return options.run_target(options, out)
+
+
+def run_trunk(options: argparse.Namespace, out: Output) -> int:
     """Start over in a limited process where needed, measure, show; 1 if inexact or too slow."""
     from ..bench.environment import missing_limits, rerun
+    from ..bench.peers.registry import chosen
     from ..bench.timing import pin
 
+    peers = tuple(chosen(options.peers)) if options.peers else ()
     if missing_limits(options.isa, options.threads):
         return rerun(options.arguments, options.isa, options.threads)
     cpus = chosen_cpus(options.cpus, options.threads)
     if cpus is not None:
         pin(cpus)  # before torch starts its threads, which inherit it
     from ..bench.trunk import TrunkOptions
-    from ..bench.trunk import run as run_trunk
+    from ..bench.trunk import run as measure
     from ..bench.variants import NAMES
 
     height, width = input_size(options)
+    names = QUICK_VARIANTS if options.quick else NAMES
     settings = TrunkOptions(
         height=height,
         width=width,
         batch=options.batch,
         threads=options.threads,
         isa=options.isa,
-        rounds=options.rounds,
-        variants=tuple(options.variants.split(",")) if options.variants else NAMES,
+        rounds=options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
+        variants=tuple(options.variants.split(",")) if options.variants else names,
         layers=not options.no_layers,
         cpus=tuple(cpus) if cpus is not None else None,
+        peers=peers,
+        peer_home=Path(options.peer_envs) if options.peer_envs else None,
     )
     settings.check()
     subject = subject_of(options, out)
     with out.progress("bench trunk") as step:
-        result = run_trunk(subject, settings, step)
-    # Where the result was written to is nobody else's business; what was run is.
-    told = {str(options.json): Path(str(options.json)).name}
-    result["command"] = ["opentrans", *(told.get(word, word) for word in options.arguments)]
+        result = measure(subject, settings, step)
+    result["command"] = command_of(options)
     show(result, out)
     failed = failures(result, options.fail_under)
     result["failed_checks"] = failed
     out.finish(result)
     for line in failed:
         out.warn(line)
+    if not result["complete"]:
+        out.warn(f"interrupted: {result['rounds']} finished rounds were kept")
+        return INTERRUPTED
     return 1 if failed else 0
-
-
-def chosen_cpus(text: str | None, threads: int) -> list[int] | None:
-    """CPUs of ``--cpus``, or the last ``threads`` available ones; None where pinning is absent.
-
-    Raises:
-        OpenTransError: not a list of numbers.
-    """
-    from ..bench.timing import choose_cpus
-    from ..errors import OpenTransError
-
-    if text is None:
-        return choose_cpus(threads)
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise OpenTransError(
-            f"--cpus {text!r} is not a list of CPU numbers. Write for example --cpus 0,1."
-        ) from error
 
 
 def failures(result: dict[str, Any], fail_under: float | None) -> list[str]:
@@ -118,6 +149,14 @@ def failures(result: dict[str, Any], fail_under: float | None) -> list[str]:
             f"inexact: error {result['max_rel_err']:.2e} against float64 is more than twice the "
             f"error of dense float32, {result['dense_own_rel_err']:.2e}"
         )
+    failed += [
+        f"{row['name']} is inexact: {row['error']:.1e} of its largest output, dense float32 "
+        f"{row['dense_error']:.1e}"
+        for row in result.get("layers", ())
+        if not row["exact"]
+    ]
+    if "peers_error" in result:
+        failed.append(f"the peers were not timed: {result['peers_error']}")
     if fail_under is not None and result["speedup"] < fail_under:
         failed.append(f"speed-up {result['speedup']:.2f}x is below the limit {fail_under:g}x")
     return failed
@@ -150,14 +189,19 @@ def show(result: dict[str, Any], out: Output) -> None:
         note = "" if entry.get("frozen", True) else "freezing did NOT happen"
         rows.append(variant_row(label, entry, entry["speedup_of_accelerated"], note))
     columns = ("variant", "wall ms", "quartiles", "CPU ms", "speed-up of ours", "")
+    if not result["exact"]:  # a wrong answer has no speed
+        rows = [[*row[:4], None, row[5]] for row in rows]
     out.table(None, columns, rows)
     spread = result["speedup_spread"]
     out.text()
-    out.text(
-        f"speed-up {result['speedup']:.2f}x over {best} (quartiles {spread['q1']:.2f}-"
-        f"{spread['q3']:.2f}, {result['rounds']} rounds; by CPU time "
-        f"{result['speedup_cpu_time']:.2f}x)"
-    )
+    if result["exact"]:
+        out.text(
+            f"speed-up {result['speedup']:.2f}x over {best} (quartiles {spread['q1']:.2f}-"
+            f"{spread['q3']:.2f}, {result['rounds']} rounds; by CPU time "
+            f"{result['speedup_cpu_time']:.2f}x)"
+        )
+    else:
+        out.text("no speed-up is stated: the result is not exact")
     out.text(
         f"max error against float64: {result['max_rel_err']:.2e}; dense float32's own: "
         f"{result['dense_own_rel_err']:.2e}"
@@ -166,6 +210,26 @@ def show(result: dict[str, Any], out: Output) -> None:
         _show_scaling(result["thread_scaling"], out)
     if result["layers"]:
         show_losing(result["losing_layers"], len(result["layers"]), out)
+    show_peers(result["peers"], result["exact"], out)
+    show_canary(result["canary"], out)
+
+
+def show_peers(peers: dict[str, Any], exact: bool, out: Output) -> None:
+    """Other engines: times, our speed-up over them, their error; or why they did not run."""
+    rows: list[list[Any]] = []
+    for name, peer in peers.items():
+        if not peer["available"]:
+            kind = "skipped" if peer["skipped"] else "FAILED"
+            rows.append([name, None, None, None, f"{kind}: {peer['error'].splitlines()[0]}"])
+            continue
+        ratio, error = peer["speedup_of_ours"], peer["max_rel_err"]
+        text = f"{ratio['median']:.2f}x ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
+        error = None if error is None else f"{error:.1e}"
+        rows.append([name, f"{peer['ms']:.2f}", text if exact else None, error, peer["note"]])
+    if rows:
+        out.text()
+        columns = ("peer", "wall ms", "speed-up of ours", "its error", "")
+        out.table(None, columns, rows, right=(1, 2, 3))
 
 
 def variant_row(

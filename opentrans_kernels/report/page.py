@@ -1,4 +1,7 @@
-"""A self-contained HTML page from parts: headings, facts, tables, charts, preformatted text."""
+"""A self-contained HTML page from parts: headings, facts, tables, charts, preformatted text.
+
+Only a page with sortable tables holds a script, :data:`_SORT`, which reads nothing but the table.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,41 @@ svg .tick, svg .axis { fill: var(--soft); }
 svg .grid { stroke: var(--line); } svg .reference { stroke: var(--ink); stroke-dasharray: 3 3; }
 svg .dense { fill: var(--dense); } svg .sparse { fill: var(--sparse); }
 svg .lose { fill: var(--lose); }
+svg .line { fill: none; stroke-width: 1.6; } svg .frame { fill: none; stroke: var(--line); }
+svg .c0 { stroke: #1f7a8c; fill: #1f7a8c; } svg .c1 { stroke: #c2542d; fill: #c2542d; }
+svg .c2 { stroke: #6b8e23; fill: #6b8e23; } svg .c3 { stroke: #8c5fb0; fill: #8c5fb0; }
+svg .c4 { stroke: #b8860b; fill: #b8860b; } svg .c5 { stroke: #4a6fa5; fill: #4a6fa5; }
+svg .c6 { stroke: #a63d6a; fill: #a63d6a; } svg .c7 { stroke: #66727f; fill: #66727f; }
+svg .line.c0, svg .line.c1, svg .line.c2, svg .line.c3, svg .line.c4, svg .line.c5, svg .line.c6,
+svg .line.c7 { fill: none; }
+table.sortable th { cursor: pointer; } table.sortable th::after { content: " \\2195";
+  color: var(--soft); }
 details { margin: 8px 0; } summary { cursor: pointer; color: var(--soft); }
+"""
+
+
+#: Click on a column's head: sort by it, numbers by value, again for the other direction.
+_SORT = """
+for (const head of document.querySelectorAll("table.sortable th")) {
+  head.addEventListener("click", () => {
+    const body = head.closest("table").tBodies[0];
+    const column = head.cellIndex;
+    const up = head.dataset.up !== "1";
+    head.dataset.up = up ? "1" : "0";
+    const key = (row) => {
+      const text = row.cells[column].textContent;
+      const number = parseFloat(text.replace(/,/g, ""));
+      return Number.isNaN(number) ? text : number;
+    };
+    const order = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1;
+      return x < y ? -1 : x > y ? 1 : 0;
+    };
+    const rows = [...body.rows].sort((a, b) => (up ? order(a, b) : order(b, a)));
+    body.append(...rows);
+  });
+}
 """
 
 
@@ -44,6 +81,7 @@ class Page:
     def __init__(self, title: str) -> None:
         self.title = title
         self._parts: list[str] = [f"<h1>{escape(title)}</h1>"]
+        self._sortable = False
 
     def heading(self, text: str) -> None:
         """A section."""
@@ -67,8 +105,12 @@ class Page:
         columns: Sequence[str],
         rows: Sequence[Sequence[str]],
         row_css: Sequence[str] | None = None,
+        *,
+        sortable: bool = False,
     ) -> None:
         """A table; ``row_css`` marks rows, for instance "lose"."""
+        self._sortable |= sortable
+        kind = ' class="sortable"' if sortable else ""
         head = "".join(f"<th>{escape(column)}</th>" for column in columns)
         body = []
         for index, row in enumerate(rows):
@@ -77,7 +119,7 @@ class Page:
             cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
             body.append(f"<tr{attribute}>{cells}</tr>")
         self._parts.append(
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+            f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>'
             f"<tbody>{''.join(body)}</tbody></table></div>"
         )
 
@@ -94,9 +136,10 @@ class Page:
 
     def render(self) -> str:
         """The document; it refers to nothing outside itself."""
+        script = f"<script>{_SORT}</script>\n" if self._sortable else ""
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>{_STYLE}</style></head>\n"
-            f"<body>\n{chr(10).join(self._parts)}\n</body></html>\n"
+            f"<body>\n{chr(10).join(self._parts)}\n{script}</body></html>\n"
         )

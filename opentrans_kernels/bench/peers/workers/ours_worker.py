@@ -1,4 +1,4 @@
-"""Our side: ``trunk_worker.py FOLDER THREADS ARCH``.
+"""Our side: ``ours_worker.py FOLDER THREADS ARCH ISA``.
 
 Accelerates the tower of ``tower.pt`` with the masks of ``masks.safetensors`` in FOLDER, on the
 image of the neutral graph there, and serves timings.

@@ -1,18 +1,12 @@
-"""DeepSparse's side. Runs in DeepSparse's own environment: ``deepsparse_worker.py FOLDER THREADS``.
-
-Builds ``trunk.onnx`` (opset 11) from the neutral graph in FOLDER, compiles it and serves timings.
-"""
+"""``trunk.onnx`` from the neutral graph, for every engine that reads ONNX."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from protocol import serve, take_stdout
 
 OPSET = 11
 
@@ -63,32 +57,3 @@ def build_onnx(folder):
     path = folder / "trunk.onnx"
     onnx.save(model, str(path))
     return path
-
-
-def main(arguments):
-    """Compile and serve."""
-    answers = take_stdout()
-    folder, threads = Path(arguments[0]), int(arguments[1])
-    path = build_onnx(folder)
-    import deepsparse
-
-    image = np.load(folder / "tensors.npz")["image"]
-    engine = deepsparse.Engine(model=str(path), batch_size=image.shape[0], num_cores=threads)
-    described = {
-        "engine": "deepsparse",
-        "version": deepsparse.__version__,
-        "isa": deepsparse.cpu.cpu_architecture().isa,
-        "opset": OPSET,
-        "fraction_supported": getattr(engine, "fraction_of_supported_ops", None),
-        "onnx_bytes": path.stat().st_size,
-    }
-    serve(
-        answers,
-        lambda: engine.run([image]),
-        described,
-        lambda target: np.save(target, engine.run([image])[0]),
-    )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from opentrans_kernels.bench.subject import Subject
-from opentrans_kernels.bench.variants import TrunkModule, fold_batch_norms_
-from opentrans_kernels.errors import OpenTransError
+from ...errors import OpenTransError
+from ..subject import Subject
+from ..variants import TrunkModule, fold_batch_norms_
 
 
 def write_graph(subject: Subject, image: torch.Tensor, folder: Path) -> None:

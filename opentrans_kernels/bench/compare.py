@@ -1,0 +1,261 @@
+"""Two results of one machine, case by case, on ratios: has anything become slower?
+
+Times of two runs cannot be compared where the clock drifts. Each run therefore compares its own two
+sides, ours and a dense one, and what is compared here are those ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OpenTransError
+from .machines import machine_differences, machine_slug
+from .schema import Result, load_result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One ratio of a result: time of the yardstick / our time, so higher is better."""
+
+    name: str
+    ratio: float
+    q1: float
+    q3: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A case in both results. ``slower`` is the growth of our relative time, 0.05 for 5 %."""
+
+    name: str
+    base: Case
+    new: Case
+
+    @property
+    def slower(self) -> float:
+        """Positive: slower than before."""
+        return self.base.ratio / self.new.ratio - 1
+
+    @property
+    def overlap(self) -> bool:
+        """True if the quartile ranges of the two ratios overlap: perhaps noise."""
+        return self.base.q1 <= self.new.q3 and self.new.q1 <= self.base.q3
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "name": self.name,
+            "base": asdict(self.base),
+            "new": asdict(self.new),
+            "slower": self.slower,
+            "quartiles_overlap": self.overlap,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All changes, worst first; cases that only one side has; remarks about the two runs."""
+
+    machine: str
+    changes: tuple[Change, ...]
+    missing: tuple[str, ...]
+    added: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def regressions(self, limit: float) -> list[Change]:
+        """Changes slower by more than ``limit`` (0.05 for 5 %)."""
+        return [change for change in self.changes if change.slower > limit]
+
+
+def load_results(places: Iterable[str | Path]) -> dict[str, Result]:
+    """Result files by name; a directory stands for every ``*.json`` below it.
+
+    Raises:
+        OpenTransError: a bad file, an empty directory, or nothing given.
+    """
+    found: dict[str, Result] = {}
+    for place in map(Path, places):
+        files = sorted(place.rglob("*.json")) if place.is_dir() else [place]
+        if not files:
+            raise OpenTransError(
+                f"{place} holds no result files (*.json). Write some with "
+                f"'opentrans bench trunk ... --json {place}/NAME.json'."
+            )
+        found.update({str(path): load_result(path) for path in files})
+    if not found:
+        raise OpenTransError("no result file was given. Name at least one file or directory.")
+    return found
+
+
+def one_machine(results: Mapping[str, Result]) -> str:
+    """The machine's name, if all results come from one.
+
+    Raises:
+        OpenTransError: they come from different machines; says which and how they differ.
+    """
+    (first, start), *rest = results.items()
+    for name, result in rest:
+        differences = machine_differences(start["machine"], result["machine"])
+        if differences:
+            raise OpenTransError(
+                f"{first} and {name} come from different machines ("
+                f"{machine_slug(start['machine'])} and {machine_slug(result['machine'])}: "
+                f"{'; '.join(differences[:2])}), so their times say nothing about each other. "
+                "Measure both on one machine, and keep one folder per machine."
+            )
+    return machine_slug(start["machine"])
+
+
+def compare(base: Mapping[str, Result], new: Mapping[str, Result]) -> Comparison:
+    """Compare results by case.
+
+    Args:
+        base, new: file name -> result, as :func:`load_results` returns them.
+
+    Raises:
+        OpenTransError: different machines, or no case in common.
+    """
+    machine = one_machine({**{f"BASE {k}": v for k, v in base.items()},
+                           **{f"NEW {k}": v for k, v in new.items()}})  # fmt: skip
+    before, after = _cases(base.values()), _cases(new.values())
+    changes = []
+    for key in before.keys() & after.keys():
+        mine, theirs = before[key], after[key]
+        shared = [yardstick for yardstick in mine if yardstick in theirs]
+        if shared:  # the base's fastest dense side comes first
+            changes.append(Change(key, mine[shared[0]], theirs[shared[0]]))
+    if not changes:
+        raise OpenTransError(
+            "the two results have no case in common: BASE has "
+            f"{_some(before)}, NEW has {_some(after)}. Measure NEW with the options of BASE "
+            "(mask, size, batch, threads, instruction set); they are in its 'command'."
+        )
+    matched = {change.name for change in changes}
+    return Comparison(
+        machine,
+        tuple(sorted(changes, key=lambda change: -change.slower)),
+        tuple(sorted(before.keys() - matched)),
+        tuple(sorted(after.keys() - matched)),
+        tuple(_notes(base, new)),
+    )
+
+
+def parse_limit(text: str) -> float:
+    """``"5%"`` or ``"0.05"`` as 0.05.
+
+    Raises:
+        OpenTransError: not a share of at least 0.
+    """
+    number = text.strip()
+    try:
+        limit = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < float("inf"):
+        raise OpenTransError(f"{text!r} is not a limit. Write 5% or 0.05.")
+    return limit
+
+
+def _cases(results: Iterable[Result]) -> dict[str, dict[str, Case]]:
+    """case -> yardstick -> ratio; the yardstick to prefer comes first."""
+    found: dict[str, dict[str, Case]] = {}
+    for result in results:
+        kind = result["schema"]["kind"]
+        for name, yardstick, spread in _RATIOS[kind](result):
+            case = Case(name, spread["median"], spread["q1"], spread["q3"])
+            found.setdefault(name, {})[yardstick] = case
+    return found
+
+
+def run_label(result: Result) -> str:
+    """Mask, size, batch, threads and instruction set of a result, as far as it has them."""
+    parts = []
+    if "mask" in result:
+        parts.append(str(result["mask"]["label"]).removesuffix(" (synthetic mask)"))
+    if "input" in result:
+        batch, _, height, width = result["input"]
+        parts += [f"{height}" if height == width else f"{height}x{width}"]
+        parts += [f"batch {batch}"] * (batch > 1)
+    parts += [f"{result['threads']} t", result.get("opentrans_cpu_capability") or result["isa"]]
+    return ", ".join(parts)
+
+
+def _trunk_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+    label = f"trunk {run_label(result)}"
+    best = result["baseline"]["name"]
+    variants = result["variants"]
+    for name in sorted(variants, key=lambda one: one != best):
+        if variants[name]["available"]:
+            yield label, name, variants[name]["speedup_of_accelerated"]
+    for row in result["layers"]:
+        ratio = row["speedup"]
+        spread = {
+            "median": ratio,
+            "q1": row.get("speedup_q1", ratio),
+            "q3": row.get("speedup_q3", ratio),
+        }
+        yield f"{label}: {row['name']}", "oneDNN", spread
+
+
+def _row_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+    kind, label = result["schema"]["kind"], run_label(result)
+    for row in result["rows"]:
+        if row["speedup"] is None:
+            continue
+        if kind == "op":
+            what = f"{row['op']} {row['backend']} {row['case']} density {row['density_asked']:g}"
+        else:
+            what = f"{row['part']} {row['height']}x{row['width']}, {row['threads']} t"
+        yield f"{kind} {label}: {what}, batch {row['batch']}", "dense", row["speedup"]
+
+
+def _alpha_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+    for peer, side in result["sides"].items():
+        for ours, spread in side["slower_than"].items():
+            yield f"alpha, {result['threads']} t: {ours}", peer, spread
+
+
+def _training_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+    shape = f"{result['size']}, batch {result['batch']}, {result['threads']} t"
+    for one in result["results"]:
+        for row in one["rows"]:
+            if row["variant"] != "baseline":
+                time = row["time_vs_baseline"]
+                inverse = {"median": 1 / time["median"], "q1": 1 / time["q3"], "q3": 1 / time["q1"]}
+                yield f"training {shape}: {one['set']}, {row['variant']}", "baseline", inverse
+
+
+_RATIOS = {
+    "trunk": _trunk_ratios,
+    "op": _row_ratios,
+    "model": _row_ratios,
+    "alpha": _alpha_ratios,
+    "training": _training_ratios,
+}
+
+
+def _notes(base: Mapping[str, Result], new: Mapping[str, Result]) -> Iterable[str]:
+    for side, results in (("BASE", base), ("NEW", new)):
+        for name, result in results.items():
+            if result["canary"]["disturbed"]:
+                reasons = "; ".join(result["canary"]["reasons"])
+                yield f"{side} {name} was taken on a disturbed machine: {reasons}"
+            if not result["complete"]:
+                yield f"{side} {name} was interrupted and holds only what was finished"
+    versions = [
+        {(key, value) for result in results.values() for key, value in result["versions"].items()}
+        for results in (base, new)
+    ]
+    for key in sorted({key for key, _ in versions[0] ^ versions[1]}):
+        old, now = (
+            ", ".join(sorted(str(v) for k, v in side if k == key)) or "none" for side in versions
+        )
+        yield f"{key} differs: {old} before, {now} after"
+
+
+def _some(names: Iterable[str]) -> str:
+    shown: Sequence[str] = sorted(names)
+    return f"{len(shown)} cases such as {shown[0]!r}" if shown else "none"

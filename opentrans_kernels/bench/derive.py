@@ -1,0 +1,119 @@
+"""What follows from measured rows by arithmetic: crossovers, roofline points, rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Bytes of one packed nonzero: a float32 value and a 16-bit code (docs/formats.md).
+BYTES_PER_NONZERO = 6
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where sparse starts to win on one shape.
+
+    ``density`` is None if the curve never crosses 1 between the measured densities; ``verdict``
+    says so in words.
+    """
+
+    case: str
+    kind: str
+    backend: str
+    batch: int
+    density: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class RooflinePoint:
+    """One layer: ``intensity`` in FLOPs of nonzeros per byte moved at least once, ``gflops`` as
+    measured, ``limit_gflops`` what the two ceilings allow at that intensity."""
+
+    name: str
+    intensity: float
+    gflops: float
+    limit_gflops: float
+    bound: str
+
+    @property
+    def share(self) -> float:
+        """Measured rate over the limit."""
+        return self.gflops / self.limit_gflops
+
+
+def crossovers(rows: Iterable[Mapping[str, Any]]) -> list[Crossover]:
+    """Crossover density of every (shape, backend, batch), interpolated in log density and log
+    speed-up between the measured points; the highest crossing counts. Inexact rows are left out.
+    """
+    curves: dict[tuple[str, str, str, int], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["op"] != "sparse_conv2d" or row["speedup"] is None or row["density"] <= 0:
+            continue
+        key = (row["case"], row["kind"], row["backend"], row["batch"])
+        curves.setdefault(key, []).append((row["density"], row["speedup"]["median"]))
+    return [_crossover(*key, sorted(points)) for key, points in curves.items()]
+
+
+def _crossover(
+    case: str, kind: str, backend: str, batch: int, points: list[tuple[float, float]]
+) -> Crossover:
+    lowest, highest = points[0], points[-1]
+    for (d1, s1), (d2, s2) in zip(reversed(points[:-1]), reversed(points[1:]), strict=True):
+        if s1 >= 1 > s2:
+            share = math.log(s1) / (math.log(s1) - math.log(s2))
+            at = math.exp(math.log(d1) + share * (math.log(d2) - math.log(d1)))
+            return Crossover(case, kind, backend, batch, at, f"sparse wins below {at:.2f}")
+    if highest[1] >= 1:
+        verdict = f"sparse wins up to {highest[0]:g}, the densest measured"
+    else:
+        verdict = f"dense wins from {lowest[0]:g}, the sparsest measured"
+    return Crossover(case, kind, backend, batch, None, verdict)
+
+
+def layer_bytes(row: Mapping[str, Any], batch: int = 1) -> int:
+    """Bytes a layer must move at least: input, output (float32) and packed nonzeros, once each."""
+    inside = row["cin"] * row["h_out"] * row["w_out"] * row["stride"] ** 2
+    outside = row["cout"] * row["h_out"] * row["w_out"]
+    return 4 * batch * (inside + outside) + BYTES_PER_NONZERO * row["nnz"]
+
+
+def roofline(
+    rows: Iterable[Mapping[str, Any]], ceilings: Mapping[str, float], batch: int = 1
+) -> list[RooflinePoint]:
+    """One point per layer row of a trunk result (``nnz``, shape, ``sparse_ms``)."""
+    points = []
+    for row in rows:
+        flops = 2 * row["nnz"] * row["h_out"] * row["w_out"] * batch
+        if not flops:
+            continue
+        intensity = flops / layer_bytes(row, batch)
+        memory = intensity * ceilings["copy_gbs"]
+        compute = ceilings["dense_gflops"]
+        points.append(
+            RooflinePoint(
+                row["name"],
+                intensity,
+                flops / row["sparse_ms"] / 1e6,
+                min(memory, compute),
+                "memory" if memory < compute else "multiply-adds",
+            )
+        )
+    return points
+
+
+def kind_of_layer(cin: int, cout: int, kernel: int) -> str:
+    """ "3x3", "1x1 expand" (more outputs than inputs), "1x1 reduce" or "1x1 same"."""
+    if kernel > 1:
+        return f"{kernel}x{kernel}"
+    return "1x1 expand" if cout > cin else "1x1 reduce" if cout < cin else "1x1 same"
+
+
+def trunk_work(result: Mapping[str, Any]) -> dict[str, int] | None:
+    """Multiply-adds of a trunk result per batch: nominal, effective, executed; None if unknown."""
+    totals = ((result.get("report") or {}).get("plan") or {}).get("totals")
+    if not totals:
+        return None
+    return {name: int(totals[f"{name}_macs"]) for name in ("nominal", "effective", "executed")}

@@ -1,0 +1,165 @@
+"""``opentrans bench model``: whole networks over batch, input size and threads.
+
+``tower`` is the image encoder with its attention pool, at the input size it was made for; ``trunk``
+is the backbone at any size, as detectors use it. One row is one setting: dense variants and ours
+interleaved, exactness first, and the memory a call needs beyond the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..accelerate import accelerate
+from ..ops import release_memory
+from .subject import Subject
+from .timing import interleave
+from .variants import Run, TrunkModule, build_variants, fold_batch_norms_, relative_error
+
+#: The dense sides: the usual winner, and one that needs no compiler.
+VARIANTS = ("compile_folded_channels_last", "folded_channels_last")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row to measure: sizes in pixels."""
+
+    part: str
+    batch: int
+    height: int
+    width: int
+    threads: int
+
+    def __str__(self) -> str:
+        size = f"{self.height}x{self.width}"
+        return f"{self.part} {size}, batch {self.batch}, {self.threads} thread(s)"
+
+
+def settings(
+    batches: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    threads: Sequence[int],
+    tower_size: int | None,
+) -> list[Setting]:
+    """One axis at a time around the first value of each; the tower first, at its own size."""
+    base = batches[0], sizes[0], threads[0]
+    found = [Setting("trunk", base[0], *base[1], base[2])]
+    found += [Setting("trunk", base[0], *base[1], count) for count in threads[1:]]
+    found += [Setting("trunk", batch, *base[1], base[2]) for batch in batches[1:]]
+    found += [Setting("trunk", base[0], *size, base[2]) for size in sizes[1:]]
+    if tower_size is not None:
+        found.insert(1, Setting("tower", base[0], tower_size, tower_size, base[2]))
+    return found
+
+
+def measure_setting(
+    subject: Subject,
+    setting: Setting,
+    *,
+    rounds: int = 5,
+    warmup_s: float = 0.3,
+    variants: Sequence[str] = VARIANTS,
+    simd_bits: int | None = None,
+) -> dict[str, Any]:
+    """One row; see the module. The thread count of torch is left at that of the setting.
+
+    Raises:
+        OpenTransError: the model cannot be accelerated, or no dense variant runs.
+    """
+    torch.set_num_threads(setting.threads)
+    size = (setting.height, setting.width)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(setting.batch, 3, *size, generator=generator)
+    masked = subject.masked_copy()
+    with torch.no_grad():
+        exact = _part(copy.deepcopy(masked).double(), setting)(x.double())
+        own = relative_error(_part(masked, setting)(x), exact)
+        tower = copy.deepcopy(subject.model)
+        report = accelerate(
+            tower, subject.masks, input_size=size, threads=setting.threads, batch=setting.batch
+        )
+        ours = _part(tower, setting)
+        error = relative_error(ours(x), exact)
+    calls: dict[str, Run] = {"ours": _bind(ours, x)}
+    unavailable = {}
+    if setting.part == "trunk":
+        for built in build_variants(masked, x, variants, simd_bits=simd_bits):
+            if built.run is None:
+                unavailable[built.name] = built.error
+            else:
+                calls[built.name] = built.run
+    else:  # the compiled variants know the trunk only
+        folded = fold_batch_norms_(copy.deepcopy(masked)).to(memory_format=torch.channels_last)
+        last = x.contiguous(memory_format=torch.channels_last)
+        calls["eager"] = _bind(_part(masked, setting), x)
+        calls["folded_channels_last"] = _bind(_part(folded, setting), last)
+    table = interleave(calls, rounds=rounds, warmup_s=warmup_s, settle=1)
+    best = table.fastest([name for name in calls if name != "ours"])
+    is_exact = error <= 2 * own
+    return {
+        **vars(setting),
+        "dense_kind": best,
+        "dense_ms": table[best].wall.median,
+        "ms": table["ours"].wall.median,
+        "cpu_ms": table["ours"].cpu.median,
+        "speedup": table.ratio(best, "ours").to_dict() if is_exact else None,
+        "dense_variants_ms": {name: table[name].wall.median for name in calls if name != "ours"},
+        "unavailable": unavailable,
+        "contended_share": table["ours"].contended_share() if setting.threads == 1 else 0.0,
+        "exact": is_exact,
+        "error": error,
+        "dense_error": own,
+        "macs": _macs(report, setting.batch),
+        "memory": {
+            "dense_peak_bytes": peak_bytes(calls[best]),
+            "peak_bytes": peak_bytes(calls["ours"]),
+        },
+    }
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Bytes by which the process's peak during a call exceeds its size before; None where the
+    system cannot tell. Memory that the kernels and the allocator keep is given back first.
+    """
+    try:
+        release_memory()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
+        before = _status("VmRSS:")
+        call()
+        return max(0, _status("VmHWM:") - before)
+    except (OSError, StopIteration):
+        return None
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line for line in text.splitlines() if line.startswith(field)).split()[1]) * 1024
+
+
+def _macs(report: Any, batch: int) -> dict[str, int]:
+    totals = report.to_dict()["plan"]["totals"]
+    return {
+        name: batch * int(totals[f"{name}_macs"]) for name in ("nominal", "effective", "executed")
+    }
+
+
+def _part(tower: nn.Module, setting: Setting) -> nn.Module:
+    return tower.eval() if setting.part == "tower" else TrunkModule(tower).eval()
+
+
+def _bind(module: nn.Module, x: torch.Tensor) -> Run:
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    return call

@@ -1,0 +1,324 @@
+"""``opentrans bench op``: every row of the dispatch table on the trunk's shapes, dense beside it.
+
+A case is built once; all rows that run here and all dense sides take turns on it. Weights, masks
+(uniform random) and inputs are random. Each row's result is compared with float64 before it is
+timed, and a row that is not exact gets no speed-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .. import dispatch
+from ..flops import executed_macs
+from ..pack import SparseWeight
+from .cases import DENSITIES, BlockCase, ConvCase, block_cases, conv_cases, representative
+from .layers import ERROR_LIMIT, dense_calls
+from .timing import interleave
+from .variants import relative_error
+
+Call = Callable[[], torch.Tensor]
+_LANES = {"avx512": 16, "avx2": 8, "neon": 4}
+#: Ops that other commands time, and which.
+ELSEWHERE = {
+    "powerlaw_fit": "opentrans bench alpha",
+    "relu_bits": "opentrans bench training",
+    "relu_bits_backward": "opentrans bench training",
+}
+
+
+@dataclass
+class Case:
+    """One op on one shape at one density, ready to run.
+
+    ``arguments``: of the op, in schema order. ``dense``: the competitors. ``reference``: float64
+    result. ``select``: brings a dense result into the form of the op's. ``macs``: nominal and
+    effective multiply-adds of one call.
+    """
+
+    op: str
+    name: str
+    kind: str
+    shape: dict[str, int]
+    density: float
+    asked: float
+    nnz: int
+    macs: dict[str, int]
+    arguments: tuple[Any, ...]
+    dense: dict[str, Call]
+    reference: torch.Tensor
+    select: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda found: found)
+
+
+def build_cases(
+    size: tuple[int, int] = (224, 224),
+    *,
+    ops: Sequence[str] = (),
+    densities: Sequence[float] = DENSITIES,
+    batch: int = 1,
+    quick: bool = False,
+) -> Iterator[Case]:
+    """Cases of all ops named (default: all that are known here), built one after the other.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        densities: shares of weights kept. batch: images. quick: one shape per kind of layer.
+    """
+    convs, blocks = conv_cases(size), block_cases(size)
+    if quick:
+        convs, blocks = representative(convs), blocks[1:2]
+    for op, build in BUILDERS.items():
+        if ops and op not in ops:
+            continue
+        for case in blocks if op == "sparse_bottleneck" else convs:
+            if op == "avg_pool2d":
+                if case.height >= 2 and case.width >= 2 and case.kind == "3x3":
+                    yield build(case, 1.0, batch)
+                continue
+            for density in densities:
+                yield build(case, density, batch)
+
+
+def rows_for(op: str) -> tuple[list[dispatch.Row], list[dict[str, str]]]:
+    """(rows of ``op`` that run on this CPU, the others with the reason)."""
+    running, skipped = [], []
+    for row, record in zip(dispatch.TABLE, dispatch.backends(), strict=True):
+        if row.op != op:
+            continue
+        if record["available"] != "yes":
+            skipped.append({"backend": f"{op} {row.backend}", "reason": record["available"]})
+        elif row.device not in ("any", "cpu"):
+            reason = f"takes {row.device} tensors; this is a CPU benchmark"
+            skipped.append({"backend": f"{op} {row.backend}", "reason": reason})
+        else:
+            running.append(row)
+    return running, skipped
+
+
+def skipped_rows(ops: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Every dispatch row that is not timed here, with the reason."""
+    found = []
+    for op in dict.fromkeys(row.op for row in dispatch.TABLE):
+        if ops and op not in ops:
+            continue
+        running, skipped = rows_for(op)
+        found += skipped
+        if op not in BUILDERS:
+            where = ELSEWHERE.get(op)
+            reason = f"timed by '{where}'" if where else "no CPU case is defined for it"
+            found += [{"backend": f"{op} {row.backend}", "reason": reason} for row in running]
+    return found
+
+
+def measure_case(
+    case: Case, *, rounds: int = 7, warmup_s: float = 0.03, backends: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Rows of one case, one per backend: exactness first, then interleaved times.
+
+    ``clock`` is CPU time with one thread, which does not count interruptions, else wall time.
+    """
+    running = [row for row in rows_for(case.op)[0] if not backends or row.backend in backends]
+    if not running:
+        return []
+    calls: dict[str, Call] = {}
+    for row in running:
+        kernel = dispatch.Resolution(row, ()).function()
+        calls[row.backend] = lambda kernel=kernel: kernel(*case.arguments)
+    with torch.no_grad():
+        errors = {name: relative_error(call(), case.reference) for name, call in calls.items()}
+        own = {
+            name: relative_error(case.select(call()), case.reference)
+            for name, call in case.dense.items()
+        }
+        everything = {**calls, **case.dense}
+        table = interleave(everything, rounds=rounds, warmup_s=warmup_s, min_sample_ms=2.0)
+    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+    best = table.fastest(case.dense, clock)
+    rows = []
+    for name in calls:
+        exact = errors[name] <= max(ERROR_LIMIT, 2 * own[best])
+        rows.append(
+            {
+                "op": case.op,
+                "backend": name,
+                "case": case.name,
+                "kind": case.kind,
+                **case.shape,
+                "density": case.density,
+                "density_asked": case.asked,
+                "nnz": case.nnz,
+                "macs": case.macs,
+                "dense_kind": best,
+                "dense_ms": table[best].by(clock).median,
+                "ms": table[name].by(clock).median,
+                "speedup": table.ratio(best, name, clock).to_dict() if exact else None,
+                "clock": clock,
+                "contended_share": table[name].contended_share(),
+                "exact": exact,
+                "error": errors[name],
+                "dense_error": own[best],
+            }
+        )
+    return rows
+
+
+def _random(shape: Sequence[int], seed: int) -> torch.Tensor:
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed)) - 0.5
+
+
+def masked_weight(cout: int, cin: int, kernel: int, density: float) -> torch.Tensor:
+    """Float32 ``[cout, cin, k, k]`` whose kept entries are spread uniformly at random."""
+    made = torch.Generator().manual_seed(cout * 7919 + cin)
+    shape = (cout, cin, kernel, kernel)
+    weight = torch.randn(shape, generator=made) / (cin * kernel * kernel * density) ** 0.5
+    return weight * (torch.rand(shape, generator=made) < density)
+
+
+def _conv_parts(case: ConvCase, density: float, batch: int) -> tuple[Any, ...]:
+    weight = masked_weight(case.cout, case.cin, case.kernel, density)
+    bias = _random([case.cout], 1)
+    packed = SparseWeight.from_dense(weight, bias, stride=case.stride, padding=case.padding)
+    return weight, bias, packed, _random([batch, case.cin, case.height, case.width], 2)
+
+
+def _conv_shape(case: ConvCase, batch: int) -> dict[str, int]:
+    return {
+        "cin": case.cin, "cout": case.cout, "kernel": case.kernel, "stride": case.stride,
+        "h_out": case.out[0], "w_out": case.out[1], "batch": batch,
+    }  # fmt: skip
+
+
+def _conv_macs(case: ConvCase, nnz: int, batch: int) -> dict[str, int]:
+    h, w = case.out
+    return _macs([(nnz, case.cin * case.cout * case.kernel**2, h, w, case.kernel)], batch)
+
+
+def _macs(convs: Sequence[tuple[int, int, int, int, int]], batch: int) -> dict[str, int]:
+    """Counts of several (nnz, numel, h_out, w_out, kernel)."""
+    from .. import native
+
+    lanes = _LANES.get(native.cpu_capability() if native.available() else "", 8)
+    return {
+        "nominal": sum(numel * h * w for _, numel, h, w, _ in convs) * batch,
+        "effective": sum(nnz * h * w for nnz, _, h, w, _ in convs) * batch,
+        "executed": sum(
+            executed_macs(nnz, h, w, batch, kernel, lanes) for nnz, _, h, w, kernel in convs
+        ),
+    }
+
+
+def _forward(case: ConvCase, density: float, batch: int) -> Case:
+    weight, bias, packed, x = _conv_parts(case, density, batch)
+    exact = functional.conv2d(
+        x.double(), weight.double(), bias.double(), case.stride, case.padding
+    ).relu()
+    arguments = (
+        x, packed.structure, packed.values, packed.bias, None,
+        case.cout, case.kernel, case.stride, case.padding, True,
+    )  # fmt: skip
+    return Case(
+        "sparse_conv2d", case.name, case.kind, _conv_shape(case, batch), packed.density, density,
+        packed.nnz, _conv_macs(case, packed.nnz, batch), arguments,
+        dense_calls(x, weight, bias, case.stride, case.padding), exact,
+    )  # fmt: skip
+
+
+def _weight_gradient(case: ConvCase, density: float, batch: int) -> Case:
+    weight, _, packed, x = _conv_parts(case, density, batch)
+    grad = _random([batch, case.cout, *case.out], 3)
+
+    def gradient(image: torch.Tensor, outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        sides = [case.stride] * 2, [case.padding] * 2, [1, 1]
+        return torch.ops.aten.convolution_backward(
+            outer, image, inner, None, *sides, False, [0, 0], 1, [False, True, False]
+        )[1]
+
+    def chosen(found: torch.Tensor) -> torch.Tensor:
+        return found.contiguous().flatten()[packed.indices()]
+
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (x, grad, weight)]
+    return Case(
+        "sparse_conv2d_wgrad", case.name, case.kind, _conv_shape(case, batch), packed.density,
+        density, packed.nnz, _conv_macs(case, packed.nnz, batch),
+        (x, grad, packed.structure, packed.values),
+        {"contiguous": lambda: gradient(x, grad, weight), "channels_last": lambda: gradient(*last)},
+        chosen(gradient(x.double(), grad.double(), weight.double())), chosen,
+    )  # fmt: skip
+
+
+def _pool(case: ConvCase, density: float, batch: int) -> Case:
+    x = _random([batch, case.cin, case.height, case.width], 2)
+    last = x.contiguous(memory_format=torch.channels_last)
+    h, w = case.height // 2, case.width // 2
+    shape = {
+        "cin": case.cin, "cout": case.cin, "kernel": 2, "stride": 2, "h_out": h, "w_out": w,
+        "batch": batch,
+    }  # fmt: skip
+    return Case(
+        "avg_pool2d", f"{case.cin} channels, 2x2 pool, {h}x{w}", "pool", shape, 1.0, 1.0, 0,
+        {"nominal": 0, "effective": 0, "executed": 0}, (x, 2),
+        {
+            "contiguous": lambda: functional.avg_pool2d(x, 2),
+            "channels_last": lambda: functional.avg_pool2d(last, 2),
+        },
+        functional.avg_pool2d(x.double(), 2),
+    )  # fmt: skip
+
+
+def _block(case: BlockCase, density: float, batch: int) -> Case:
+    out = 4 * case.planes
+    shapes = [(case.cin, case.planes, 1), (case.planes, case.planes, 3), (case.planes, out, 1)]
+    shapes += [(case.cin, out, 1)] * case.down
+    weights = [masked_weight(cout, cin, k, density) for cin, cout, k in shapes]
+    biases = [_random([cout], 5 + i) for i, (_, cout, _) in enumerate(shapes)]
+    packs = [
+        SparseWeight.from_dense(w, b, stride=1, padding=k // 2)
+        for w, b, (_, _, k) in zip(weights, biases, shapes, strict=True)
+    ]
+    x = _random([batch, case.cin, case.height, case.width], 2)
+    parts: list[Any] = [t for p in packs for t in (p.structure, p.values, p.bias)]
+    parts += [None] * (12 - len(parts))
+    down_pool = case.pool if case.down else 1
+
+    def dense(x: torch.Tensor, ws: list[torch.Tensor], bs: list[torch.Tensor]) -> torch.Tensor:
+        y = functional.conv2d(x, ws[0], bs[0]).relu_()
+        y = functional.conv2d(y, ws[1], bs[1], padding=1).relu_()
+        y = functional.avg_pool2d(y, case.pool) if case.pool > 1 else y
+        y = functional.conv2d(y, ws[2], bs[2])
+        side = functional.avg_pool2d(x, case.pool) if case.pool > 1 else x
+        return y.add_(functional.conv2d(side, ws[3], bs[3]) if case.down else side).relu_()
+
+    last = [w.contiguous(memory_format=torch.channels_last) for w in weights]
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    h, w = case.height // case.pool, case.width // case.pool
+    sizes = [(case.height, case.width)] * 2 + [(h, w)] * 2
+    counts = [
+        (p.nnz, weight.numel(), *size, k)
+        for p, weight, size, (_, _, k) in zip(packs, weights, sizes, shapes, strict=False)
+    ]
+    nnz = sum(p.nnz for p in packs)
+    return Case(
+        "sparse_bottleneck", case.name, "block",
+        {"cin": case.cin, "cout": out, "kernel": 3, "stride": case.pool, "h_out": h, "w_out": w,
+         "batch": batch},
+        nnz / sum(weight.numel() for weight in weights), density, nnz, _macs(counts, batch),
+        (x, *parts, out, case.pool, down_pool),
+        {
+            "contiguous": lambda: dense(x, weights, biases),
+            "channels_last": lambda: dense(x_last, last, biases),
+        },
+        dense(x.double(), [w.double() for w in weights], [b.double() for b in biases]),
+    )  # fmt: skip
+
+
+BUILDERS: dict[str, Callable[..., Case]] = {
+    "sparse_conv2d": _forward,
+    "sparse_conv2d_wgrad": _weight_gradient,
+    "sparse_bottleneck": _block,
+    "avg_pool2d": _pool,
+}

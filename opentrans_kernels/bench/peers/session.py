@@ -1,0 +1,232 @@
+"""Peers and ours, taking turns: one process runs while the others wait for their next command."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import native
+from ...errors import OpenTransError
+from ..environment import isa_environment
+from ..subject import Subject
+from ..timing import Spread, Timing
+from ..variants import relative_error
+from .environments import absent, python_of
+from .graph import write_graph
+from .process import Worker
+from .registry import PEERS, Peer
+
+OURS = "ours"
+WORKERS = Path(__file__).resolve().parent / "workers"
+_WARM_UP = "sample 3 3"
+_SAMPLE = "sample 1 2"
+
+
+@dataclass
+class Turn:
+    """One side of the session. ``error`` is set once it failed; ``timing`` keeps what it had."""
+
+    name: str
+    worker: Worker | None = None
+    timing: Timing = field(default_factory=lambda: Timing("", 2))
+    rel_err: float | None = None
+    error: str | None = None
+    note: str = ""
+
+    def fail(self, error: Exception) -> None:
+        """Record why this side stopped, and end its process."""
+        self.error = str(error)
+        self.close()
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+
+def measure_peers(
+    subject: Subject,
+    image: torch.Tensor,
+    reference: torch.Tensor,
+    names: Sequence[str],
+    *,
+    home: Path,
+    isa: str,
+    threads: int,
+    allowed: float,
+    rounds: int = 7,
+    tell: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Time peers on the masked trunk, interleaved with ours by process.
+
+    Args:
+        image: float32 [N, 3, H, W]. reference: the masked trunk's float64 output for it.
+        names: peers of the registry. home: directory of their environments.
+        allowed: error of ours against ``reference`` above which nothing is timed.
+
+    Returns:
+        name -> entry, and whether the run was interrupted. An entry has ``available`` and either
+        times, ``speedup_of_ours`` (its time / ours within a round) and ``max_rel_err``, or
+        ``error``; a peer that died keeps its finished rounds under ``partial``.
+
+    Raises:
+        OpenTransError: our own side does not run, or is not the network it should be.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    turns = [Turn(OURS)]
+    for name in names:
+        why = absent(name, home)
+        if why is None:
+            turns.append(Turn(name))
+        else:
+            entries[name] = {"available": False, "skipped": True, "error": why}
+    if len(turns) == 1:
+        return entries, False
+    interrupted = False
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_graph(subject, image, folder)
+        # Files, not a seed: synthetic weights made under another instruction set differ slightly.
+        torch.save(subject.model.state_dict(), folder / "tower.pt")
+        subject.masks.save(folder / "masks.safetensors")
+        try:
+            for turn in turns:
+                tell(f"peers: starting {turn.name}")
+                _start(turn, folder, subject.arch, home, isa, threads, reference)
+            _check_ours(turns[0], allowed)
+            for index in range(rounds):
+                tell(f"peers: round {index + 1} of {rounds}")
+                _round(turns, index)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            for turn in turns:
+                if turn.worker is not None:
+                    description = turn.worker.description
+                    entries.setdefault(turn.name, {})["description"] = description
+                turn.close()
+    ours, *others = turns
+    for turn in others:
+        entries[turn.name] = _entry(turn, ours, entries.get(turn.name, {}), interrupted)
+    entries.pop(OURS, None)
+    return entries, interrupted
+
+
+def _start(
+    turn: Turn,
+    folder: Path,
+    arch: str,
+    home: Path,
+    isa: str,
+    threads: int,
+    reference: torch.Tensor,
+) -> None:
+    """Start a side, compare its output and warm it up; a peer's failure is kept in its turn."""
+    peer = PEERS.get(turn.name)
+    try:
+        turn.worker = Worker(
+            turn.name, *_command(peer, turn.name, folder, arch, home, isa, threads)
+        )
+        path = folder / f"{turn.name}.npy"
+        if peer is None or peer.same_network:
+            turn.worker.ask(f"output {path}")
+            found = torch.from_numpy(np.load(path))
+            if found.shape != reference.shape:
+                raise OpenTransError(
+                    f"{turn.name} answered with shape {list(found.shape)} instead of "
+                    f"{list(reference.shape)}: it does not compute this network. Leave it out."
+                )
+            turn.rel_err = relative_error(found, reference)
+        if peer is not None and not peer.limited and isa != "native":
+            turn.note = f"cannot be limited to {isa}: it may use all the CPU has"
+        turn.worker.ask(_WARM_UP)
+    except (OpenTransError, OSError, ValueError) as error:
+        turn.fail(error)
+        if peer is None:
+            raise
+
+
+def _check_ours(ours: Turn, allowed: float) -> None:
+    """Our worker must run the kernels of this process, exactly."""
+    assert ours.worker is not None and ours.rel_err is not None
+    here = native.cpu_capability() if native.available() else None
+    there = ours.worker.description["cpu_capability"]
+    if here != there:
+        raise OpenTransError(
+            f"our worker process runs on {there or 'the reference kernels'}, this process on "
+            f"{here or 'the reference kernels'}: the extension changed in between. Repeat the run."
+        )
+    if ours.rel_err > allowed:
+        raise OpenTransError(
+            f"our worker's error {ours.rel_err:.1e} exceeds {allowed:.1e}, twice that of dense "
+            "float32, so peers are not timed against it. Report this with 'opentrans info'."
+        )
+
+
+def _command(
+    peer: Peer | None, name: str, folder: Path, arch: str, home: Path, isa: str, threads: int
+) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of a worker, limited to the instruction set and threads of the run."""
+    environ = {**os.environ, **isa_environment(isa, threads), "NM_DISABLE_ANALYTICS": "1"}
+    environ["OPENBLAS_NUM_THREADS"] = str(threads)
+    script = peer.worker if peer is not None and peer.worker else "ours_worker.py"
+    python = sys.executable if peer is None else str(python_of(name, home))
+    arguments = [str(folder), str(threads)]
+    if peer is None or peer.shares_torch:
+        root = str(Path(__file__).resolve().parents[3])
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        arguments += [arch, isa]
+    if peer is not None and peer.isa_variable is not None and isa != "native":
+        environ[peer.isa_variable] = isa
+    return [python, str(WORKERS / script), *arguments], environ
+
+
+def _round(turns: list[Turn], index: int) -> None:
+    """One sample of every side that still runs, in rotating order; all or none are kept."""
+    alive = [turn for turn in turns if turn.worker is not None]
+    shift = index % len(alive)
+    answers = {}
+    for turn in alive[shift:] + alive[:shift]:
+        try:
+            assert turn.worker is not None
+            answers[turn.name] = turn.worker.ask(_SAMPLE)
+        except OpenTransError as error:
+            turn.fail(error)
+            if turn.name == OURS:
+                raise
+    for turn in alive:
+        if turn.name in answers:
+            turn.timing.wall_ms.append(answers[turn.name]["wall_ms"])
+            turn.timing.cpu_ms.append(answers[turn.name]["cpu_ms"])
+
+
+def _entry(turn: Turn, ours: Turn, known: dict[str, Any], interrupted: bool) -> dict[str, Any]:
+    finished = len(turn.timing.wall_ms)
+    if turn.error is not None or not finished:
+        error = turn.error or "interrupted before its first round"
+        entry: dict[str, Any] = {"available": False, "skipped": False, "error": error}
+        if finished:
+            entry["partial"] = {"rounds": finished, **turn.timing.to_dict()}
+        return entry
+    description = dict(known.get("description", {}))
+    notes = [note for note in (description.pop("note", ""), turn.note) if note]
+    ratio = Spread.of(a / b for a, b in zip(turn.timing.wall_ms, ours.timing.wall_ms, strict=False))
+    return {
+        "available": True,
+        **turn.timing.to_dict(),
+        "ours_ms": ours.timing.wall.median,
+        "speedup_of_ours": ratio.to_dict(),
+        "max_rel_err": turn.rel_err,
+        "note": "; ".join(notes),
+        "rounds": finished,
+        **description,
+    }

@@ -1,0 +1,307 @@
+"""The sortable tables of the benchmark page; losing rows are marked, never left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..bench.compare import Comparison, run_label
+from ..bench.derive import kind_of_layer, trunk_work
+from .page import Page
+from .svg import Series, bar_chart
+
+Result = Mapping[str, Any]
+NO_SPEED = "inexact"  # stands where a speed-up would, if the case failed its exactness check
+
+
+def trunks(page: Page, results: Sequence[Result]) -> None:
+    """One row per trunk run."""
+    page.heading("Trunk: fastest dense PyTorch against ours")
+    page.paragraph(
+        "Stem to layer4. Median wall time of interleaved rounds; the speed-up is the median of the "
+        "ratios within a round, with its quartiles. Errors are relative to the largest output of "
+        "the masked network in float64.",
+        "soft",
+    )
+    rows, css = [], []
+    for r in results:
+        spread = r["speedup_spread"]
+        ratio = f"{r['speedup']:.2f}x" if r["exact"] else NO_SPEED
+        rows.append(
+            [
+                run_label(dict(r)),
+                r["baseline"]["name"],
+                f"{r['baseline']['ms']:.1f}",
+                f"{r['accelerated']['ms']:.1f}",
+                ratio,
+                f"{spread['q1']:.2f} - {spread['q3']:.2f}" if r["exact"] else "",
+                f"{r['max_rel_err']:.1e}",
+                f"{r['dense_own_rel_err']:.1e}",
+                "disturbed" if r["canary"]["disturbed"] else "",
+            ]
+        )
+        css.append("lose" if r["speedup"] < 1 or not r["exact"] else "")
+    columns = ("run", "fastest dense", "dense ms", "our ms", "speed-up", "quartiles", "our error")
+    page.table((*columns, "dense's error", "machine"), rows, css, sortable=True)
+    labels = [run_label(dict(r)) for r in results]
+    page.svg(
+        bar_chart(
+            labels,
+            [
+                Series("fastest dense", "dense", [r["baseline"]["ms"] for r in results]),
+                Series("ours", "sparse", [r["accelerated"]["ms"] for r in results]),
+            ],
+            axis="milliseconds per batch (lower is better)",
+            value_text=lambda value: f"{value:.1f}",
+        )
+    )
+
+
+def work(page: Page, results: Sequence[Result]) -> None:
+    """Three counts of work against measured time."""
+    rows = []
+    for r in results:
+        macs = trunk_work(r)
+        if macs is None:
+            continue
+        ms, dense = r["accelerated"]["ms"], r["baseline"]["ms"]
+        batch = r["input"][0]
+        rows.append(
+            [
+                run_label(dict(r)),
+                *(f"{macs[key] / 1e9 * 2:.2f}" for key in ("nominal", "effective", "executed")),
+                f"{macs['effective'] / macs['nominal']:.3f}",
+                f"{dense:.1f}",
+                f"{ms:.1f}",
+                f"{2 * macs['nominal'] * batch / dense / 1e6:.1f}",
+                f"{2 * macs['effective'] * batch / ms / 1e6:.1f}",
+            ]
+        )
+    if not rows:
+        return
+    page.heading("Work and time")
+    page.paragraph(
+        "GFLOP per image (two per multiply-add): nominal is the dense network, effective counts "
+        "nonzero weights, executed what the kernels compute with padding. Fewer FLOPs alone are "
+        "no speed: the last columns are what was measured.",
+        "soft",
+    )
+    columns = ("run", "nominal", "effective", "executed", "effective / nominal", "dense ms")
+    page.table(
+        (*columns, "our ms", "dense GFLOP/s", "our GFLOP/s on nonzeros"), rows, sortable=True
+    )
+
+
+def peers(page: Page, results: Sequence[Result]) -> None:
+    """Other engines on the same network."""
+    rows, css = [], []
+    for r in results:
+        for name, peer in r["peers"].items():
+            label = [run_label(dict(r)), name]
+            if not peer["available"]:
+                rows.append([*label, "", "", "", "", peer.get("error", "not run").split("\n")[0]])
+                css.append("")
+                continue
+            spread = peer["speedup_of_ours"]
+            rows.append(
+                [
+                    *label,
+                    f"{peer['ms']:.1f}",
+                    f"{spread['median']:.2f}x" if r["exact"] else NO_SPEED,
+                    f"{spread['q1']:.2f} - {spread['q3']:.2f}" if r["exact"] else "",
+                    "" if peer["max_rel_err"] is None else f"{peer['max_rel_err']:.1e}",
+                    peer.get("note", ""),
+                ]
+            )
+            css.append("lose" if spread["median"] < 1 else "")
+    if not rows:
+        return
+    page.heading("Peers")
+    page.paragraph("Each in a process of its own, taking turns with ours on the same CPUs.", "soft")
+    columns = ("run", "peer", "peer ms", "our speed-up over it", "quartiles", "its error", "note")
+    page.table(columns, rows, css, sortable=True)
+
+
+def layers(page: Page, r: Result) -> None:
+    """Milliseconds per layer, dense and sparse."""
+    page.heading(f"Layers: {run_label(dict(r))}")
+    losing = [row["name"] for row in r["layers"] if row["loses"]]
+    page.paragraph(
+        "Each layer measured alone against oneDNN's prepacked dense convolution. "
+        f"{len(losing)} of {len(r['layers'])} are slower sparse than dense"
+        + (f": {', '.join(losing)}." if losing else "."),
+        "soft",
+    )
+    batch = r["input"][0]
+    rows = []
+    for row in r["layers"]:
+        flops = 2 * row["nnz"] * row["h_out"] * row["w_out"] * batch
+        rows.append(
+            [
+                row["name"],
+                kind_of_layer(row["cin"], row["cout"], row["kernel"]),
+                f"{row['cin']}->{row['cout']}",
+                f"{row['h_out']}x{row['w_out']}",
+                f"{row['density']:.3f}",
+                f"{row['dense_ms']:.3f}",
+                f"{row['sparse_ms']:.3f}",
+                f"{row['speedup']:.2f}x" if row["exact"] else NO_SPEED,
+                f"{flops / row['sparse_ms'] / 1e6:.1f}",
+            ]
+        )
+    columns = ("layer", "kind", "channels", "output", "density", "dense ms", "sparse ms")
+    css = ["lose" if row["loses"] or not row["exact"] else "" for row in r["layers"]]
+    page.table((*columns, "speed-up", "GFLOP/s on nonzeros"), rows, css, sortable=True)
+    names = [row["name"] for row in r["layers"]]
+    page.svg(
+        bar_chart(
+            names,
+            [
+                Series("dense (oneDNN)", "dense", [row["dense_ms"] for row in r["layers"]]),
+                Series("sparse", "sparse", [row["sparse_ms"] for row in r["layers"]]),
+            ],
+            axis="milliseconds, layers alone",
+            value_text=lambda value: f"{value:.2f}",
+        )
+    )
+
+
+def ops(page: Page, r: Result) -> None:
+    """All rows of an op run."""
+    page.heading(f"Operators: {run_label(dict(r))}")
+    for skipped in r["skipped"]:
+        page.paragraph(f"{skipped['backend']} was skipped: {skipped['reason']}", "soft")
+    rows, css = [], []
+    for row in r["rows"]:
+        spread = row["speedup"]
+        ratio = f"{spread['median']:.2f}x" if spread else NO_SPEED
+        rows.append(
+            [
+                f"{row['op']} {row['backend']}",
+                row["case"],
+                row["kind"],
+                str(row["batch"]),
+                f"{row['density']:.3f}",
+                f"{row['dense_ms']:.3f}",
+                f"{row['ms']:.3f}",
+                ratio,
+                f"{2 * row['macs']['effective'] / row['ms'] / 1e6:.1f}",
+                f"{row['error']:.1e}",
+            ]
+        )
+        css.append("lose" if spread is None or spread["median"] < 1 else "")
+    columns = ("op", "shape", "kind", "batch", "density", "dense ms", "ms", "speed-up")
+    page.table((*columns, "GFLOP/s on nonzeros", "error"), rows, css, sortable=True)
+
+
+def model(page: Page, r: Result) -> None:
+    """Whole towers: batch, size, threads."""
+    page.heading(f"Whole model: {r['subject']['arch']}, {r['mask']['label']}")
+    rows, css = [], []
+    for row in r["rows"]:
+        spread = row["speedup"]
+        rows.append(
+            [
+                f"{row['part']} {row['height']}x{row['width']}",
+                str(row["batch"]),
+                str(row["threads"]),
+                row["dense_kind"],
+                f"{row['dense_ms']:.1f}",
+                f"{row['ms']:.1f}",
+                f"{spread['median']:.2f}x" if spread else NO_SPEED,
+                f"{1e3 * row['batch'] / row['ms']:.1f}",
+                *(
+                    f"{2 * row['macs'][key] / 1e9:.1f}"
+                    for key in ("nominal", "effective", "executed")
+                ),
+            ]
+        )
+        css.append("lose" if spread is None or spread["median"] < 1 else "")
+    columns = ("input", "batch", "threads", "fastest dense", "dense ms", "our ms", "speed-up")
+    work = ("images/s", "nominal GFLOP", "effective", "executed")
+    page.table((*columns, *work), rows, css, sortable=True)
+
+
+def memory(
+    page: Page, trunk: Sequence[Result], models: Sequence[Result], trainings: Sequence[Result]
+) -> None:
+    """Bytes: packed weights, peaks of a call, what training keeps."""
+    rows = []
+    for r in trunk:
+        packed = (r.get("report") or {}).get("packed_bytes")
+        if packed:
+            totals = r["report"]["plan"]["totals"]
+            dense = 4 * totals["numel"]
+            rows.append([f"packed weights, {run_label(dict(r))}", _mb(dense), _mb(packed)])
+    for r in models:
+        for row in r["rows"]:
+            what = f"peak of a call, {row['part']} {row['height']}x{row['width']}"
+            what += f", batch {row['batch']}, {row['threads']} t"
+            found = row["memory"]
+            rows.append([what, _mb(found["dense_peak_bytes"]), _mb(found["peak_bytes"])])
+    for r in trainings:
+        for one in r["results"]:
+            base = one["rows"][0]["kept_mib"] * 2**20
+            for row in one["rows"][1:]:
+                what = f"kept for backward, {one['set']}, {row['variant']}, batch {r['batch']}"
+                rows.append([what, _mb(base), _mb(row["kept_mib"] * 2**20)])
+    if rows:
+        page.heading("Memory")
+        page.table(("what", "dense or baseline MB", "ours MB"), rows, sortable=True)
+
+
+def alpha(page: Page, r: Result) -> None:
+    """Alpha of a network, all sides."""
+    page.heading(f"Alpha, {r['threads']} thread(s)")
+    rows = []
+    for name, side in r["sides"].items():
+        over = "; ".join(
+            f"{spread['median']:.2f}x of {own}" for own, spread in side["slower_than"].items()
+        )
+        near = side.get("agreement", {})
+        rows.append([name, f"{side['ms']:.0f}", over, f"{near.get('largest', float('nan')):.1e}"])
+    page.table(("side", "ms", "slower", "largest relative difference"), rows, sortable=True)
+
+
+def training(page: Page, r: Result) -> None:
+    """Training steps with frozen layers."""
+    page.heading(f"Training step, {r['size']} pixels, batch {r['batch']}")
+    rows, css = [], []
+    for one in r["results"]:
+        for row in one["rows"]:
+            ratio = row["time_vs_baseline"]["median"]
+            rows.append([one["set"], row["variant"], f"{row['kept_mib']:.1f}", f"{ratio:.3f}"])
+            css.append("lose" if ratio > 1 else "")
+    columns = ("frozen", "variant", "MiB kept for backward", "time of baseline")
+    page.table(columns, rows, css, sortable=True)
+
+
+def comparison(page: Page, found: Comparison) -> None:
+    """Before and after."""
+    page.heading("Before and after")
+    page.paragraph(
+        "Ratios of dense time to our time, each within its own run; worst change first.", "soft"
+    )
+    rows = [
+        [
+            change.name,
+            f"{change.base.ratio:.3f}x",
+            f"{change.new.ratio:.3f}x",
+            f"{change.slower:+.1%}",
+            "quartiles overlap" if change.overlap else "",
+        ]
+        for change in found.changes
+    ]
+    css = ["lose" if change.slower > 0 and not change.overlap else "" for change in found.changes]
+    columns = ("case", "ratio before", "ratio after", "our time", "")
+    page.table(columns, rows, css, sortable=True)
+    for name in found.missing:
+        page.paragraph(f"{name} was measured before only.", "soft")
+    for name in found.added:
+        page.paragraph(f"{name} was measured after only.", "soft")
+    for note in found.notes:
+        page.paragraph(note, "soft")
+
+
+def _mb(count: float | None) -> str:
+    return "not known" if count is None else f"{count / 1e6:.1f}"

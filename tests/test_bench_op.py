@@ -1,0 +1,177 @@
+"""Operator benchmark: the real trunk's cases, exactness before speed, interrupts keep rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from opentrans_kernels import dispatch, native
+from opentrans_kernels.bench import cases, derive, ops, schema
+from opentrans_kernels.bench.environment import isa_environment
+from opentrans_kernels.cli import main
+
+SMALL = cases.ConvCase(8, 12, 3, 1, 9, 10)
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process counts as started for one thread, and is not pinned."""
+    for name, value in isa_environment("native", 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("opentrans_kernels.bench.timing.pin", lambda cpus: list(cpus))
+    monkeypatch.setattr("opentrans_kernels.bench.environment.onednn_isa", lambda: "test")
+    monkeypatch.setattr("opentrans_kernels.bench.canary.copy_gbs", lambda **_: 10.0)
+    monkeypatch.setattr("opentrans_kernels.bench.cases.representative", lambda _: [SMALL])
+    monkeypatch.setattr("opentrans_kernels.bench.ops.representative", lambda _: [SMALL])
+    block = cases.BlockCase(8, 4, 2, True, 8, 8)
+    monkeypatch.setattr("opentrans_kernels.bench.ops.block_cases", lambda _: [block, block])
+
+
+@pytest.mark.parametrize("size", [(224, 224), (160, 96)])
+def test_the_cases_are_the_convolutions_of_the_real_tower(size: tuple[int, int]) -> None:
+    pytest.importorskip("open_clip")
+    from opentrans_kernels.synthetic import synthetic_rn50
+    from opentrans_kernels.topology import conv_shapes, find_trunk
+
+    model = synthetic_rn50()
+    shapes = conv_shapes(model, size)
+    real: dict[tuple[int, ...], int] = {}
+    for node in find_trunk(model).convs():
+        if node.name not in shapes or node.conv.in_channels == 3:
+            continue
+        shape = shapes[node.name]
+        key = (node.conv.in_channels, node.conv.out_channels, node.conv.kernel_size[0],
+               node.conv.stride[0], shape.h_in, shape.w_in)  # fmt: skip
+        real[key] = real.get(key, 0) + 1
+    made = {
+        (c.cin, c.cout, c.kernel, c.stride, c.height, c.width): c.count
+        for c in cases.conv_cases(size)
+    }
+    assert made == real and sum(made.values()) == 54
+    assert sum(case.count for case in cases.block_cases(size)) == 16
+
+
+def test_names_kinds_and_sizes_of_cases() -> None:
+    case = cases.ConvCase(64, 256, 1, 1, 56, 56)
+    assert (case.name, case.kind, case.padding) == ("64->256 k1 56x56", "1x1 expand", 0)
+    assert cases.ConvCase(64, 64, 3, 2, 9, 8).out == (5, 4)
+    kinds = {one.kind for one in cases.representative(cases.conv_cases())}
+    assert kinds == {"3x3", "1x1 expand", "1x1 reduce", "1x1 same"}
+
+
+@pytest.mark.parametrize("op", sorted(ops.BUILDERS))
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_row_is_exact_and_counted(op: str, batch: int) -> None:
+    shape = cases.BlockCase(8, 4, 2, True, 9, 10) if op == "sparse_bottleneck" else SMALL
+    case = ops.BUILDERS[op](shape, 0.3, batch)
+    rows = ops.measure_case(case, rounds=2, warmup_s=0)
+    backends = {row["backend"] for row in rows}
+    assert "reference" in backends and ("cpu" in backends) == native.load()
+    for row in rows:
+        assert row["exact"] and row["op"] == op and row["batch"] == batch
+        assert row["speedup"]["median"] > 0 and row["ms"] > 0 and row["dense_ms"] > 0
+        assert list(schema.problems(row, schema.OP_ROW)) == []
+    if op == "sparse_conv2d":
+        macs = rows[0]["macs"]
+        assert macs["nominal"] == 8 * 12 * 9 * 9 * 10 * batch
+        assert macs["effective"] == rows[0]["nnz"] * 90 * batch
+        assert macs["effective"] <= macs["executed"]
+
+
+def test_an_inexact_row_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ops.BUILDERS["sparse_conv2d"](SMALL, 0.3, 1)
+    case.reference = case.reference * 1.001
+    rows = ops.measure_case(case, rounds=1, warmup_s=0)
+    # Dense is as far from the shifted reference, so the rule of twice its error still holds it.
+    assert all(row["exact"] for row in rows)
+    wrong = case.dense
+    case = ops.BUILDERS["sparse_conv2d"](SMALL, 0.3, 1)
+    case.dense = wrong
+    monkeypatch.setattr(
+        ops.dispatch.Resolution, "function", lambda self: lambda *_: case.reference.float() * 1.001
+    )
+    rows = ops.measure_case(case, rounds=1, warmup_s=0)
+    assert rows and all(not row["exact"] and row["speedup"] is None for row in rows)
+    assert derive.crossovers(rows) == []
+
+
+def test_rows_that_do_not_run_say_why() -> None:
+    skipped = {one["backend"]: one["reason"] for one in ops.skipped_rows()}
+    every = {f"{row.op} {row.backend}" for row in dispatch.TABLE}
+    timed = {
+        f"{op} {row.backend}" for op in ops.BUILDERS for row in ops.rows_for(op)[0]
+    }  # fmt: skip
+    assert set(skipped) | timed == every and not set(skipped) & timed
+    assert all(len(reason) > 5 for reason in skipped.values())
+    assert "bench alpha" in skipped["powerlaw_fit reference"]
+
+
+def test_the_command_writes_a_valid_result(limited: None, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "op.json"
+    arguments = ["--quick", "--densities", "0.1,0.9", "--rounds", "1", "--backends", "reference"]
+    assert main(["bench", "op", *arguments, "--json", str(target)]) == 0
+    result = schema.load_result(target)
+    assert result["complete"] and len(result["rows"]) == 4
+    assert result["command"][-1] == "op.json"
+    said = capsys.readouterr().out
+    assert "8->12 k3 9x10" in said and "skipped:" in said
+
+
+def test_an_interrupt_keeps_the_finished_rows(
+    limited: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    real, calls = ops.measure_case, []
+
+    def interrupted(case: ops.Case, **options: object) -> list:
+        calls.append(case)
+        if len(calls) == 3:
+            held = json.loads(target.read_text())
+            assert len(held["rows"]) == 2 and not held["complete"], "not on disk before the end"
+            raise KeyboardInterrupt
+        return real(case, **options)
+
+    target = tmp_path / "op.json"
+    monkeypatch.setattr(ops, "measure_case", interrupted)
+    arguments = ["--quick", "--densities", "0.1,0.5", "--rounds", "1", "--backends", "reference"]
+    assert main(["bench", "op", *arguments, "--json", str(target)]) == 130
+    result = schema.load_result(target)
+    assert len(result["rows"]) == 2 and not result["complete"]
+    assert "what was finished was kept" in capsys.readouterr().err
+
+
+def test_an_inexact_row_fails_the_command(
+    limited: None, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("opentrans_kernels.bench.ops.relative_error", lambda *_: next(errors))
+    errors = iter([1e-3, 1e-7, 1e-7] * 10)
+    arguments = ["--quick", "--ops", "sparse_conv2d", "--densities", "0.1", "--rounds", "1"]
+    assert main(["bench", "op", *arguments, "--backends", "reference"]) == 1
+    said = capsys.readouterr()
+    assert "is inexact: 1.0e-03" in said.err and "inexact" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--densities", "0.1,2"], "Write for example 0.05,0.1,0.5"),
+        (["--densities", "x"], "Write for example"),
+        (["--ops", "warp"], "Choose among: sparse_conv2d"),
+        (["--backends", "warp"], "Choose among: cpu"),
+        (["--cpus", "zero"], "--cpus 0,1"),
+    ],
+)
+def test_bad_options_are_explained(limited: None, capsys, words: list[str], fix: str) -> None:
+    assert main(["bench", "op", *words]) == 2
+    assert fix in capsys.readouterr().err
+
+
+def test_threads_are_left_as_they_were() -> None:
+    from opentrans_kernels.bench import canary
+
+    before = torch.get_num_threads()
+    reading = canary.look(threads=1, seconds=0.01)
+    assert torch.get_num_threads() == before and reading.gflops > 0.1
+    assert canary.copy_gbs(threads=1, repeats=1) > 0.1

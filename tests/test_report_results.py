@@ -1,0 +1,203 @@
+"""The page of benchmark results: every kind is shown, and it needs nothing from outside."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import bench_results as make
+import pytest
+
+from opentrans_kernels.bench import derive
+from opentrans_kernels.bench.compare import compare
+from opentrans_kernels.cli import main
+from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.report import results_page
+from opentrans_kernels.report.page import _SORT
+from opentrans_kernels.report.plots import Axis, Curve, log_ticks, plot
+
+
+def page_of(**results) -> str:
+    return results_page({f"{name}.json": result for name, result in results.items()})
+
+
+def circles(svg: str, css: str) -> list[tuple[float, float]]:
+    root = ElementTree.fromstring(svg)
+    return [
+        (float(one.get("cx", "nan")), float(one.get("cy", "nan")))
+        for one in root.iter("circle")
+        if one.get("class") == css
+    ]
+
+
+def test_linear_and_logarithmic_axes_place_points() -> None:
+    linear = plot([Curve("a", [(0, 0), (5, 5), (10, 10)], "c0")], Axis("x"), Axis("y"))
+    (x0, y0), (x1, y1), (x2, y2) = circles(linear, "c0")
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and x2 > x0
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2) and y0 > y2, "y grows upwards"
+    log = plot([Curve("a", [(1, 1), (10, 10), (100, 100)], "c1")], Axis("x", True), Axis("y", True))
+    (x0, _), (x1, _), (x2, _) = circles(log, "c1")
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert "<polyline" in log
+    loose = plot([Curve("a", [(1, 1), (2, 2)], "c0", joined=False)], Axis("x"), Axis("y"))
+    assert "<polyline" not in loose
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.02, 1.0), (1.0, 1.0), (3.0, 700.0), (1e-4, 2e-4)])
+def test_log_ticks_enclose(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert ticks[0] <= low * 1.001 and ticks[-1] >= high * 0.999 and len(ticks) >= 2
+    assert ticks == sorted(ticks)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_impossible_points_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="no place on 'x'"):
+        plot([Curve("a", [(value, 1.0)], "c0")], Axis("x", True), Axis("y"))
+    with pytest.raises(ValueError, match="at least one point"):
+        plot([Curve("a", [], "c0")], Axis("x"), Axis("y"))
+    with pytest.raises(ValueError, match="tips"):
+        plot([Curve("a", [(1, 1)], "c0", tips=[])], Axis("x"), Axis("y"))
+
+
+def test_crossovers_are_interpolated_and_their_absence_is_said() -> None:
+    rows = make.op()["rows"]
+    (found,) = derive.crossovers(rows)
+    # 1.25x at 0.5 and 0.833x at 0.8, on straight lines in logarithms.
+    share = math.log(1.25) / math.log(1.25 / (1 / 1.2))
+    assert found.density == pytest.approx(0.5 * (0.8 / 0.5) ** share)
+    assert found.verdict.startswith("sparse wins below 0.6")
+    always = derive.crossovers([make.op_row(0.1, 1.0, 0.2), make.op_row(1.0, 1.0, 0.9)])
+    assert always[0].density is None and "up to 1, the densest" in always[0].verdict
+    never = derive.crossovers([make.op_row(0.1, 1.0, 1.2), make.op_row(1.0, 1.0, 9.0)])
+    assert never[0].density is None and "dense wins from 0.1" in never[0].verdict
+    inexact = [{**row, "speedup": None} for row in rows]
+    assert derive.crossovers(inexact) == []
+
+
+def test_roofline_counts_flops_and_bytes() -> None:
+    row = make.layer("a", sparse=0.5, cin=64, cout=256, nnz=1000, h_out=10, w_out=10)
+    (point,) = derive.roofline([row], {"dense_gflops": 100.0, "copy_gbs": 10.0}, batch=2)
+    assert derive.layer_bytes(row, 2) == 4 * 2 * (64 + 256) * 100 + 6 * 1000
+    assert point.intensity == pytest.approx(2 * 1000 * 100 * 2 / (256_000 + 6000))
+    assert point.gflops == pytest.approx(2 * 1000 * 100 * 2 / 0.5e-3 / 1e9)
+    assert point.bound == "memory" and point.limit_gflops == pytest.approx(point.intensity * 10)
+    strided = make.layer("b", cin=64, cout=64, nnz=0, stride=2, h_out=5, w_out=5)
+    assert derive.layer_bytes(strided) == 4 * (64 * 100 + 64 * 25)
+    assert derive.roofline([strided], {"dense_gflops": 1.0, "copy_gbs": 1.0}) == []
+
+
+def test_the_page_shows_every_kind() -> None:
+    html = page_of(**{name: one() for name, one in make.ALL.items()})
+    for text in (
+        "Benchmarks on amd-epyc-zen4-2cpu",
+        "Trunk: fastest dense PyTorch against ours",
+        "global:0.90, 224, 1 t, avx2",
+        "4.00x",
+        "Work and time",
+        "10.73",  # 2 x nominal multiply-adds, GFLOP
+        "Peers",
+        "onnxruntime",
+        "4.40x",
+        "no environment",
+        "Roofline",
+        "1 of 3 are slower sparse than dense: layer1.0.conv3.",
+        "Crossover",
+        "sparse wins below 0.6",
+        "Cost against nonzeros",
+        "triton was skipped: no CUDA device",
+        "Whole model: RN50",
+        "Scaling with threads",
+        "Scaling with batch",
+        "Scaling with pixels",
+        "Memory",
+        "1.80x of ours xmin_peak",
+        "Training step, 224 pixels, batch 4",
+        "SYNTHETIC",
+    ):
+        assert text in html, text
+    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(drawings) >= 8
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    assert html.count('class="lose"') >= 3
+    for outside in ("http:", "https:", "src=", "href=", "@import", "url("):
+        assert outside not in html, outside
+
+
+def test_disturbed_interrupted_and_failed_runs_are_marked() -> None:
+    bad = make.trunk()
+    bad["canary"] |= {"disturbed": True, "reasons": ["the fixed kernel was 20% slower"]}
+    bad |= {"complete": False, "exact": False, "failed_checks": ["inexact: <b>"]}
+    html = page_of(bad=bad)
+    assert "DISTURBED machine: the fixed kernel was 20% slower" in html
+    assert "was interrupted" in html and "FAILED a check: inexact: &lt;b&gt;" in html
+    tables = "".join(re.findall(r"<tbody>.*?</tbody>", html.split("Layers:")[0], re.DOTALL))
+    assert "inexact" in tables and "4.00x" not in tables, "a wrong answer has no speed"
+
+
+def test_hostile_labels_stay_text() -> None:
+    one = make.trunk()
+    one["mask"]["label"] = "<script>alert(1)</script>"
+    one["layers"][0]["name"] = "<img>"
+    html = page_of(one=one)
+    assert html.count("<script>") == 1 and "&lt;script&gt;alert" in html and "<img>" not in html
+
+
+def test_before_and_after_is_on_the_page() -> None:
+    base, new = {"b.json": make.trunk(25.0)}, {"n.json": make.trunk(30.0)}
+    html = results_page(new, compare(base, new))
+    assert "Before and after" in html and "+20.0%" in html
+
+
+def test_results_of_two_machines_are_refused(tmp_path: Path, capsys) -> None:
+    other = copy.deepcopy(make.op())
+    other["machine"]["cpu"] = "Intel Xeon"
+    with pytest.raises(OpenTransError, match="keep one folder per machine"):
+        page_of(a=make.trunk(), b=other)
+    for name, result in (("a", make.trunk()), ("b", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path), "-o", str(page)]) == 2
+    assert "different machines" in capsys.readouterr().err and not page.exists()
+
+
+def test_the_command_writes_the_page(tmp_path: Path, capsys) -> None:
+    for name, one in make.ALL.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(one()))
+    (tmp_path / "old").mkdir()
+    shutil.copy(tmp_path / "trunk.json", tmp_path / "old")
+    page = tmp_path / "page.html"
+    arguments = [str(tmp_path / f"{name}.json") for name in make.ALL]
+    assert main(["report", *arguments, "-o", str(page), "--base", str(tmp_path / "old")]) == 0
+    assert "from 5 result files" in capsys.readouterr().out
+    assert "Before and after" in page.read_text()
+    assert main(["report", str(tmp_path / "none.json"), "-o", str(page)]) == 2
+    assert main(["report", *arguments, "-o", str(tmp_path / "no" / "page.html")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be read" in said and "Create it first" in said
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_script_sorts(tmp_path: Path) -> None:
+    script = """
+    const row = (...cells) => ({ cells: cells.map((textContent) => ({ textContent })) });
+    const body = { rows: [row("b", "10.0"), row("a", "9.5x"), row("c", "")] };
+    body.append = (...rows) => { body.rows = rows; };
+    const head = { cellIndex: 1, dataset: {}, closest: () => ({ tBodies: [body] }) };
+    head.addEventListener = (_, call) => { head.click = call; };
+    global.document = { querySelectorAll: () => [head] };
+    %s
+    const names = () => body.rows.map((r) => r.cells[0].textContent).join("");
+    head.click(); const up = names(); head.click(); console.log(up, names());
+    """
+    file = tmp_path / "sort.js"
+    file.write_text(script % _SORT)
+    done = subprocess.run(["node", str(file)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["abc", "cba"], done.stderr
