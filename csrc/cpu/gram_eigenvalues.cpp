@@ -81,8 +81,8 @@ void project(const MatrixView& a, const double* vectors, const TileTriangle& out
       isa.product(here, left.data(), right.data(), static_cast<int>(side), EigenIsa::kSet, false);
       for (int64_t h = 0; h <= g; ++h) {
         const double *one = here, *two = image.data() + h * kTileSize;
-        isa.product(out.tile(g, h), &one, &two, 1,
-                    column == 0 ? EigenIsa::kSet : EigenIsa::kAdd, true);
+        isa.product(out.tile(g, h), &one, &two, 1, column == 0 ? EigenIsa::kSet : EigenIsa::kAdd,
+                    true);
       }
     }
   }

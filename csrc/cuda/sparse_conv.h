@@ -24,8 +24,8 @@
 
 namespace otk::sparse {
 
-constexpr int kLanes = 32;               // pixels of a tile's row, one per lane
-constexpr int kLines = 8;                // rows of pixels, all of them in every lane
+constexpr int kLanes = 32;  // pixels of a tile's row, one per lane
+constexpr int kLines = 8;   // rows of pixels, all of them in every lane
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kRowsPerWarp = 8;
@@ -48,9 +48,9 @@ struct Problem {
   const void* residual;  // [n, height, width, cout] or null
   void* y;               // [n, height, width, cout]
   int n, height, width, cin, cout;
-  int taps;    // 1 or 9
-  int chunk;   // input channels in shared memory at a time
-  int relu;    // 0 or 1
+  int taps;   // 1 or 9
+  int chunk;  // input channels in shared memory at a time
+  int relu;   // 0 or 1
 };
 
 OTK_BOTH int halo(int taps) { return taps == 9 ? 1 : 0; }
