@@ -6,7 +6,8 @@
 
 All sides take turns in every round, on the same pinned CPUs and with the same number of threads;
 ratios are taken within a round. WeightWatcher runs in a process and an environment of its own,
-with its default arguments; without one it is left out, and the output says so. Agreement is with
+with its default arguments; without one, or if it crashes, it is left out, and the output and the
+result say so. Agreement is with
 the plain NumPy float64 transcription in ``tests/alpha_reference.py``. Exit code 1 if an alpha is
 off by more than 1e-6 of itself or a freeze set differs, 2 for bad input.
 """
@@ -86,11 +87,14 @@ def run(options: argparse.Namespace, out: Output) -> int:
     with tempfile.TemporaryDirectory() as place:
         peer, reason = start_peer(options, Path(place), weights)
         try:
-            timings = interleaved(calls, peer, options.repeats, out)
-            if peer is not None:
-                peer.ask(f"output {place}/alphas.json")
-                found = json.loads(Path(place, "alphas.json").read_text(encoding="utf-8"))
-                tables[WEIGHTWATCHER] = found
+            timings, lost = interleaved(calls, peer, options.repeats, out)
+            if peer is not None and not lost:
+                found, lost = peer_alphas(peer, Path(place, "alphas.json"))
+                if lost:
+                    del timings.timings[WEIGHTWATCHER]  # times without answers prove nothing
+                else:
+                    tables[WEIGHTWATCHER] = found
+            reason = reason or lost
         finally:
             if peer is not None:
                 peer.close()
@@ -195,13 +199,31 @@ def start_peer(
     environ["OPENBLAS_NUM_THREADS"] = str(options.threads)
     script = str(HERE / "peers" / "weightwatcher_worker.py")
     command = [str(python), script, str(folder / "weights.pt"), str(options.threads)]
-    return Worker(WEIGHTWATCHER, command, environ), ""
+    try:
+        return Worker(WEIGHTWATCHER, command, environ), ""
+    except (OpenTransError, OSError) as error:
+        return None, f"{python} did not start: {error}"
+
+
+def peer_alphas(peer: Any, file: Path) -> tuple[dict[str, float], str]:
+    """(layer -> alpha as WeightWatcher found it, why there is none)."""
+    try:
+        peer.ask(f"output {file}")
+        return json.loads(file.read_text(encoding="utf-8")), ""
+    except (OpenTransError, OSError, ValueError) as error:
+        return {}, str(error)
 
 
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], peer: Any, rounds: int, out: Output
-) -> TimingTable:
-    """Every side once per round, in rotating order; one untimed round of ours before."""
+) -> tuple[TimingTable, str]:
+    """Every side once per round, in rotating order; one untimed round of ours before.
+
+    Returns:
+        The times, and why the peer was lost on the way ("" if it was not). A lost peer's times
+        are left out; the other sides go on.
+    """
+    lost = ""
     names = [*calls, *([WEIGHTWATCHER] if peer is not None else [])]
     table = TimingTable({name: Timing(name, 1) for name in names}, rounds, 0.0)
     for name, call in calls.items():
@@ -213,7 +235,13 @@ def interleaved(
             for name in names[shift:] + names[:shift]:
                 step(f"round {index + 1} of {rounds}: {name}")
                 if name == WEIGHTWATCHER:
-                    answer = peer.ask("sample 0 1")
+                    if lost:
+                        continue
+                    try:
+                        answer = peer.ask("sample 0 1")
+                    except (OpenTransError, OSError) as error:
+                        lost = str(error)
+                        continue
                 else:
                     wall, cpu = time.perf_counter(), time.process_time()
                     calls[name]()
@@ -223,7 +251,9 @@ def interleaved(
                     }
                 table[name].wall_ms.append(answer["wall_ms"])
                 table[name].cpu_ms.append(answer["cpu_ms"])
-    return table
+    if lost:
+        del table.timings[WEIGHTWATCHER]
+    return table, lost
 
 
 def compare(weights: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

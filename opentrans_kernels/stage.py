@@ -31,9 +31,9 @@ class AcceleratedStage(Replacement, nn.Sequential):
         self.opentrans_operator = operator_of("sparse_stage")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        alone = torch.is_grad_enabled() and x.requires_grad
         for run in fused_runs(self):
-            if alone or len(run) == 1:
+            # Asked again at every run: a trainable child may stand before it.
+            if len(run) == 1 or (torch.is_grad_enabled() and x.requires_grad):
                 for block in run:
                     x = block(x)
             else:

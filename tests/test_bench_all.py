@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import signal
 import subprocess
@@ -13,8 +15,11 @@ import bench_results as make
 import pytest
 
 from opentrans_kernels.bench import schema
-from opentrans_kernels.bench.environment import isa_environment
-from opentrans_kernels.cli import bench_all, bench_scripts, build_parser, main
+from opentrans_kernels.bench.environment import isa_environment, machine
+from opentrans_kernels.bench.machines import machine_slug
+from opentrans_kernels.cli import bench, bench_all, bench_scripts, build_parser, main
+from opentrans_kernels.cli.render import Output
+from opentrans_kernels.errors import OpenTransError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "torchvision:resnet18"
@@ -65,14 +70,50 @@ def test_a_crash_is_recorded_and_the_suite_goes_on(
 
     monkeypatch.setattr(bench_all.subprocess, "Popen", start)
     target = tmp_path / "all.json"
+    folder = tmp_path / "out" / machine_slug(machine())
+    folder.mkdir(parents=True)
+    (folder / "a.json").write_text("an older run")  # must not pass for the crashed one
+    (folder / "other.json").write_text("not of this suite")
     assert main(["bench", "all", "-o", str(tmp_path / "out"), "--json", str(target)]) == 1
     record = json.loads(target.read_text())
     codes = {one["name"]: one["exit_code"] for one in record["runs"]}
     assert codes == {"a": -signal.SIGSEGV, "b": 1, "c": 0}
-    assert sorted(p.name for p in (tmp_path / "out").rglob("*.json")) == ["b.json", "c.json"]
+    names = sorted(p.name for p in (tmp_path / "out").rglob("*.json"))
+    assert names == ["b.json", "c.json", "other.json"] and record["complete"]
     said = capsys.readouterr()
     assert "a was ended by signal 11; the suite goes on" in said.err
     assert "opentrans report" in said.out
+
+
+def test_an_interrupt_is_recorded_and_ends_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    started = []
+
+    class Child:
+        """Its first wait is interrupted in the second benchmark."""
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            started.append(command[-3])
+            self.waits = 0
+
+        def wait(self) -> int:
+            self.waits += 1
+            if started[-1] == "second" and self.waits == 1:
+                raise KeyboardInterrupt
+            return 0
+
+    runs = [(name[0], [name]) for name in ("first", "second", "third")]
+    monkeypatch.setattr(bench_all, "commands", lambda quick, cpus: iter(runs))
+    monkeypatch.setattr(bench_all.subprocess, "Popen", Child)
+    monkeypatch.setattr("opentrans_kernels.bench.environment.machine", lambda: make.MACHINE)
+    target = tmp_path / "all.json"
+    assert main(["bench", "all", "-o", str(tmp_path / "out"), "--json", str(target)]) == 130
+    record = json.loads(target.read_text())
+    assert started == ["first", "second"] and record["complete"] is False
+    assert [(one["name"], one["exit_code"]) for one in record["runs"]] == [("f", 0), ("s", 130)]
+    said = capsys.readouterr()
+    assert "interrupted in s: the suite stops" in said.err and "results in" in said.out
 
 
 def test_a_quick_trunk_run_is_valid_and_names_absent_peers(
@@ -109,7 +150,29 @@ def test_an_inexact_trunk_states_no_speed_up(limited: None, tmp_path: Path, monk
     assert main(["bench", "trunk", *words, "--rounds", "1", "--no-layers"]) == 1
     said = capsys.readouterr()
     assert "no speed-up is stated" in said.out and "inexact: error 1.00e+00" in said.err
-    assert "x over" not in said.out
+    assert "x over" not in said.out and "inexact" in said.out
+
+
+def test_inexact_stands_in_place_of_every_ratio(capsys) -> None:
+    result = {**make.trunk(), "exact": False, "torch_cpu_capability": "", "onednn_isa": ""}
+    result |= {"pinned_cpus": [0], "losing_layers": [make.layer("wrong", 1.0, 1.5, exact=False)]}
+    result["thread_scaling"] = {
+        "one_thread_ms": 50.0, "ms": 25.0, "speedup": make.spread(1.9), "cores_before": [],
+        "cores_after": [],
+    }  # fmt: skip
+    result["peers"]["onnxruntime"]["note"] = ""
+    result["peers"]["openvino"]["skipped"] = True
+    bench.show(result, Output(None))
+    said = capsys.readouterr().out
+    for ratio in ("4.00x", "5.20x", "4.40x", "0.67x", "1.90x"):
+        assert ratio not in said
+    assert said.count("inexact") == 5  # two variants, one peer, one layer, the threads
+    result |= {"exact": True, "losing_layers": [make.layer("right", 1.0, 1.5)]}
+    bench.show(result, Output(None))
+    said = capsys.readouterr().out
+    assert "4.00x" in said and "0.67x" in said and "1.90x" in said and "inexact" not in said
+    assert any("below the limit" in line for line in bench.failures(result, 99.0))
+    assert len(bench.failures({**result, "exact": False}, 99.0)) == 1  # no speed to judge
 
 
 def test_a_mask_that_does_not_fit_is_explained(limited: None, tmp_path: Path, capsys) -> None:
@@ -150,6 +213,85 @@ def test_scripts_become_results_of_the_common_form(
     script.write_text("raise SystemExit(2)")
     assert main(["bench", kind, *extra]) == 2
     assert "ended with code 2 and left no result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 139, 130, -signal.SIGSEGV])
+def test_only_a_clean_exit_of_a_script_is_no_failure(
+    limited: None, code: int, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    end = f"sys.exit({code})" if code >= 0 else f"os.kill(os.getpid(), {-code})"
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys\nwith open(sys.argv[-1], 'w') as f:\n"
+        f"    f.write({json.dumps(json.dumps(make.training()))})\n{end}\n"
+    )
+    monkeypatch.setattr(bench_scripts, "script_path", lambda name: script)
+    target = tmp_path / "result.json"
+    ended = main(["bench", "training", "--quick", "--json", str(target)])
+    result = schema.load_result(target)
+    assert ended == {0: 0, 130: 130}.get(code, 1)
+    assert result["complete"] is (code != 130)
+    said = {0: None, 130: None, 1: "failed; see above"}.get(code, f"failed with code {code}; see")
+    assert bool(result["failed_checks"]) is (said is not None)
+    assert said is None or said in result["failed_checks"][0]
+
+
+@pytest.fixture
+def bench_alpha(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds to it
+    path = ROOT / "benchmarks" / "bench_alpha.py"
+    spec = importlib.util.spec_from_file_location("bench_alpha_script", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "said"),
+    [("#!/bin/sh\nexit 3\n", 0o755, "ended with code 3"), ("", 0o644, "Permission denied")],
+)
+def test_a_weightwatcher_that_cannot_start_is_left_out(
+    bench_alpha, tmp_path: Path, text: str, mode: int, said: str
+) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(text)
+    python.chmod(mode)
+    options = argparse.Namespace(weightwatcher=tmp_path / "venv", threads=1)
+    peer, reason = bench_alpha.start_peer(options, tmp_path, {})
+    assert peer is None and "did not start" in reason and said in reason
+
+
+@pytest.mark.parametrize("answers", [0, 1, 3])
+def test_a_weightwatcher_that_crashes_costs_only_itself(bench_alpha, answers: int) -> None:
+    class Peer:
+        asked = 0
+
+        def ask(self, command: str) -> dict[str, float]:
+            self.asked += 1
+            if self.asked > answers:
+                raise OpenTransError("the weightwatcher process ended with code -9")
+            return {"wall_ms": 1.0, "cpu_ms": 1.0}
+
+    peer, name = Peer(), bench_alpha.WEIGHTWATCHER
+    calls = {"ours ks": lambda: None, "published ks": lambda: None}
+    table, lost = bench_alpha.interleaved(calls, peer, 3, Output(None))
+    assert all(len(table[side].wall_ms) == 3 for side in calls)
+    assert (name in table.timings) is (answers == 3)
+    assert lost == ("" if answers == 3 else "the weightwatcher process ended with code -9")
+    assert peer.asked == min(answers + 1, 3), "a lost peer is not asked again"
+
+
+def test_a_weightwatcher_without_alphas_is_explained(bench_alpha, tmp_path: Path) -> None:
+    class Peer:
+        def ask(self, command: str) -> dict[str, str]:
+            return {}
+
+    found, reason = bench_alpha.peer_alphas(Peer(), tmp_path / "absent.json")
+    assert found == {} and "absent.json" in reason
+    (tmp_path / "cut.json").write_text('{"a": ')
+    assert bench_alpha.peer_alphas(Peer(), tmp_path / "cut.json")[1]
 
 
 def test_the_scripts_are_there() -> None:

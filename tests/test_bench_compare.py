@@ -200,6 +200,72 @@ def test_other_cases_and_missing_cases_are_not_passed_over(tmp_path: Path, capsy
     assert gate(tmp_path, make.op(), inexact) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("trunk", "subject.arch", "RN101"),
+        ("trunk", "subject.weights", "weights of RN50.pt"),
+        ("model", "subject.arch", "RN101"),
+        ("model", "subject.weights", "weights of RN50.pt"),
+        ("alpha", "subject", "RN101 with the weights of RN101.pt"),
+        ("training", "mask", "uniform:0.80"),
+    ],
+)
+def test_another_network_is_another_case(
+    tmp_path: Path, capsys, kind: str, path: str, value: str
+) -> None:
+    base = make.ALL[kind]()
+    other = put(base, path, value)
+    assert gate(tmp_path, base, other) == 2
+    said = capsys.readouterr().err
+    assert "no case in common" in said and value in said
+    assert gate(tmp_path, other, other) == 0
+
+
+@pytest.mark.parametrize("kind", sorted(make.ALL))
+def test_a_case_that_one_side_has_twice_is_refused(tmp_path: Path, capsys, kind: str) -> None:
+    single = store(tmp_path / "single.json", make.ALL[kind]())
+    for name in ("one.json", "two.json"):
+        store(tmp_path / "both" / name, make.ALL[kind]())
+    assert main(["bench", "compare", single, str(tmp_path / "both")]) == 2
+    said = capsys.readouterr().err
+    assert "one.json and in " in said and "two.json" in said and "move the other out" in said
+
+
+def test_rows_of_one_file_that_are_the_same_case_are_refused() -> None:
+    rows = make.op()["rows"]
+    with pytest.raises(OpenTransError, match="twice in r.json.*Keep one of them"):
+        compare.compare({"r.json": put(make.op(), "rows", [*rows, rows[0]])}, {"n": make.op()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "missing", "said"),
+    [
+        ("trunk", "exact", "trunk RN50, synthetic", "inexact, without a ratio: the whole result"),
+        ("trunk", "layers.1.exact", "layer1.0.conv2", "without a ratio: 1 of 3 rows"),
+        ("op", "rows.1.exact", "density 0.5", "without a ratio: 1 of 4 rows"),
+        ("model", "rows.2.exact", "trunk 384x384", "without a ratio: 1 of 4 rows"),
+    ],
+)
+def test_inexact_is_not_measured(
+    tmp_path: Path, capsys, kind: str, path: str, missing: str, said: str
+) -> None:
+    base = make.ALL[kind]()
+    wrong = put(base, path, False)
+    assert gate(tmp_path, base, wrong) == 1
+    err = capsys.readouterr().err
+    assert said in err and "1 cases of BASE were not measured in NEW" in err
+    found = compare.compare({"b": base}, {"n": wrong})
+    assert len(found.missing) == 1 and missing in found.missing[0]
+    assert not any(change.name in found.missing for change in found.changes)
+
+
+def test_an_inexact_alpha_has_no_case() -> None:
+    wrong = {**make.alpha(), "exact": False}
+    with pytest.raises(OpenTransError, match="NEW has none.*Inexact results have no ratio"):
+        compare.compare({"b": make.alpha()}, {"n": wrong})
+
+
 def test_disturbed_and_interrupted_runs_are_named(tmp_path: Path, capsys) -> None:
     base = make.trunk()
     new = put(put(base, "canary.disturbed", True), "canary.reasons", ["the clock fell by 9%"])

@@ -122,7 +122,13 @@ def test_random_weights_are_never_silent(caplog: pytest.LogCaptureFixture) -> No
     with pytest.raises(CheckpointError, match="MODEL.OPENTRANS.WEIGHTS random"):
         pending(torch.randn(1, 3, *SIZE))
     state = {k: v for k, v in clip().state_dict().items() if "attnpool" not in k}
-    pending.load_state_dict(state)
+    part = {k: v for k, v in state.items() if not k.startswith("layer4")}
+    pending.load_state_dict(part, strict=False)
+    with pytest.raises(CheckpointError, match="no checkpoint with its weights"):
+        pending(torch.randn(1, 3, *SIZE))
+    old = {k: v for k, v in state.items() if "num_batches_tracked" not in k}
+    pending.load_state_dict(old, strict=False)
+    assert pending.weights == "checkpoint"
     assert pending(torch.randn(1, 3, *SIZE))["res5"].isfinite().all()
 
 
@@ -135,6 +141,16 @@ def test_weights_that_do_not_fit_are_refused(weights: str) -> None:
         narrow(weights, layers=[2, 1, 1, 1])
     with pytest.raises(ConfigError, match="RN50x4"):
         ClipTower("ViT-B-32", "random")
+
+
+def test_a_file_without_attention_pool_gives_no_pooled_features(tmp_path: Path) -> None:
+    state = {k: v for k, v in clip().state_dict().items() if "attnpool" not in k}
+    torch.save(state, tmp_path / "trunk.pth")
+    file = str(tmp_path / "trunk.pth")
+    for feature in ("attn", "clip_embedding"):
+        with pytest.raises(CheckpointError, match="take them out of MODEL.OPENTRANS.OUT_FEATURES"):
+            narrow(file, out_features=["res5", feature])
+    assert torch.equal(narrow(file).conv1.weight, state["conv1.weight"])
 
 
 def test_a_masked_checkpoint_is_folded_into_the_tower() -> None:
@@ -248,6 +264,34 @@ def test_attach_reads_the_config() -> None:
     assert done.masks is not None and done.masks.density() == pytest.approx(0.2, abs=1e-3)
     assert done.plan is not None and done.report is not None
     assert "masks:" in str(done) and "frozen by rule all_3x3" in str(done)
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        ({"mask": {"file": "global:0.8", "at": 3}}, r"MASK.AT=3.*Set it to 0"),
+        ({"mask": {"file": "global:0.8", "remove_at": 3}}, r"MASK.REMOVE_AT=3.*Set it to -1"),
+        ({"freeze": {"rule": "all_3x3", "at": 3}}, r"FREEZE.AT=3.*Set it to 0"),
+        ({"freeze": {"rule": "all_3x3", "skip": True}}, r"FREEZE.SKIP=True.*Set it to False"),
+    ],
+)
+def test_what_only_hooks_can_do_is_refused(options: dict[str, object], fix: str) -> None:
+    model = segmenter().eval()
+    with pytest.raises(ConfigError, match=fix):
+        attach_from_config(model, OpenTransConfig.from_cfg(options))
+    assert all(bool((c.weight != 0).all()) for c in conv_modules(model.backbone).values())
+
+
+@pytest.mark.parametrize("options", [{"masks": "global:0.95"}, {"accelerate": "auto"}])
+def test_an_accelerated_tower_is_to_be_detached_first(options: dict[str, str]) -> None:
+    model = segmenter().eval()
+    done = attach(model, "global:0.9", accelerate=True, input_size=SIZE, measure=False)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UnsupportedModelError, match=r"accelerated already.*Call detach\(\)"):
+        attach(model, **options)  # type: ignore[arg-type]
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    done.detach()
+    attach(model, **options)  # type: ignore[arg-type]
 
 
 def test_fvcore_counts_the_sparse_layers() -> None:

@@ -86,6 +86,15 @@ def test_lower_case_keys_and_missing_ones_are_read() -> None:
             {"FREEZE__SKIP": True, "FREEZE__RULE": "median", "ACCELERATE__ENABLED": True},
             "--eval-only",
         ),
+        (
+            {"FREEZE__SKIP": True, "FREEZE__RULE": "median", "MASK__FILE": "m", "MASK__AT": 5},
+            "Set MASK.AT 0",
+        ),
+        (
+            {"FREEZE__SKIP": True, "FREEZE__RULE": "median", "MASK__FILE": "m"}
+            | {"MASK__REMOVE_AT": 5},
+            "MASK.REMOVE_AT -1, or FREEZE.SKIP False",
+        ),
         ({"IMP__RATE": 1.5}, "between 0 and 1"),
         ({"IMP__ALLOCATION": "best"}, "global, uniform, macs, latency"),
         ({"IMP__ENABLED": True, "IMP__OUTPUT": ""}, "folder"),

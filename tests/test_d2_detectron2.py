@@ -192,6 +192,60 @@ def test_resume_with_a_changed_rule_is_refused(cfg: Any, tmp_path: Path) -> None
         other.resume_or_load(resume=True)
 
 
+@pytest.mark.parametrize("case", ["imp", "mask"])
+def test_resume_with_a_hook_taken_out_or_added_is_refused(case: str, cfg: Any) -> None:
+    from opentrans_kernels import PlanError
+
+    plain = cfg.clone()
+    options_of(case, cfg)
+    trainer = trainer_class(0, [])(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    unfrozen = cfg.clone()
+    unfrozen.MODEL.OPENTRANS.FREEZE.RULE, unfrozen.MODEL.OPENTRANS.FREEZE.AT = "", 0
+    for other in (plain, unfrozen):
+        with pytest.raises(PlanError, match="MODEL.OPENTRANS settings of the run"):
+            trainer_class(0, [])(other).resume_or_load(resume=True)
+    added = trainer_class(0, [])(plain)
+    added.resume_or_load(resume=False)
+    added.train()
+    with pytest.raises(PlanError, match="started with no MaskHook"):
+        trainer_class(0, [])(cfg).resume_or_load(resume=True)
+
+
+@pytest.mark.parametrize(("at", "remove_at"), [(0, 3), (1, -1), (0, -1)])
+def test_evaluation_takes_the_zeros_of_a_checkpoint_whose_mask_had_a_schedule(
+    at: int, remove_at: int, cfg: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from opentrans.d2.train_net import _inference
+
+    model = trainer_class(0, []).build_model(cfg).eval()
+    node = cfg.MODEL.OPENTRANS.MASK
+    node.FILE, node.AT, node.REMOVE_AT = "global:0.9", at, remove_at
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    caplog.set_level(logging.WARNING)
+    done = _inference(model, cfg)
+    scheduled = bool(at) or remove_at >= 0
+    assert (done.masks is None) is scheduled
+    assert ("zeros it has" in caplog.text) is scheduled
+    same = all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert same is scheduled
+    assert cfg.MODEL.OPENTRANS.MASK.FILE == "global:0.9"
+
+
+def test_configs_that_cannot_be_read_or_evaluated_are_refused(tmp_path: Path) -> None:
+    from opentrans.d2 import ConfigError
+    from opentrans.d2.train_net import load_config
+
+    for text in ("MODEL: [1\n", "_BASE_: nowhere.yaml\n"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"(?s)bad.yaml or a _BASE_.*Correct the file"):
+            load_config(str(tmp_path / "bad.yaml"))
+    options = ["MODEL.META_ARCHITECTURE", "OpenTransDeepLab", "MODEL.WEIGHTS", ""]
+    with pytest.raises(ConfigError, match="MODEL.META_ARCHITECTURE OpenTransMaskClassifier"):
+        load_config("tiny/mask.yaml", [*options, "MODEL.DEVICE", "cpu"])
+
+
 def test_detectron2s_own_counter_sees_the_sparse_layers(cfg: Any) -> None:
     from detectron2.utils.analysis import FlopCountAnalysis
 

@@ -22,6 +22,7 @@ from opentrans.d2.training import (  # noqa: E402
     ImpStep,
     MaskStep,
     ReportStep,
+    SettingsStep,
     Step,
 )
 from opentrans.freeze import freeze_plan  # noqa: E402
@@ -102,6 +103,53 @@ def test_resume_with_another_mask_is_refused(masks: MaskSet) -> None:
     other = synthetic_masks(segmenter().backbone, "uniform:0.8")
     with pytest.raises(MaskError, match="Resume with the mask file of the run"):
         Trainer(segmenter(), [MaskStep(other)]).resume(state).train(2)
+
+
+@pytest.mark.parametrize(
+    ("run", "now", "what"),
+    [
+        ({"at": 1}, {"at": 2}, "at is 1 in the run, 2 now"),
+        ({"remove_at": 5}, {"remove_at": 6}, "remove_at is 5 in the run, 6 now"),
+        ({"masks": "global:0.5"}, {"masks": "global:0.9"}, "recipe is 'global:0.5' in the run"),
+        ({"masks": "global:0.5", "at": 4}, {"masks": "uniform:0.5", "at": 4}, "'uniform:0.5' now"),
+    ],
+)
+def test_resume_with_another_way_of_masking_is_refused(
+    run: dict[str, Any], now: dict[str, Any], what: str, masks: MaskSet
+) -> None:
+    state = Trainer(segmenter(), [MaskStep(**({"masks": masks} | run))]).train(2, 8).state()
+    other = MaskStep(**({"masks": masks} | now))
+    with pytest.raises(MaskError, match=f"{what}.*MODEL.OPENTRANS.MASK settings of the run"):
+        Trainer(segmenter(), [other]).resume(state)
+
+
+def test_a_restored_mask_is_in_force_at_once(masks: MaskSet) -> None:
+    state = Trainer(segmenter(), [MaskStep(masks, at=2)]).train(2, 8).state()
+    hook = MaskStep(masks, at=2)
+    trainer = Trainer(segmenter(seed=9), [hook]).resume(state)
+    trainer.start_iter = 0
+    trainer.train(1, 8)
+    assert hook.in_force and dead_are_zero(trainer.model, masks)
+
+
+KINDS = ["AlphaFreezeHook", "MaskHook"]
+
+
+@pytest.mark.parametrize("now", [[], ["MaskHook"], ["AlphaFreezeHook", "IMPHook", "MaskHook"]])
+def test_resume_with_a_hook_taken_out_or_added_is_refused(now: list[str]) -> None:
+    state = Trainer(segmenter(), [SettingsStep(reversed(KINDS))]).train(1, 2).state()
+    with pytest.raises(PlanError, match=r"AlphaFreezeHook, MaskHook, now.*another OUTPUT_DIR"):
+        Trainer(segmenter(), [SettingsStep(now)]).resume(state)
+    Trainer(segmenter(), [SettingsStep(KINDS)]).resume(state).train(2)
+    plain = Trainer(segmenter(), [SettingsStep()]).train(1, 2).state()
+    with pytest.raises(PlanError, match="started with no MaskHook, AlphaFreezeHook or IMPHook"):
+        Trainer(segmenter(), [SettingsStep(KINDS)]).resume(plain)
+
+
+def test_a_missing_mask_file_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    trainer = Trainer(segmenter(), [MaskStep(str(tmp_path / "none.safetensors"), at=3)])
+    with pytest.raises(MaskError, match="existing file, or to a recipe"):
+        trainer.train(1)
 
 
 def test_mask_of_another_backbone_is_refused_before_the_first_step() -> None:
@@ -231,6 +279,19 @@ def test_pruning_rounds_write_masks_and_resume(tmp_path: Path) -> None:
     assert trainer.storage.scalars["opentrans/pruning_round"] == 3
     assert last.match(segmenter()).complete
     check_resume(lambda: ImpStep(imp()), range(1, 4), 5)
+
+
+def test_pruned_masks_say_where_they_are_from(masks: MaskSet) -> None:
+    for weights, start, synthetic in (
+        ("random", None, True),
+        ("RN50.pt", None, False),
+        ("RN50.pt", masks, True),
+    ):
+        model = segmenter()
+        model.backbone.weights = weights
+        hook = ImpStep(imp(), masks=start)
+        Trainer(model, [hook]).train(1, 4)
+        assert hook.masks is not None and hook.masks.source.synthetic is synthetic
 
 
 def test_pruning_refuses_other_settings_and_warns_of_a_short_run(

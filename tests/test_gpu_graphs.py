@@ -70,6 +70,14 @@ def test_outputs_outlive_the_next_call_unless_told_otherwise() -> None:
     assert [y.dtype for y in cache(capture_after=9)(x, torch.float64)] == [torch.float64] * 2
 
 
+def test_an_output_that_is_not_copied_is_a_new_tensor_for_every_call() -> None:
+    """What a caller attaches to one call's output must not appear on a later one's."""
+    graphs = cache(capture_after=1)
+    first = graphs(image(4), None, [1])[0]
+    second = graphs(image(4), None, [1])[0]
+    assert first is not second and first.data_ptr() == second.data_ptr()
+
+
 def test_the_least_recently_used_graph_goes_first() -> None:
     graphs = cache(capture_after=1, capacity=2)
     for h in (4, 5, 4, 6):

@@ -94,8 +94,9 @@ def test_structured_matrices() -> None:
     np.testing.assert_allclose(check(step)[0], closed, rtol=1e-7)
 
 
-@pytest.mark.parametrize("scale", [1e-140, 1e-60, 1e-12, 1e12, 1e60, 1e140])
-def test_norms_far_from_one(scale: float) -> None:
+@pytest.mark.parametrize("exponent", [-140, -60, -32, -28, -26, -12, 12, 26, 28, 32, 60, 140])
+def test_norms_far_from_one(exponent: int) -> None:
+    scale = 10.0**exponent
     a = normal(45, 50)
     plain = gram_eigenvalues(torch.from_numpy(a)[None], threshold=0)[0].numpy()
     found = gram_eigenvalues(torch.from_numpy(a * scale)[None], threshold=0)[0].numpy()

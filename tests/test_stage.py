@@ -80,10 +80,10 @@ def test_bits_of_the_blocks_one_by_one(extension: None, chain, threads: int) -> 
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_any_stage(extension: None, data: st.DataObject) -> None:
+def test_any_stage(extension: None, threads: int, data: st.DataObject) -> None:
     widths = data.draw(
         st.lists(
             st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 1, 1, 2])),
@@ -253,6 +253,13 @@ def test_gradients_of_the_input_training_mode_and_compile(model: nn.Module) -> N
     model.layer2[2].train()
     with pytest.raises(UnsupportedModelError, match=r"Call model.eval\(\)"), torch.no_grad():
         model.layer2(x)
+
+
+def test_gradients_pass_blocks_behind_a_trainable_one(model: nn.Module) -> None:
+    stage = model.layer2
+    stage._modules["0"] = nn.Conv2d(32, 64, 3, stride=2, padding=1)  # any child that trains
+    stage(torch.randn(1, 32, 16, 16)).sum().backward()
+    assert stage[0].weight.grad.abs().sum() > 0
 
 
 def test_restore_brings_the_sequential_back(extension: None) -> None:

@@ -81,8 +81,8 @@ void gram_tiles(const MatrixView& a, const TileTriangle& out);
 
 // Lower band of half-width 32, element (i, j) at data[i + j * kBandStep], room for bulges, and zero
 // columns behind the last.
-struct Band {
-  explicit Band(int64_t size);
+struct SymmetricBand {
+  explicit SymmetricBand(int64_t size);
   int64_t doubles() const { return (n + 2 * kTile) * kBandStep + 4 * kTile; }
   double* at(int64_t i, int64_t j) const { return store.data() + kTile + i + j * kBandStep; }
   int64_t n;
@@ -91,7 +91,7 @@ struct Band {
 
 // First stage, in place: `a` becomes Q1^T a Q1. Afterwards tile (i, j), i > j, holds rows of the
 // reflectors of block column j, and factors[j] their 32 x 32 factor: Q1 = product of I - V T V^T.
-void reduce_to_band(const TileTriangle& a, Band& band, Doubles& factors);
+void reduce_to_band(const TileTriangle& a, SymmetricBand& band, Doubles& factors);
 // vectors [side * 32][32], 32 columns at once, become Q1 vectors.
 void apply_first_stage(const TileTriangle& reduced, const Doubles& factors, double* vectors);
 
@@ -104,7 +104,7 @@ struct Reflectors {
   };
   std::vector<One> list;
 };
-void chase_band(Band& band, double* d, double* e, Reflectors* kept);
+void chase_band(SymmetricBand& band, double* d, double* e, Reflectors* kept);
 // vectors [rows][32] become Q2 vectors.
 void apply_second_stage(const Reflectors& kept, int64_t rows, double* vectors);
 

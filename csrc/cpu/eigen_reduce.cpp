@@ -91,7 +91,8 @@ void gram_tiles(const MatrixView& a, const TileTriangle& out) {
   }
 }
 
-Band::Band(int64_t size) : n(size), store((size + 2 * kTile) * kBandStep + 4 * kTile) {
+SymmetricBand::SymmetricBand(int64_t size)
+    : n(size), store((size + 2 * kTile) * kBandStep + 4 * kTile) {
   std::memset(store.data(), 0, doubles() * sizeof(double));
 }
 
@@ -99,7 +100,7 @@ namespace {
 
 // Factors a panel [rows][32] in place: reflectors V in it, R in `band` from column `first` on, and
 // the 32 x 32 factor T of H_0 H_1 .. = I - V T V^T.
-void factor_panel(double* panel, int64_t rows, int64_t first, Band& band, double* t) {
+void factor_panel(double* panel, int64_t rows, int64_t first, SymmetricBand& band, double* t) {
   const EigenIsa& isa = eigen_isa();
   alignas(64) double z[kTile], w[kTile] = {};
   std::memset(t, 0, kTileSize * sizeof(double));
@@ -152,7 +153,7 @@ struct Column {
 
 }  // namespace
 
-void reduce_to_band(const TileTriangle& a, Band& band, Doubles& factors) {
+void reduce_to_band(const TileTriangle& a, SymmetricBand& band, Doubles& factors) {
   const EigenIsa& isa = eigen_isa();
   const int64_t side = a.side;
   Column v(side), w(side), vt(side), wt(side), next(side), y(side);

@@ -20,7 +20,7 @@ struct Sweep {
 
 }  // namespace
 
-void chase_band(Band& band, double* d, double* e, Reflectors* kept) {
+void chase_band(SymmetricBand& band, double* d, double* e, Reflectors* kept) {
   const EigenIsa& isa = eigen_isa();
   const int64_t n = band.n, sweeps = std::max<int64_t>(n - 2, 0);
   if (kept) kept->list.reserve(n * (n / (2 * kTile) + 2));
@@ -124,10 +124,16 @@ void qr_step(double* d, double* e2, int64_t low, int64_t high) {
 bool tridiagonal_values(double* d, double* e, int64_t n) {
   double norm = 0;
   for (int64_t i = 0; i < n; ++i) {
-    norm = std::max(norm, std::fabs(d[i]));
-    if (i + 1 < n) norm = std::max(norm, std::fabs(e[i]));
+    const double off = i + 1 < n ? e[i] : 0;
+    if (!std::isfinite(d[i]) || !std::isfinite(off)) return false;
+    norm = std::max({norm, std::fabs(d[i]), std::fabs(off)});
   }
-  if (!(norm <= std::numeric_limits<double>::max())) return false;
+  if (norm == 0) return true;
+  // The steps form sixth powers: entries are brought near 1, by a power of two, which is exact.
+  const int shift = std::ilogb(norm);
+  norm = std::ldexp(norm, -shift);
+  for (int64_t i = 0; i < n; ++i) d[i] = std::ldexp(d[i], -shift);
+  for (int64_t i = 0; i + 1 < n; ++i) e[i] = std::ldexp(e[i], -shift);
   // Off-diagonals below a fraction of eps * norm change no eigenvalue by more than that.
   const double small = 0.03 * kEps * norm, floor = small * small;
   for (int64_t i = 0; i + 1 < n; ++i) e[i] *= e[i];
@@ -167,8 +173,12 @@ bool tridiagonal_values(double* d, double* e, int64_t n) {
     if (budget <= 0) return false;
     high = low;
   }
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(d[i])) return false;
+    d[i] = std::ldexp(d[i], shift);
+  }
   std::sort(d, d + n);
-  return std::isfinite(d[0]) && std::isfinite(d[n - 1]);
+  return true;
 }
 
 }  // namespace otk

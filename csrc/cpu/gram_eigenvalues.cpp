@@ -48,7 +48,7 @@ struct Reduction {
   explicit Reduction(int64_t n)
       : triangle(n), band(n), factors(triangle.side * kTileSize), d(n), e(n) {}
   TileTriangle triangle;
-  Band band;
+  SymmetricBand band;
   Doubles factors;
   std::vector<double> d, e;
 };
@@ -56,7 +56,7 @@ struct Reduction {
 // Eigenvalues of a symmetric matrix in tiles, which is destroyed; false if they do not converge.
 bool solve(Reduction& r, double* values) {
   reduce_to_band(r.triangle, r.band, r.factors);
-  Band copy(r.band.n);
+  SymmetricBand copy(r.band.n);
   std::memcpy(copy.store.data(), r.band.store.data(), r.band.doubles() * sizeof(double));
   chase_band(copy, r.d.data(), r.e.data(), nullptr);
   std::copy(r.d.begin(), r.d.end(), values);

@@ -89,7 +89,7 @@ def attach(
         measure, threads: as in ``opentrans_kernels.accelerate``.
 
     Raises:
-        UnsupportedModelError: no tower, several, or one that cannot be accelerated.
+        UnsupportedModelError: no tower, several, or one that cannot be accelerated or is already.
         MaskError: the masks are of another backbone. PlanError: the plan is, or it leaves nothing
             to train, or the model is wrapped already. ConfigError: an option that does not exist.
     """
@@ -100,6 +100,13 @@ def attach(
             f"{', '.join(DEVICE_POLICIES)}."
         )
     found = find_tower(model, tower)
+    parts = accelerated_parts(found.module)
+    if parts and (masks is not None or accelerate is not False):
+        raise UnsupportedModelError(
+            f"the tower is accelerated already ({len(parts)} layers, the first is {parts[0]!r}), "
+            "for the zeros it had then. Call detach() of the Attachment, or "
+            "opentrans_kernels.restore(model), first."
+        )
     done = Attachment(found, notes=list(found.notes))
     if masks is not None:
         done.masks = masks_for(found.module, masks)
@@ -127,9 +134,10 @@ def attach(
 def attach_from_config(model: nn.Module, cfg: object) -> Attachment:
     """:func:`attach` with what ``MODEL.OPENTRANS`` says, for inference or before training.
 
-    Raises ConfigError besides what ``attach`` raises.
+    Raises ConfigError besides what ``attach`` raises, also for what only hooks can do.
     """
     options = OpenTransConfig.from_cfg(cfg)
+    _needs_no_trainer(options)
     freeze: FreezePlan | str | None = options.FREEZE.RULE or None
     if options.FREEZE.PLAN:
         freeze = FreezePlan.from_json(options.FREEZE.PLAN)
@@ -145,6 +153,23 @@ def attach_from_config(model: nn.Module, cfg: object) -> Attachment:
         measure=options.ACCELERATE.MEASURE,
         threads=options.ACCELERATE.THREADS or None,
     )
+
+
+def _needs_no_trainer(options: OpenTransConfig) -> None:
+    """Masks and freezing at a step need a trainer to follow."""
+    mask, freeze = options.MASK, options.FREEZE
+    wrong = {
+        "MASK.AT": (mask.AT, 0) if mask.AT else None,
+        "MASK.REMOVE_AT": (mask.REMOVE_AT, -1) if mask.REMOVE_AT >= 0 else None,
+        "FREEZE.AT": (freeze.AT, 0) if freeze.AT else None,
+        "FREEZE.SKIP": (freeze.SKIP, False) if freeze.SKIP else None,
+    }
+    for key, values in wrong.items():
+        if values is not None:
+            raise ConfigError(
+                f"MODEL.OPENTRANS.{key}={values[0]} is for a training run, and attach_from_config "
+                f"acts at once. Set it to {values[1]}, or train with build_opentrans_hooks(cfg)."
+            )
 
 
 def plan_freezing(

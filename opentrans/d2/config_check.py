@@ -133,6 +133,13 @@ def _freeze(config: OpenTransConfig) -> None:
             "FREEZE.SKIP", True, f"works from the first step on, and FREEZE.AT is {freeze.AT}. "
             "Set FREEZE.AT 0"
         )  # fmt: skip
+    mask = config.MASK
+    if freeze.SKIP and (mask.AT or mask.REMOVE_AT >= 0):
+        raise _wrong(
+            "FREEZE.SKIP", True, "is planned for the zeros of the first step, and MASK.AT="
+            f"{mask.AT}, REMOVE_AT={mask.REMOVE_AT} change them later. Set MASK.AT 0 and "
+            "MASK.REMOVE_AT -1, or FREEZE.SKIP False"
+        )  # fmt: skip
     try:
         check_fit(freeze.FIT, 2.0, 100)
         if freeze.RULE:

@@ -10,7 +10,14 @@ from ..freeze import FreezePlan
 from .config import OpenTransConfig
 from .config_check import imp_config
 from .presence import require_detectron2
-from .training import AccelerateStep, FreezeStep, ImpStep, MaskStep, ReportStep
+from .training import (
+    AccelerateStep,
+    FreezeStep,
+    ImpStep,
+    MaskStep,
+    ReportStep,
+    SettingsStep,
+)
 
 require_detectron2()
 
@@ -22,6 +29,7 @@ __all__ = [
     "IMPHook",
     "MaskHook",
     "ReportHook",
+    "SettingsHook",
     "build_opentrans_hooks",
 ]
 
@@ -46,12 +54,17 @@ class ReportHook(ReportStep, HookBase):
     __doc__ = ReportStep.__doc__
 
 
+class SettingsHook(SettingsStep, HookBase):
+    __doc__ = SettingsStep.__doc__
+
+
 def build_opentrans_hooks(
     cfg: Any, own: Iterable[HookBase | None] = (), output_dir: str | None = None
 ) -> list[HookBase | None]:
     """The hooks that ``MODEL.OPENTRANS`` asks for, and behind them the trainer's ``own``.
 
-    In this order a checkpoint or an evaluation of a step sees what the step did. In a trainer:
+    A SettingsHook comes first, also where nothing is asked for. In this order a checkpoint or an
+    evaluation of a step sees what the step did. In a trainer:
     ``def build_hooks(self): return build_opentrans_hooks(self.cfg, super().build_hooks())``.
 
     Args:
@@ -79,6 +92,8 @@ def build_opentrans_hooks(
         hooks.append(
             AlphaFreezeHook(rule, freeze.FIT, freeze.AT, freeze.NORMS, freeze.SKIP, **place)
         )
+    # First, so that a resume under other settings is refused before any state is taken over.
+    hooks.insert(0, SettingsHook([type(hook).__name__ for hook in hooks]))
     if options.ACCELERATE.ENABLED:
         hooks.append(
             AccelerateForEvalHook(

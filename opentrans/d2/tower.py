@@ -76,8 +76,8 @@ class ClipTower(nn.Module):
             )
         state = None if weights in ("", RANDOM) else _read(weights)
         shape = _shape_of(arch, width, layers, output_dim, input_resolution)
-        source = _build(shape, state, weights)
         pooled = any(name in _POOLED for name in out_features)
+        source = _build(shape, state, weights, pooled)
         if pooled:
             _fit_table(source, shape["image_size"] // 32)
         for name in (*_PARTS, "avgpool", *_STAGES):
@@ -226,7 +226,9 @@ def clip_resnet(arch: str, *, image_size: int = 0) -> nn.Module:
     return ModifiedResNet(**shape)
 
 
-def _build(shape: dict[str, Any], state: dict[str, torch.Tensor] | None, file: str) -> nn.Module:
+def _build(
+    shape: dict[str, Any], state: dict[str, torch.Tensor] | None, file: str, pooled: bool
+) -> nn.Module:
     """The tower with the weights of ``state``, its position table as large as the file's."""
     from open_clip.modified_resnet import ModifiedResNet
 
@@ -235,7 +237,13 @@ def _build(shape: dict[str, Any], state: dict[str, torch.Tensor] | None, file: s
     tower = ModifiedResNet(**{**shape, "image_size": side * 32})
     if state is None:
         return tower
-    if not tables:  # a file of a tower that was saved without its pool: nothing to load there
+    if not tables and pooled:
+        raise CheckpointError(
+            f"MODEL.OPENTRANS.WEIGHTS={file!r} has no attention pool, and {' and '.join(_POOLED)} "
+            "come from it: they would be random. Name a file of the whole CLIP tower, or take them "
+            "out of MODEL.OPENTRANS.OUT_FEATURES."
+        )
+    if not tables:  # saved without its pool, which is not kept here either
         state = {**_own(tower, "attnpool.", state), **state}
     try:
         load_weights_from(tower, state, os.path.basename(file))
@@ -248,10 +256,9 @@ def _build(shape: dict[str, Any], state: dict[str, torch.Tensor] | None, file: s
 
 
 def _own(tower: nn.Module, part: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tower's own random values for ``part``, under the prefix the file uses."""
+    """The tower's own values for ``part``, under the prefix the file uses."""
     anchor = next((k for k in state if k.endswith("layer1.0.conv1.weight")), "")
     prefix = anchor.removesuffix("layer1.0.conv1.weight")
-    log.warning("the weights file has no attention pool; its weights stay RANDOM")
     return {prefix + k: v for k, v in tower.state_dict().items() if k.startswith(part)}
 
 
@@ -286,5 +293,7 @@ def _before_load(
         log.info(
             "folded %d masked layers of the checkpoint: density %.4f", len(pairs), kept / total
         )
-    if f"{prefix}conv1.weight" in state and not tower.weights:
+    # Part of the weights would leave the rest random; old files lack the counters of batch norms.
+    needed = (key for key in tower.state_dict() if not key.endswith("num_batches_tracked"))
+    if not tower.weights and all(prefix + key in state for key in needed):
         tower.weights = "checkpoint"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from opentrans_kernels.errors import CheckpointError, OpenTransError
@@ -63,6 +64,7 @@ __all__ = ["Trainer", "evaluate", "find_config", "load_config", "main", "train"]
 log = logging.getLogger("opentrans.d2.train_net")  # run with -m, the module is __main__
 
 CONFIGS = Path(__file__).parent / "configs"
+PANOPTIC = "OpenTransMaskClassifier"  # the architecture whose results name single objects
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 
 
@@ -160,8 +162,8 @@ class Trainer(DefaultTrainer):
 def load_config(file: str, options: Sequence[str] = ()) -> CfgNode:
     """The config of a file with ``KEY VALUE`` pairs on top, checked.
 
-    Raises ConfigError for a missing file, unknown keys and values that do not go together, and
-    OpenTransError for missing data.
+    Raises ConfigError for a missing or unreadable file, unknown keys and values that do not go
+    together, and OpenTransError for missing data.
     """
     cfg = get_cfg()
     add_deeplab_config(cfg)
@@ -171,6 +173,11 @@ def load_config(file: str, options: Sequence[str] = ()) -> CfgNode:
     try:
         cfg.merge_from_file(str(path))
         cfg.merge_from_list(list(options))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path.name} or a _BASE_ of it cannot be read as YAML: {error}. Correct the file, or "
+            "the path behind _BASE_."
+        ) from error
     except (KeyError, AssertionError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{path.name} or the KEY VALUE pairs cannot be used: {error}. Keys are those of "
@@ -227,9 +234,21 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
 
 
 def _inference(model: nn.Module, cfg: CfgNode) -> Any:
-    """Mask and acceleration; freezing is for training."""
+    """Mask and acceleration; freezing is for training.
+
+    A mask with a schedule belongs to the run: the checkpoint has its zeros, or is beyond them.
+    """
     own = cfg.clone()
     own.defrost()
+    mask = own.MODEL.OPENTRANS.MASK
+    if mask.AT > 0 or mask.REMOVE_AT >= 0:
+        log.warning(
+            "MASK.FILE %s is not applied: MASK.AT %d and MASK.REMOVE_AT %d say that it holds for a "
+            "part of the training only. The checkpoint is evaluated with the zeros it has. To "
+            "evaluate it masked, add MODEL.OPENTRANS.MASK.AT 0 MODEL.OPENTRANS.MASK.REMOVE_AT -1.",
+            mask.FILE, mask.AT, mask.REMOVE_AT,
+        )  # fmt: skip
+        mask.FILE, mask.AT, mask.REMOVE_AT = "", 0, -1
     own.MODEL.OPENTRANS.FREEZE.RULE = own.MODEL.OPENTRANS.FREEZE.PLAN = ""
     own.MODEL.OPENTRANS.FREEZE.SKIP = False
     own.MODEL.OPENTRANS.FREEZE.AT = 0
@@ -249,6 +268,12 @@ def _check(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.WEIGHTS={weights!r} does not exist. Name a checkpoint, or leave it empty to "
             "start from MODEL.OPENTRANS.WEIGHTS."
+        )
+    if ovs.PANOPTIC.ENABLED and cfg.MODEL.META_ARCHITECTURE != PANOPTIC:
+        raise ConfigError(
+            "MODEL.OVS.PANOPTIC.ENABLED=True needs a model that finds objects, and "
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}. Write "
+            f"MODEL.META_ARCHITECTURE {PANOPTIC}, or MODEL.OVS.PANOPTIC.ENABLED False."
         )
     if not ovs.clip(options)[0]:
         raise ConfigError(

@@ -24,7 +24,7 @@ __all__ = ["MaskHead", "MaskHeadOptions", "MaskTargets", "mask_targets"]
 LEVELS = ("res2", "res3", "res4", "res5")
 STRIDES = (4, 8, 16, 32)
 GROUPS = 32  # of the group norms in the pixel decoder
-EXTRA = "Install the optional parts with: pip install 'opentrans-kernels[ovs]'"
+EXTRA = "Install the optional parts, in the checkout, with: pip install '.[ovs]'"
 
 # Per image: masks [n, H, W] (0 or 1) and class numbers [n].
 MaskTargets = list[tuple[torch.Tensor, torch.Tensor]]

@@ -116,11 +116,11 @@ def compare(base: Mapping[str, Result], new: Mapping[str, Result]) -> Comparison
         base, new: file name -> result, as :func:`load_results` returns them.
 
     Raises:
-        OpenTransError: different machines, or no case in common.
+        OpenTransError: different machines, no case in common, or a case that one side has twice.
     """
     machine = one_machine({**{f"BASE {k}": v for k, v in base.items()},
                            **{f"NEW {k}": v for k, v in new.items()}})  # fmt: skip
-    before, after = _cases(base.values()), _cases(new.values())
+    before, after = _cases(base), _cases(new)
     changes = []
     for key in before.keys() & after.keys():
         mine, theirs = before[key], after[key]
@@ -131,7 +131,8 @@ def compare(base: Mapping[str, Result], new: Mapping[str, Result]) -> Comparison
         raise OpenTransError(
             "the two results have no case in common: BASE has "
             f"{_some(before)}, NEW has {_some(after)}. Measure NEW with the options of BASE "
-            "(mask, size, batch, threads, instruction set); they are in its 'command'."
+            "(arch, weights, mask, size, batch, threads, instruction set); they are in its "
+            "'command'. Inexact results have no ratio and count as not measured."
         )
     matched = {change.name for change in changes}
     return Comparison(
@@ -159,14 +160,23 @@ def parse_limit(text: str) -> float:
     return limit
 
 
-def _cases(results: Iterable[Result]) -> dict[str, dict[str, Case]]:
+def _cases(results: Mapping[str, Result]) -> dict[str, dict[str, Case]]:
     """case -> yardstick -> ratio; the yardstick to prefer comes first."""
     found: dict[str, dict[str, Case]] = {}
-    for result in results:
+    origin: dict[tuple[str, str], str] = {}
+    for file, result in results.items():
         kind = result["schema"]["kind"]
         for name, yardstick, spread in _RATIOS[kind](result):
+            first = origin.setdefault((name, yardstick), file)
+            if yardstick in found.setdefault(name, {}):
+                place = f"twice in {file}" if first == file else f"in {first} and in {file}"
+                raise OpenTransError(
+                    f"{name!r} against {yardstick} is {place}, so it is not clear which of the two "
+                    "to compare. Keep one of them: name a single file, or move the other out of "
+                    "the directory."
+                )
             case = Case(name, spread["median"], spread["q1"], spread["q3"])
-            found.setdefault(name, {})[yardstick] = case
+            found[name][yardstick] = case
     return found
 
 
@@ -183,14 +193,24 @@ def run_label(result: Result) -> str:
     return ", ".join(parts)
 
 
+def _case_label(result: Result) -> str:
+    """:func:`run_label` behind arch and weights: other networks are other cases."""
+    if "subject" not in result:
+        return run_label(result)
+    subject = result["subject"]
+    return f"{subject['arch']}, {subject['weights']}, {run_label(result)}"
+
+
 def _trunk_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
-    label = f"trunk {run_label(result)}"
+    label = f"trunk {_case_label(result)}"
     best = result["baseline"]["name"]
     variants = result["variants"]
     for name in sorted(variants, key=lambda one: one != best):
-        if variants[name]["available"]:
+        if variants[name]["available"] and result["exact"]:  # a wrong answer has no speed
             yield label, name, variants[name]["speedup_of_accelerated"]
     for row in result["layers"]:
+        if not row["exact"]:
+            continue
         ratio = row["speedup"]
         spread = {
             "median": ratio,
@@ -201,9 +221,9 @@ def _trunk_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
 
 
 def _row_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
-    kind, label = result["schema"]["kind"], run_label(result)
+    kind, label = result["schema"]["kind"], _case_label(result)
     for row in result["rows"]:
-        if row["speedup"] is None:
+        if row["speedup"] is None or not row["exact"]:
             continue
         if kind == "op":
             what = f"{row['op']} {row['backend']} {row['case']} density {row['density_asked']:g}"
@@ -213,13 +233,18 @@ def _row_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
 
 
 def _alpha_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+    if not result.get("exact", True):
+        return
+    label = ", ".join(filter(None, [result.get("subject"), f"{result['threads']} t"]))
     for peer, side in result["sides"].items():
         for ours, spread in side["slower_than"].items():
-            yield f"alpha, {result['threads']} t: {ours}", peer, spread
+            yield f"alpha {label}: {ours}", peer, spread
 
 
 def _training_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
     shape = f"{result['size']}, batch {result['batch']}, {result['threads']} t"
+    if "mask" in result:
+        shape = f"mask {result['mask']}, {shape}"
     for one in result["results"]:
         for row in one["rows"]:
             if row["variant"] != "baseline":
@@ -245,6 +270,9 @@ def _notes(base: Mapping[str, Result], new: Mapping[str, Result]) -> Iterable[st
                 yield f"{side} {name} was taken on a disturbed machine: {reasons}"
             if not result["complete"]:
                 yield f"{side} {name} was interrupted and holds only what was finished"
+            wrong = _inexact(result)
+            if wrong:
+                yield f"{side} {name} is inexact, without a ratio: {wrong}"
     versions = [
         {(key, value) for result in results.values() for key, value in result["versions"].items()}
         for results in (base, new)
@@ -254,6 +282,15 @@ def _notes(base: Mapping[str, Result], new: Mapping[str, Result]) -> Iterable[st
             ", ".join(sorted(str(v) for k, v in side if k == key)) or "none" for side in versions
         )
         yield f"{key} differs: {old} before, {now} after"
+
+
+def _inexact(result: Result) -> str:
+    """The inexact parts of a result, counted; empty when there are none."""
+    rows = [*result.get("layers", ()), *result.get("rows", ())]
+    count = sum(not row["exact"] for row in rows)
+    parts = [] if result.get("exact", True) else ["the whole result"]
+    parts += [f"{count} of {len(rows)} rows"] * (count > 0)
+    return ", ".join(parts)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from .render import Output
 
 OK, FAILED_CHECK, BAD_INPUT, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
 
-#: Commands in the order of a first session; each is a module of this package.
+#: Commands in the order of first use; each is a module of this package.
 COMMANDS = (
     "info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "flops", "bench",
     "report", "demo",

@@ -30,6 +30,7 @@ TARGETS = {
     "compare": (bench_compare.SUMMARY, bench_compare.add_arguments, bench_compare.run),
 }  # fmt: skip
 ROUNDS, QUICK_ROUNDS = 15, 5
+INEXACT = "inexact"  # shown in place of a ratio: a wrong answer has no speed
 #: The dense variants that ``--quick`` times: one without a compiler, and the usual winner.
 QUICK_VARIANTS = ("folded_channels_last", "compile_folded_channels_last")
 
@@ -157,7 +158,7 @@ def failures(result: dict[str, Any], fail_under: float | None) -> list[str]:
     ]
     if "peers_error" in result:
         failed.append(f"the peers were not timed: {result['peers_error']}")
-    if fail_under is not None and result["speedup"] < fail_under:
+    if fail_under is not None and result["exact"] and result["speedup"] < fail_under:
         failed.append(f"speed-up {result['speedup']:.2f}x is below the limit {fail_under:g}x")
     return failed
 
@@ -190,7 +191,7 @@ def show(result: dict[str, Any], out: Output) -> None:
         rows.append(variant_row(label, entry, entry["speedup_of_accelerated"], note))
     columns = ("variant", "wall ms", "quartiles", "CPU ms", "speed-up of ours", "")
     if not result["exact"]:  # a wrong answer has no speed
-        rows = [[*row[:4], None, row[5]] for row in rows]
+        rows = [[*row[:4], row[4] and INEXACT, row[5]] for row in rows]
     out.table(None, columns, rows)
     spread = result["speedup_spread"]
     out.text()
@@ -207,7 +208,7 @@ def show(result: dict[str, Any], out: Output) -> None:
         f"{result['dense_own_rel_err']:.2e}"
     )
     if "thread_scaling" in result:
-        _show_scaling(result["thread_scaling"], out)
+        _show_scaling(result["thread_scaling"], result["exact"], out)
     if result["layers"]:
         show_losing(result["losing_layers"], len(result["layers"]), out)
     show_peers(result["peers"], result["exact"], out)
@@ -225,7 +226,7 @@ def show_peers(peers: dict[str, Any], exact: bool, out: Output) -> None:
         ratio, error = peer["speedup_of_ours"], peer["max_rel_err"]
         text = f"{ratio['median']:.2f}x ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
         error = None if error is None else f"{error:.1e}"
-        rows.append([name, f"{peer['ms']:.2f}", text if exact else None, error, peer["note"]])
+        rows.append([name, f"{peer['ms']:.2f}", text if exact else INEXACT, error, peer["note"]])
     if rows:
         out.text()
         columns = ("peer", "wall ms", "speed-up of ours", "its error", "")
@@ -261,17 +262,17 @@ def show_losing(losing: list[dict[str, Any]], total: int, out: Output) -> None:
             f"{row['density']:.3f}",
             f"{row['dense_ms']:.3f}",
             f"{row['sparse_ms']:.3f}",
-            f"{row['speedup']:.2f}x",
+            f"{row['speedup']:.2f}x" if row["exact"] else INEXACT,
         ]
         for row in losing
     ]
     out.table(None, ("layer", "density", "dense ms", "sparse ms", "speed-up"), rows)
 
 
-def _show_scaling(scaling: dict[str, Any], out: Output) -> None:
+def _show_scaling(scaling: dict[str, Any], exact: bool, out: Output) -> None:
+    ratio = f"{scaling['speedup']['median']:.2f}x" if exact else INEXACT
     out.text(
-        f"threads: {scaling['one_thread_ms']:.2f} ms on one, {scaling['ms']:.2f} ms on all, "
-        f"{scaling['speedup']['median']:.2f}x"
+        f"threads: {scaling['one_thread_ms']:.2f} ms on one, {scaling['ms']:.2f} ms on all, {ratio}"
     )
     for when in ("before", "after"):
         for check in scaling[f"cores_{when}"]:

@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from .bench_session import INTERRUPTED
 from .options import add_json
 from .render import Output, check_writable
 
@@ -57,24 +59,25 @@ def commands(quick: bool, cpus: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def run(options: argparse.Namespace, out: Output) -> int:
-    """Run everything; 1 if a benchmark failed a check or crashed."""
+    """Run everything; 1 if a benchmark failed a check or crashed, 130 if interrupted."""
     from ..bench.environment import machine
     from ..bench.machines import machine_slug
     from ..bench.timing import available_cpus
 
     folder = check_writable(options.output, directory=True) / machine_slug(machine())
     folder.mkdir(parents=True, exist_ok=True)
-    # A child that died keeps nothing of its environment's limits: each starts from a clean one.
     root = str(Path(__file__).resolve().parents[2])
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(
         filter(None, [root, os.environ.get("PYTHONPATH")]))}  # fmt: skip
-    records = []
+    records: list[dict[str, Any]] = []
+    interrupted = False
     for name, words in commands(options.quick, len(available_cpus() or [0])):
         target = folder / f"{name}.json"
         if options.peer_envs and words[0] in ("trunk", "alpha"):
             words = [*words, "--peer-envs", options.peer_envs]
         out.heading(f"opentrans bench {' '.join(words)}")
         out.stdout.flush()
+        target.unlink(missing_ok=True)  # a crash must not leave an older run's numbers
         start = time.monotonic()
         command = [sys.executable, "-m", "opentrans_kernels.cli", "bench", *words]
         child = subprocess.Popen(
@@ -86,9 +89,12 @@ def run(options: argparse.Namespace, out: Output) -> int:
             code = child.wait()
         except KeyboardInterrupt:
             child.wait()  # the terminal sent the interrupt to the child as well
-            raise
+            interrupted, code = True, INTERRUPTED
         seconds = time.monotonic() - start
         records.append({"name": name, "command": words, "exit_code": code, "seconds": seconds})
+        if interrupted:
+            out.warn(f"interrupted in {name}: the suite stops; what was written was kept")
+            break
         if code:
             what = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
             out.warn(f"{name} {what}; the suite goes on")
@@ -99,5 +105,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         [[one["name"], one["exit_code"], f"{one['seconds']:.0f}"] for one in records],
     )
     out.text(f"a page of them: opentrans report {folder} -o report.html")
-    out.finish({"folder": folder.name, "runs": records})
+    out.finish({"folder": folder.name, "complete": not interrupted, "runs": records})
+    if interrupted:
+        return INTERRUPTED
     return 1 if any(one["exit_code"] for one in records) else 0

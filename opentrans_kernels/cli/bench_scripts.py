@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .bench_session import Session, chosen_cpus
+from .bench_session import INTERRUPTED, Session, chosen_cpus
 from .options import add_json, add_threads, positive
 from .render import Output
 
@@ -107,6 +108,7 @@ def _run(kind: str, script: str, words: list[Any], options: argparse.Namespace, 
         except KeyboardInterrupt:
             interrupted = True
             code = child.wait()  # the terminal sent the interrupt to the script as well
+        interrupted = interrupted or code in (INTERRUPTED, -signal.SIGINT)
         if not target.exists():
             if interrupted:
                 raise KeyboardInterrupt
@@ -118,5 +120,9 @@ def _run(kind: str, script: str, words: list[Any], options: argparse.Namespace, 
     found.pop("environment", None)
     session.result |= {key: value for key, value in found.items() if key not in session.result}
     complete = not interrupted and found.get("complete", True)
-    failed = [f"a check of benchmarks/{script} failed; see above"] if code == 1 else []
+    failed = []
+    if code == 1:
+        failed.append(f"a check of benchmarks/{script} failed; see above")
+    elif code not in (0, INTERRUPTED, -signal.SIGINT):
+        failed.append(f"benchmarks/{script} failed with code {code}; see above")
     return session.finish(complete=complete, failed=failed)

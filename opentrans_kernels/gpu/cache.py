@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
+from .. import settings
 from ..errors import PlanError
+from ..ops.sparse_conv2d_nhwc.build import why_not as why_no_nvcc
 from ..plan.subject import PlanSubject
 from .kernels import Place
 
@@ -47,6 +49,8 @@ def cache_key(subject: PlanSubject, place: Place, size: tuple[int, int, int]) ->
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "capability": list(place.capability or ()),
         "versions": versions(),
+        "backend": settings.get().backend,
+        "nvcc": why_no_nvcc(),
         "kernels": _sources(),
     }
 
@@ -71,10 +75,12 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def _sources() -> str:
-    """Hash of the Python sources of kernels and planner: a changed kernel is measured again."""
+    """Hash of the sources of kernels and planner: a changed kernel is measured again."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("gpu/*.py"), *package.glob("ops/*/*.py")]):
+    patterns = ("gpu/*.py", "ops/*.py", "ops/*/*.py", "compact/*.py")
+    found = [path for pattern in patterns for path in package.glob(pattern)]
+    for path in sorted([*found, *package.parent.glob("csrc/cuda/*")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -212,7 +212,10 @@ class Stem:
             return "the stem does not begin with a 3x3 of stride 2 and a 3x3 of stride 1"
         if place.capability is not None and (problem := why_too_old(place.capability)) is not None:
             return problem
-        found = dispatch.resolve("fused_stem", place.device.type, _name(place))
+        try:
+            found = dispatch.resolve("fused_stem", place.device.type, _name(place))
+        except OpenTransError as error:
+            return str(error)
         if place.device.type == "cuda" and found.row.backend != "triton":
             return f"triton does not serve {place.precision.name}"
         (middle, cin), cout = first.weight.shape[:2], second.weight.shape[0]

@@ -174,7 +174,8 @@ class GraphCache:
             entry.replay()
             self.stats.replays += 1
             found = [
-                _copy(o, dtype) if copied is None or i in copied else o
+                # An alias for each call: it carries that call's mark, not a later one's.
+                _copy(o, dtype) if copied is None or i in copied else o.data
                 for i, o in enumerate(entry.outputs)
             ]
             self.capturer.end()

@@ -106,7 +106,8 @@ class TrunkRunner:
                 "a trunk planned for CUDA computes no gradients, and its input requires one. Use "
                 f"torch.no_grad() or x.detach(). To train: {_FIX}."
             )
-        if x.device.type != self.place.device.type:
+        here = self.place.device
+        if x.device.type != here.type or here.index not in (None, x.device.index):
             raise UnsupportedModelError(
                 f"the trunk was packed for {self.place.device}, its input is on {x.device}. Pass "
                 f"x.to({str(self.place.device)!r}). To run elsewhere: {_FIX}."

@@ -73,6 +73,12 @@ class TrunkPlan:
     def kernels(self) -> dict[str, str]:
         return {row.name: row.kernel for row in self.rows}
 
+    @property
+    def short_of_memory(self) -> bool:
+        """Whether a candidate was left out for lack of memory, and may fit another time."""
+        reasons = [reason for row in self.rows for reason in row.rejected.values()]
+        return any("out of memory" in reason for reason in (*reasons, *self.notes))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         rows = [{**vars(r), "times": dict(r.times), "rejected": dict(r.rejected)}
@@ -160,7 +166,7 @@ def plan_trunk(
             plan = TrunkPlan.from_dict(record, cached=True)
             program_of(plan, network, place)
             return plan, network
-        except (KeyError, TypeError, ValueError, IndexError, PlanError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, PlanError) as error:
             _log.warning("tuning again: the cached plan cannot be used (%s)", error)
     if timer is None and tuner is None:
         if place.device.type != "cuda":
@@ -170,7 +176,10 @@ def plan_trunk(
         timer = CudaTimer(place.device)
     with torch.no_grad(), place.precision.applied():
         plan = _measured(network, place, size, tuner or Tuner(place, timer))
-    cache.store(key, plan.to_dict())
+    if plan.short_of_memory:
+        _log.warning("the plan is not kept: some candidates ran out of memory while it was made")
+    else:
+        cache.store(key, plan.to_dict())
     return plan, network
 
 

@@ -149,7 +149,8 @@ class Judge:
         first, self._own = not self._own, self._own or errors
         for error, own in zip(errors, self._own, strict=True):
             # PyTorch's own sets the bound, but NaN is no bound; and nothing may exceed 30 floors.
-            bound = 30 * self.floor if first else max(2 * own, self.floor)
+            most = 30 * self.floor
+            bound = most if first or own != own else min(most, max(2 * own, self.floor))
             if not error <= bound:
                 return f"its error {error:.1e} exceeds {bound:.1e}"
         return None

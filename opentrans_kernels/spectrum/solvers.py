@@ -108,10 +108,10 @@ def eigenvalues(
                 view = view.float()  # exact, and no copy of float32
             values, counts = gram_eigenvalues(view, layer.scale, threshold, RELATIVE)
             part, lost = values.numpy(), np.flatnonzero(counts.numpy() < 0)
-            if not np.isfinite(part).all():
-                raise _not_finite(layer.name, view)
             for row in lost:
                 part[row] = _squared_singular(view[row : row + 1], layer)[0]
+            if not np.isfinite(part).all():
+                raise _not_finite(layer.name, view)
             found[i][a:b] = part
             with counting:
                 projected[i] += int((counts > 0).sum())

@@ -14,5 +14,14 @@ from .freeze import FreezeStep
 from .imp import ImpStep
 from .mask import MaskStep
 from .report import ReportStep
+from .settings import SettingsStep
 
-__all__ = ["AccelerateStep", "FreezeStep", "ImpStep", "MaskStep", "ReportStep", "Step"]
+__all__ = [
+    "AccelerateStep",
+    "FreezeStep",
+    "ImpStep",
+    "MaskStep",
+    "ReportStep",
+    "SettingsStep",
+    "Step",
+]

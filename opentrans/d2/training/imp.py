@@ -14,6 +14,7 @@ from opentrans_kernels.spectrum.distributed import check_same
 from ...imp import Pruner
 from ...imp.config import ImpConfig
 from ...imp.records import RoundRecord
+from ..config import RANDOM
 from ..towers import Masks, masks_for
 from .base import Step, is_main
 
@@ -27,7 +28,8 @@ class ImpStep(Step):
 
     After each round the masks are the same on all ranks, which is checked, and rank 0 writes
     ``round_NN.safetensors`` and ``masks.safetensors`` (the newest). Masks and rounds are kept with
-    the checkpoint. Register it before the hook that saves checkpoints.
+    the checkpoint. Register it before the hook that saves checkpoints. The masks are labelled
+    synthetic if the tower started from random weights, or the masks to start from are.
 
     Args:
         config: schedule, allocation, pattern, rewinding.
@@ -57,7 +59,14 @@ class ImpStep(Step):
     def before_train(self) -> None:
         super().before_train()
         start = None if self._start is None else masks_for(self.tower, self._start)
-        self.pruner = Pruner(self.tower, self.config, optimizer=self.trainer.optimizer, masks=start)
+        random = getattr(self.tower, "weights", None) == RANDOM
+        self.pruner = Pruner(
+            self.tower,
+            self.config,
+            optimizer=self.trainer.optimizer,
+            masks=start,
+            synthetic=random or (start is not None and start.source.synthetic),
+        )
         if self._saved is not None:
             self.pruner.load_state_dict(self._saved)
             self._saved = None

@@ -9,9 +9,11 @@ from typing import Any
 from opentrans_kernels.errors import MaskError, PlanError
 from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.spectrum.distributed import check_same
+from opentrans_kernels.synthetic import is_mask_spec
 
 from ...masked import preserve_masks
 from ...masked.preserve import MaskGuard
+from ...state import differences
 from ..towers import Masks, masks_for
 from .base import Step, masks_from_state, masks_to_state
 
@@ -26,7 +28,7 @@ class MaskStep(Step):
     While it is in force, weights, gradients (before clipping and before DistributedDataParallel
     averages them) and optimizer state are zero where pruned; saving raises if a pruned weight grew.
     The masks themselves are kept with the checkpoint: a resumed run is masked at once, and needs
-    the file only to see that it is the same.
+    the file only to see that it is the same. So are the steps and the recipe; others are refused.
 
     Args:
         masks: MaskSet, tensors, file, or recipe (made from the weights when it is applied).
@@ -69,9 +71,9 @@ class MaskStep(Step):
         super().before_train()
         if self._resumed:
             self._same_as_given()
-        elif not isinstance(self._given, str):
-            masks_for(self.tower, self._given)  # of another backbone: say so before step `at`
-        if self.trainer.start_iter >= self.at and not self.removed:
+        elif self._recipe is None:
+            masks_for(self.tower, self._given)  # no file, other backbone: say so before step `at`
+        if (self._resumed or self.trainer.start_iter >= self.at) and not self.removed:
             self._apply()
 
     def after_step(self) -> None:
@@ -83,15 +85,34 @@ class MaskStep(Step):
 
     def state_dict(self) -> dict[str, Any]:
         """For the trainer's checkpoint."""
-        if self.masks is None:
-            return {}
-        return {"masks": masks_to_state(self.masks), "removed": self.removed}
+        masks = None if self.masks is None else masks_to_state(self.masks)
+        return {"settings": self._settings(), "masks": masks, "removed": self.removed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What a checkpoint says; acted on when training starts."""
-        self.masks = masks_from_state(state["masks"])
-        self.removed = bool(state["removed"])
-        self._resumed = True
+        """What a checkpoint says; acted on when training starts.
+
+        Raises MaskError if the run was started with other steps or another recipe.
+        """
+        found = differences(state["settings"], self._settings())
+        if found:
+            raise MaskError(
+                f"the run was started with another way of masking: {'; '.join(found)}. Resume with "
+                "the MODEL.OPENTRANS.MASK settings of the run, or start a new run in another "
+                "OUTPUT_DIR."
+            )
+        if state["masks"] is not None:
+            self.masks = masks_from_state(state["masks"])
+            self.removed = bool(state["removed"])
+            self._resumed = True
+
+    @property
+    def _recipe(self) -> str | None:
+        """What the masks are made by, where they are neither a file nor given."""
+        given = self._given
+        return given if isinstance(given, str) and is_mask_spec(given) else None
+
+    def _settings(self) -> dict[str, Any]:
+        return {"at": self.at, "remove_at": self.remove_at, "recipe": self._recipe}
 
     def _apply(self) -> None:
         if self.masks is None:
@@ -127,9 +148,7 @@ class MaskStep(Step):
                 f"the checkpoint's masks are of another backbone: {error} Resume with the model "
                 "the run was started with."
             ) from error
-        from opentrans_kernels.synthetic import is_mask_spec
-
-        if isinstance(self._given, str) and is_mask_spec(self._given):
+        if self._recipe is not None:
             return
         now = masks_for(self.tower, self._given).content_hash()
         if now != self.masks.content_hash():
