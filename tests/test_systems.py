@@ -134,5 +134,12 @@ def test_both_tables_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["flops", "--table", "paper"]) == 0
     text = capsys.readouterr().out
     assert "44.1 / 268.2 -> 22.9 / 173.3" in text and "fvcore, thop, fvcore" in text
-    assert main(["flops", "--system", "han", "--size", "500"]) == 2
-    assert "multiples of 32" in capsys.readouterr().err
+    for words, fix in (
+        (["--system", "han", "--size", "500"], "multiples of 32"),
+        (["--system", "han", "--arch", "RN101"], "Leave --arch out"),
+        (["--table", "paper", "--arch", "RN50x4"], "Leave --arch out"),
+        (["--table", "paper", "--system", "han"], "Leave --system or --table out"),
+        (["global:0.9", "--table", "training"], "Leave MASK out"),
+    ):
+        assert main(["flops", *words]) == 2
+        assert fix in capsys.readouterr().err

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from ..errors import OpenTransError
 from .options import add_json, add_model, positive, subject_of
 from .render import Output
 
@@ -50,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Count; 1 if a published number is missed by more than 0.3 %."""
+    if options.arch != "RN50" and (options.system or options.table):
+        raise OpenTransError(
+            f"--system and --table are counted for RN50, not {options.arch}: the parts behind the "
+            "backbone belong to it. Leave --arch out, or count the backbone alone."
+        )
+    if options.table and options.system:
+        raise OpenTransError("--table shows every system. Leave --system or --table out.")
+    if options.table == "training" and options.mask:
+        raise OpenTransError("--table training counts without a mask. Leave MASK out.")
     if options.table == "training":
         return _training(options, out)
     if options.table == "paper":
@@ -165,7 +175,8 @@ def _paper(options: argparse.Namespace, out: Output) -> int:
     density = density_after()
     subject = _subject(options, out, f"global:{1 - density:.6f}")
     plan = _plan(subject, size)
-    kept = sum(row.nnz for row in plan.rows if row.name in subject.masks.masks)
+    # What no mask names stays; the first convolution is not prunable.
+    kept = PRUNABLE - sum(row.numel - row.nnz for row in plan.rows if row.h_out)
     share = sum(r.effective_macs for r in plan.rows) / sum(r.nominal_macs for r in plan.rows)
     rows = reproduce(kept, share, size)
     published = size == PAPER_SIZE
