@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 CASES = ("good", "nan on rank 1", "other weights", "no layers on rank 0", "plans differ")
 WORKER = """
-import pickle, sys
+import os, pickle, sys
 from datetime import timedelta
 import torch
 import torch.distributed as dist
@@ -76,8 +76,12 @@ for case in {cases!r}:
     except Exception as error:
         results[case] = dict(error=f"{{type(error).__name__}}: {{error}}")
     dist.barrier()
-pickle.dump(results, open(f"{{folder}}/{{rank}}.pkl", "wb"))
+with open(f"{{folder}}/{{rank}}.pkl", "wb") as file:
+    pickle.dump(results, file)
+dist.barrier()
 dist.destroy_process_group()
+# gloo has threads that rarely abort a process while Python is torn down; all is written by now.
+os._exit(0)
 """
 
 

@@ -139,7 +139,7 @@ def test_mask_head_learns_two_masks_and_their_names() -> None:
 def test_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.models.mask2former", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(OpenTransError, match=r"pip install 'opentrans-kernels\[ovs\]'"):
+    with pytest.raises(OpenTransError, match=r"pip install '\.\[ovs\]'"):
         MaskHead(CHANNELS, 32, SMALL)
 
 
