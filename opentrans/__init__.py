@@ -6,10 +6,9 @@ torch nor the kernels.
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from opentrans_kernels.lazy import lazy_exports
 
 # Public name -> the module of this package that defines it.
 _EXPORTS = {
@@ -53,27 +52,4 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .state import TrainingState as TrainingState
     from .state import read_training_state as read_training_state
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps a name that is also a submodule the object it exports, whoever imports the module."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import system binds every submodule to its package under its own name.
-        if isinstance(value, ModuleType) and _EXPORTS.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

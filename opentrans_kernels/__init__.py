@@ -14,10 +14,9 @@ neither CUDA nor triton nor the compiled extension::
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_exports
 
 __version__ = "0.1.0"
 
@@ -81,27 +80,4 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .spectrum import AlphaTable as AlphaTable
     from .spectrum import estimate_alpha as estimate_alpha
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps ``opentrans_kernels.accelerate`` the function, whoever imports the module first."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import system binds every submodule to its package under its own name.
-        if isinstance(value, ModuleType) and _EXPORTS.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -15,7 +15,7 @@ PACKAGE = "opentrans_kernels"
 
 # A unit may import units of its own floor and of the floors below, and units form no cycle.
 FLOORS = (
-    ("errors", "settings", "native"),
+    ("errors", "settings", "native", "lazy"),
     ("masks", "synthetic", "topology"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
     ("plan", "nn", "stage", "spectrum", "gpu"),

@@ -7,8 +7,7 @@ name raises one error that says how to get it.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from opentrans_kernels.lazy import lazy_exports
 
 # Public name -> the module of this package that defines it.
 _EXPORTS = {
@@ -38,14 +37,4 @@ _EXPORTS = {
 
 __all__ = sorted(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

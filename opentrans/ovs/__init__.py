@@ -7,8 +7,9 @@ its detectron2 models from these parts; nothing here needs detectron2.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from opentrans_kernels.lazy import lazy_exports
 
 # Public name -> the module of this package that defines it. Imported when first used: the heads
 # need torchvision or transformers, the data needs neither.
@@ -55,14 +56,4 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .text import TextClassifier as TextClassifier
     from .tiny import train_tiny_clip as train_tiny_clip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
