@@ -1,6 +1,6 @@
 """Alpha of a whole network: ours against WeightWatcher 0.7.7 and the published estimator.
 
-    python benchmarks/peers/weightwatcher_peer.py --venv /somewhere/weightwatcher
+    opentrans bench peers weightwatcher --setup --peer-envs /somewhere
     python benchmarks/bench_alpha.py --weightwatcher /somewhere/weightwatcher --json alpha.json
     python benchmarks/bench_alpha.py --solvers        # the table of spectrum/blas.py, here
 
@@ -188,11 +188,12 @@ def start_peer(
     python = options.weightwatcher / "bin" / "python"
     if not python.exists():
         return None, (
-            f"{python} does not exist; make it with: python benchmarks/peers/weightwatcher_peer.py "
-            f"--venv {options.weightwatcher}"
+            f"{python} does not exist; make it with: opentrans bench peers weightwatcher --setup "
+            f"--peer-envs {options.weightwatcher.parent}, and name the folder weightwatcher in it"
         )
     import torch
-    from deepsparse_peer import Worker
+
+    from opentrans_kernels.bench.peers.process import Worker
 
     torch.save(dict(weights), folder / "weights.pt")
     environ = {**os.environ, **isa_environment("native", options.threads)}

@@ -42,7 +42,7 @@ class ImageFolder:
         *,
         seed: int = 0,
     ) -> None:
-        _pillow()
+        pillow()
         self.size, self.batch_size, self.seed = size, batch, seed
         if size < 1 or batch < 1:
             raise OpenTransError(f"size={size} and batch={batch} must be whole numbers from 1.")
@@ -92,7 +92,7 @@ class ImageFolder:
             box = (x, y, x + side, y + side)
             try:
                 rgb = image.convert("RGB")
-                cut = rgb.resize((self.size, self.size), _pillow().Resampling.BICUBIC, box=box)
+                cut = rgb.resize((self.size, self.size), pillow().Resampling.BICUBIC, box=box)
             except Exception as error:  # a decoder may raise anything on a broken file
                 raise _broken(file, error) from error
         pixels = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8)
@@ -112,7 +112,8 @@ def _images_below(folder: Path) -> list[Path]:
     )
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """``PIL.Image``. Raises OpenTransError with the fix where Pillow is missing."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -125,7 +126,7 @@ def _pillow() -> Any:
 
 def _open(file: Path) -> Any:
     try:
-        return _pillow().open(file)
+        return pillow().open(file)
     except Exception as error:  # not only OSError: parsers of single formats raise others
         raise _broken(file, error) from error
 

@@ -93,3 +93,14 @@ def set_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., settings.
     yield change
     monkeypatch.undo()
     settings.reload()
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[object]:
+    """Triton's interpreter in a process of its own; see ``triton_tools``."""
+    import triton_tools
+
+    if (reason := triton_tools.why_no_interpreter()) is not None:
+        pytest.skip(reason)
+    with triton_tools.Interpreter() as run:
+        yield run

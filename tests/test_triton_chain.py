@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from triton_tools import CAPABILITIES, Interpreter, compile_for, why_no_interpreter, why_no_triton
+from triton_tools import CAPABILITIES, Interpreter, compile_for, why_no_triton
 
 from opentrans_kernels.ops import bottleneck_chain
 from opentrans_kernels.ops.arguments import BadArgument
@@ -21,14 +20,6 @@ TARGET = "triton_targets:poisoned_chain"
 SMALL = (32, 64, 16, 4, 2)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SHARED = {80: 163 << 10, 90: 227 << 10}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    if (reason := why_no_interpreter()) is not None:
-        pytest.skip(reason)
-    with Interpreter() as run:
-        yield run
 
 
 def case(

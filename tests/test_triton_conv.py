@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from triton_tools import CAPABILITIES, Interpreter, compile_for, why_no_interpreter, why_no_triton
+from triton_tools import CAPABILITIES, Interpreter, compile_for, why_no_triton
 
 from opentrans_kernels import dispatch, ops
 from opentrans_kernels.errors import KernelUnavailable
@@ -27,14 +26,6 @@ from opentrans_kernels.ops.nhwc import why_too_old
 TARGET = "triton_targets:poisoned_conv"
 SMALL = (32, 16, 16, 4, 2)  # a tile smaller than every case, so that borders and loops are met
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    if (reason := why_no_interpreter()) is not None:
-        pytest.skip(reason)
-    with Interpreter() as run:
-        yield run
 
 
 def case(

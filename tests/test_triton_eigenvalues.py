@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from triton_tools import (
@@ -11,20 +9,11 @@ from triton_tools import (
     Interpreter,
     compile_for,
     pointers,
-    why_no_interpreter,
     why_no_triton,
 )
 
 CUDA = "opentrans_kernels.spectrum.cuda"
 EPS = torch.finfo(torch.float64).eps
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    if (reason := why_no_interpreter()) is not None:
-        pytest.skip(reason)
-    with Interpreter() as run:
-        yield run
 
 
 def tridiagonal(diagonal: torch.Tensor, off: torch.Tensor) -> torch.Tensor:

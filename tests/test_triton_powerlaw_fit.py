@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from triton_tools import (
@@ -11,7 +9,6 @@ from triton_tools import (
     Interpreter,
     compile_for,
     pointers,
-    why_no_interpreter,
     why_no_triton,
 )
 
@@ -19,14 +16,6 @@ from opentrans_kernels import dispatch
 from opentrans_kernels.ops.powerlaw_fit import reference
 
 TARGET = "opentrans_kernels.ops.powerlaw_fit.triton:powerlaw_fit"
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    if (reason := why_no_interpreter()) is not None:
-        pytest.skip(reason)
-    with Interpreter() as run:
-        yield run
 
 
 def geometric(ratio: float, count: int) -> torch.Tensor:

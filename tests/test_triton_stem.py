@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from triton_tools import CAPABILITIES, Interpreter, compile_for, why_no_interpreter, why_no_triton
+from triton_tools import CAPABILITIES, Interpreter, compile_for, why_no_triton
 
 from opentrans_kernels.ops import fused_stem
 from opentrans_kernels.ops.arguments import BadArgument
@@ -19,14 +18,6 @@ from opentrans_kernels.ops.implicit_gemm_conv2d import pack_weight
 TARGET = "triton_targets:poisoned_stem"
 SMALL = (32, 4, 2)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    if (reason := why_no_interpreter()) is not None:
-        pytest.skip(reason)
-    with Interpreter() as run:
-        yield run
 
 
 def case(

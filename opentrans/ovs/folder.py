@@ -26,6 +26,7 @@ import numpy as np
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.masks import atomic_write
 
+from ..images import pillow
 from .shapes import BACKGROUND, SEEN, UNSEEN, Scene, draw_scene
 
 __all__ = ["SPLITS", "Split", "read_split", "splits_of", "write_shapes"]
@@ -205,26 +206,15 @@ def _write_json(file: Path, content: Any) -> None:
 
 def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    _pillow().fromarray(pixels).save(buffer, format="png")
+    pillow().fromarray(pixels).save(buffer, format="png")
     return buffer.getvalue()
 
 
 def _size(image: Path) -> tuple[int, int]:
     try:
-        with _pillow().open(image) as opened:  # reads the header only
+        with pillow().open(image) as opened:  # reads the header only
             return opened.size
     except OSError as error:
         raise OpenTransError(
             f"the image {image} cannot be read ({error}). Remove or replace it."
         ) from error
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise OpenTransError(
-            f"reading images needs Pillow, which cannot be imported ({error}). Install it with: "
-            "pip install pillow"
-        ) from error
-    return Image
