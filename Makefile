@@ -19,7 +19,7 @@ help:
 	@echo "make bench-quick   a first look at this machine, < 3 minutes -> bench-results/"
 	@echo "make bench-all     the whole suite, < 30 minutes -> benchmarks/results/MACHINE/"
 	@echo "make peers         environments of the other engines, pinned (PEERS=onnxruntime ...)"
-	@echo "make readme-tables rewrite the tables of README.md and docs/performance.md"
+	@echo "make readme-tables rewrite the generated tables of README.md and docs/"
 	@echo "make gpu           check and time everything for a GPU, < 9 minutes; needs torch and triton only"
 	@echo "make lint          ruff check, ruff format --check, clang-format --dry-run if present"
 	@echo "make format        ruff and clang-format, in place"
@@ -72,6 +72,7 @@ peers: .venv/.built
 
 readme-tables: .venv/.built
 	$(BIN)/python benchmarks/report_tables.py
+	$(BIN)/python benchmarks/ovs_tables.py
 
 # No network, no build: runs from the tree with a Python that has torch for CUDA. GPU_PYTHON=...
 GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))

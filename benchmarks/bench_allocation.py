@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opentrans_kernels.bench.environment import isa_environment, missing_limits
@@ -35,6 +36,8 @@ from opentrans_kernels.cli.options import (
 )
 from opentrans_kernels.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,14 +111,15 @@ def run(options: argparse.Namespace, out: Output) -> int:
     if cpus is not None:
         pin(cpus)
     import torch
+    from training_result import Watch
 
     from opentrans_kernels import accelerate, make_plan
-    from opentrans_kernels.bench.environment import environment_block
     from opentrans_kernels.bench.subject import load_subject
     from opentrans_kernels.bench.timing import interleave
     from opentrans_kernels.bench.variants import TrunkModule, relative_error
 
     torch.set_num_threads(options.threads)
+    watch = Watch("allocation", options.threads)
     size = input_size(options)
     subject = load_subject(
         f"global:{options.sparsity}",
@@ -161,10 +165,11 @@ def run(options: argparse.Namespace, out: Output) -> int:
             out.warn(f"{row['rule']} is inexact: {row['error']:.1e}, dense {row['dense']:.1e}")
     out.finish(
         {
+            **watch.result(),
+            "failed_checks": [f"{row['rule']} is inexact" for row in rows if not row["exact"]],
             "subject": subject.describe() | {"mask": f"sparsity {options.sparsity}"},
             "sparsity": options.sparsity,
             "input_size": size,
-            "threads": options.threads,
             "isa": options.isa,
             "clock": clock,
             "rounds": options.rounds,
@@ -172,7 +177,6 @@ def run(options: argparse.Namespace, out: Output) -> int:
             "dense_eager_ms": dense,
             "rows": rows,
             "timings": table.to_dict(),
-            **environment_block(),
         }
     )
     return 0 if all(row["exact"] for row in rows) else 1

@@ -17,12 +17,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from opentrans_kernels.cli.bench import chosen_cpus
 from opentrans_kernels.cli.options import add_json, add_threads, positive
 from opentrans_kernels.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 FREEZE = ("none", "half")
 IMPLEMENTATIONS: dict[str, dict[str, bool]] = {
@@ -52,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace, out: Output) -> int:
     """The table; 1 if something is not as promised."""
     import torch
+    from training_result import Watch
 
-    from opentrans_kernels.bench.environment import environment_block
     from opentrans_kernels.bench.timing import interleave, pin
 
     if not 0 <= options.density <= 1:
@@ -62,6 +65,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     if cpus is not None:
         pin(cpus)
     torch.set_num_threads(options.threads)
+    watch = Watch("masked optimizer", options.threads)
     rows = subjects(options.arch, options.density, options.freeze)
     table = interleave(
         {name: row["step"] for name, row in rows.items()},
@@ -96,10 +100,17 @@ def run(options: argparse.Namespace, out: Output) -> int:
     )
     out.finish(
         {
-            "options": vars(options),
+            **watch.result(),
+            "weights": "random",
+            "density": options.density,
+            "freeze": options.freeze,
+            "arch": options.arch,
+            "rounds": options.rounds,
+            "pinned_cpus": cpus,
             "baseline": baseline,
             "rows": record,
-            "environment": environment_block(),
+            "failed_checks": [f"{n}: a pruned weight is not zero" for n in moved]
+            + [f"{n}: state beyond two floats per weight" for n in heavy],
         }
     )
     for name in moved:

@@ -6,15 +6,23 @@ Example::
     python benchmarks/bench_training.py --sets odd first27 --rounds 9 --mask none
 
 A step is zero_grad, forward, mean of squares, backward; no optimizer. Variants of one freeze set
-run interleaved on one pinned CPU and are compared by the ratio within a round; CPU time of the
-process decides, because wall time counts what other processes take. The baseline is
-``requires_grad = False`` with frozen batch norms (scale and shift in buffers), as detectron2 does;
-"plain" is the usual eval-mode batch norm with trainable affine; "selective saving" is the baseline
-with convolutions that keep their input only if their weight trains, the idea of memsave_torch
-(Bhatia and Dangel, arXiv 2404.12406), written anew. Losing variants are in the table. An interrupt
-keeps the freeze sets that were finished.
-Weights and masks are synthetic. Exit code 1 if the step is slower than the baseline by more than
-``--fail-above``, or keeps more.
+run interleaved on the same pinned CPUs and are compared by the ratio within a round. On one thread
+CPU time of the process decides, because wall time counts what other processes take.
+
+Baselines, each in both memory layouts, of which the faster counts:
+
+- "baseline": ``requires_grad = False`` and every batch norm as scale and shift in buffers, as
+  detectron2 does;
+- "baseline, affine trains": the same behind frozen convolutions, and eval-mode batch norms whose
+  scale and shift train behind the others. "skip, affine trains" computes these gradients too, so
+  this, and not the one above, is the same training step in plain PyTorch; ratios to both are told.
+
+"plain" is the usual eval-mode batch norm with every scale and shift training; "selective saving" is
+the baseline with convolutions that keep their input only if their weight trains, the idea of
+memsave_torch (Bhatia and Dangel, arXiv 2404.12406), written anew. Losing variants are in the table.
+An interrupt keeps the freeze sets that were finished. Weights and masks are synthetic. Exit code 1
+if a step of ours keeps more than its baseline, or is slower than ``--fail-above`` times the
+baseline in its own layout, or, in the better layout of both, than the fastest baseline.
 """
 
 from __future__ import annotations
@@ -22,107 +30,27 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from opentrans import skip_frozen
-from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.bench.timing import TimingTable, choose_cpus, interleave, pin
 from opentrans_kernels.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.synthetic import synthetic_masks, synthetic_rn50
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from training_result import Watch  # noqa: E402
+from training_variants import SETS, freeze_set, variants  # noqa: E402
+
 MIB = 2**20
-SETS = ("none", "odd", "even", "3x3", "first27", "stem-layer2", "last28")
-
-
-def freeze_set(model: nn.Module, kind: str) -> list[str]:
-    """Names of the frozen convolutions, in registration order of the tower."""
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    sets = {
-        "none": [],
-        "odd": names[1::2],
-        "even": names[::2],
-        "3x3": [n for n in names if model.get_submodule(n).kernel_size == (3, 3)],
-        "first27": names[:27],
-        "stem-layer2": [n for n in names if not n.startswith(("layer3", "layer4"))],
-        "last28": names[27:],
-    }
-    return sets[kind]
-
-
-class FrozenNorm(nn.Module):
-    """Frozen batch norm of the baseline: one native call without gradients, else scale and shift
-    computed from buffers in each forward.
-    """
-
-    def __init__(self, bn: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.eps = bn.eps
-        for key in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(key, getattr(bn, key).detach().clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.requires_grad:
-            return nn.functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-
-
-def freeze_plainly(model: nn.Module, names: Sequence[str], frozen_norms: bool) -> nn.Module:
-    for parent in list(model.modules()) if frozen_norms else ():
-        for key, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, key, FrozenNorm(child))
-    for name in names:
-        model.get_submodule(name).requires_grad_(False)
-    return model
-
-
-class SelectiveConv(torch.autograd.Function):
-    """Convolution that saves its input only for a weight gradient, and its weight only for an input
-    gradient; torch's own saves both whenever either is needed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any):
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        ctx.shapes, ctx.stride, ctx.padding = (x.shape, weight.shape), stride, padding
-        return nn.functional.conv2d(x, weight, None, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        x, weight = ctx.saved_tensors
-        needs = [x_or_weight is not None for x_or_weight in (weight, x)]
-        # Neither gradient reads the tensor it is of: one element stands for all of it.
-        image, kernel = (
-            grad.new_empty(1).expand(shape) if known is None else known
-            for known, shape in zip((x, weight), ctx.shapes, strict=True)
-        )
-        found = torch.ops.aten.convolution_backward(
-            grad, image, kernel, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], 1,
-            [*needs, False],
-        )  # fmt: skip
-        return found[0], found[1], None, None
-
-
-def save_selectively(model: nn.Module) -> nn.Module:
-    """Let every convolution of ``model`` run as :class:`SelectiveConv`."""
-
-    def forward_of(conv: nn.Conv2d) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: SelectiveConv.apply(x, conv.weight, conv.stride, conv.padding)
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.forward = forward_of(module)  # type: ignore[method-assign]
-    return model
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+#: Variants that are also run in channels_last: the baselines, because the faster layout of each
+#: counts, and what is compared with them.
+BOTH = ("baseline", "baseline, affine trains", "skip", "skip, affine trains")
 
 
 def run_trunk(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -156,27 +84,10 @@ def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return sum(nbytes for nbytes, _ in seen.values())
 
 
-def variants(masks: Any, names: Sequence[str]) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Variant -> what turns a trainable tower into it; "baseline" first."""
-
-    def skip(model: nn.Module, **arguments: Any) -> nn.Module:
-        skip_frozen(model, names, **arguments)
-        return model
-
-    found = {
-        "baseline": lambda m: freeze_plainly(m, names, True),
-        "plain": lambda m: freeze_plainly(m, names, False),
-        "selective saving": lambda m: save_selectively(freeze_plainly(m, names, True)),
-        "skip": skip,
-        "skip, affine trains": lambda m: skip(m, bn="affine"),
-    }
-    if masks is not None:
-        found["skip, sparse kernels"] = lambda m: skip(m, masks=masks)
-    return found
-
-
 def gradient_error(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> float:
-    """Largest relative difference of a convolution's gradient (2-norm), live weights only."""
+    """Largest relative difference of a convolution's gradient (2-norm), live weights only; of
+    scales and shifts as well where both train them.
+    """
     for subject in (model, reference):
         step(subject, x)
     worst = 0.0
@@ -186,6 +97,9 @@ def gradient_error(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> f
             live = module.weight.detach() != 0
             found = model.get_submodule(name).weight.grad
             worst = max(worst, float(((found - grad)[live]).norm() / grad[live].norm()))
+        elif isinstance(module, nn.BatchNorm2d) and grad is not None:
+            found = model.get_submodule(name).weight.grad
+            worst = max(worst, float((found - grad).norm() / grad.norm()))
     return worst
 
 
@@ -198,38 +112,55 @@ def measure_set(kind: str, options: argparse.Namespace, out: Output) -> dict[str
         masks.apply_(tower)
     x = torch.randn(options.batch, 3, options.size, options.size,
                     generator=torch.Generator().manual_seed(0))  # fmt: skip
-    if options.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-        tower = tower.to(memory_format=torch.channels_last)
-    models = {name: make(copy.deepcopy(tower)) for name, make in variants(masks, names).items()}
+    subjects: dict[str, tuple[nn.Module, torch.Tensor]] = {}
+    for layout in options.layouts:
+        form, first = LAYOUTS[layout], layout == options.layouts[0]
+        for name, make in variants(masks, names).items():
+            if first or name in BOTH:
+                full = name if layout == "contiguous" else f"{name}, {layout}"
+                model = make(copy.deepcopy(tower).to(memory_format=form))
+                subjects[full] = model, x.contiguous(memory_format=form)
     with out.progress(f"bench training: {kind}") as told:
         table: TimingTable = interleave(
-            {name: lambda m=m: step(m, x) for name, m in models.items()},
+            {name: lambda pair=pair: step(*pair) for name, pair in subjects.items()},
             rounds=options.rounds,
             warmup_s=0.1,
             settle=0,
             on_round=lambda done, total: told(f"round {done} of {total}"),
         )
+    clock = "cpu" if options.threads == 1 else "wall"
+    frozen = [n for n in subjects if n.startswith("baseline") and "affine" not in n]
+    affine = [n for n in subjects if n.startswith("baseline, affine")]
+    exact, plain = subjects[frozen[0]][0], subjects[affine[0]][0]
+    kept = {name: kept_bytes(*pair) / MIB for name, pair in subjects.items()}
     rows = []
-    for name, model in models.items():
-        ratio = table.ratio(name, "baseline", "cpu")
+    for name, (model, image) in subjects.items():
+        trains = "affine trains" in name or name == "plain"
+        fastest = table.fastest(affine if trains else frozen, clock)
         rows.append(
             {
                 "set": kind,
                 "frozen": len(names),
                 "variant": name,
-                "kept_mib": kept_bytes(model, x) / MIB,
+                "kept_mib": kept[name],
+                "kept_baseline_mib": min(kept[n] for n in (affine if trains else frozen)),
                 "cpu_ms": table[name].cpu.to_dict(),
                 "wall_ms": table[name].wall.to_dict(),
-                "time_vs_baseline": ratio.to_dict(),
-                "gradient_error": gradient_error(model, models["baseline"], x),
+                "baseline": fastest,
+                "time_vs_baseline": table.ratio(name, fastest, clock).to_dict(),
+                "time_vs_same_layout": table.ratio(
+                    name, _in_layout_of(name, affine if trains else frozen), clock
+                ).to_dict(),
+                "time_vs_frozen_norms": table.ratio(
+                    name, table.fastest(frozen, clock), clock
+                ).to_dict(),
+                "gradient_error": gradient_error(model, plain if trains else exact, image),
             }
         )
     return {"set": kind, "names": names, "rows": rows}
 
 
 def show(result: dict[str, Any], out: Output) -> None:
-    base = result["rows"][0]
     cells = []
     for row in result["rows"]:
         ratio = row["time_vs_baseline"]
@@ -237,17 +168,50 @@ def show(result: dict[str, Any], out: Output) -> None:
             [
                 row["variant"],
                 f"{row['kept_mib']:.1f}",
-                f"{row['kept_mib'] / max(base['kept_mib'], 1e-9):.2f}",
+                f"{row['kept_mib'] / max(row['kept_baseline_mib'], 1e-9):.2f}",
                 f"{row['cpu_ms']['median']:.0f}",
                 f"{ratio['median']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f})",
-                f"{1 / ratio['median']:.2f}x",
+                f"{row['time_vs_frozen_norms']['median']:.3f}",
                 f"{row['gradient_error']:.1e}",
-                "LOSES" if ratio["median"] > 1 else "",
+                "LOSES" if ratio["median"] > 1 and not row["variant"].startswith("base") else "",
             ]
         )
     out.heading(f"{result['set']}: {len(result['names'])} of 55 convolutions frozen")
-    columns = ("variant", "kept MiB", "of baseline", "CPU ms", "time of baseline (quartiles)")
-    out.table(None, (*columns, "speed-up", "gradient error", ""), cells)
+    columns = ("variant", "kept MiB", "of baseline", "CPU ms", "time of its fastest baseline")
+    out.table(None, (*columns, "of frozen norms", "gradient error", ""), cells)
+
+
+def _in_layout_of(name: str, baselines: Sequence[str]) -> str:
+    last = name.endswith("channels_last")
+    return next((b for b in baselines if b.endswith("channels_last") == last), baselines[0])
+
+
+def failures(results: Sequence[dict[str, Any]], fail_above: float) -> list[str]:
+    """What keeps more than its baseline, is slower than the baseline in its own layout, or, in the
+    better layout of each, slower than the fastest baseline; in words.
+    """
+    found = []
+    for result in results:
+        fastest: dict[str, float] = {}
+        ours = [row for row in result["rows"] if row["variant"].startswith("skip")]
+        for row in ours:
+            kind = row["variant"].removesuffix(", channels_last")
+            ratio = row["time_vs_baseline"]["median"]
+            fastest[kind] = min(fastest.get(kind, ratio), ratio)
+            same = row["time_vs_same_layout"]["median"]
+            if same > fail_above:
+                found.append(f"{row['set']}, {row['variant']}: {same:.3f} of its layout's baseline")
+            if row["kept_mib"] > row["kept_baseline_mib"]:
+                found.append(
+                    f"{row['set']}, {row['variant']}: keeps {row['kept_mib']:.1f} MiB, its "
+                    f"baseline {row['kept_baseline_mib']:.1f}"
+                )
+        found += [
+            f"{result['set']}, {kind}: {ratio:.3f} of the fastest baseline, in the better layout"
+            for kind, ratio in fastest.items()
+            if ratio > fail_above
+        ]
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -259,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--fail-above", type=float, default=1.03, metavar="RATIO")
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", default=None)
     options = parser.parse_args(argv)
@@ -269,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if cpus is not None:
             pin(cpus)
         torch.set_num_threads(options.threads)
+        watch = Watch("training", options.threads)
         results: list[dict[str, Any]] = []
         try:
             for kind in options.sets:
@@ -281,30 +246,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OpenTransError as error:
         sys.stderr.write(f"bench_training: {error}\n")
         return 2
-    bad = [
-        f"{row['set']}, {row['variant']}: {row['time_vs_baseline']['median']:.3f} of the "
-        f"baseline's time, {row['kept_mib']:.1f} MiB against {result['rows'][0]['kept_mib']:.1f}"
-        for result in results
-        for row in result["rows"]
-        if row["variant"].startswith("skip")
-        and (
-            row["time_vs_baseline"]["median"] > options.fail_above
-            or row["kept_mib"] > result["rows"][0]["kept_mib"]
-        )
-    ]
+    bad = failures(results, options.fail_above)
     for line in bad:
         out.warn(line)
     out.finish(
         {
+            **watch.result(complete=len(results) == len(options.sets)),
             "benchmark": "training",
             "weights": "synthetic",
             "mask": options.mask,
             "size": options.size,
             "batch": options.batch,
-            "channels_last": options.channels_last,
+            "layouts": options.layouts,
+            "fail_above": options.fail_above,
+            "failed_checks": bad,
             "rounds": options.rounds,
-            "complete": len(results) == len(options.sets),
-            "environment": environment_block(),
             "results": results,
         }
     )

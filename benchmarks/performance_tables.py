@@ -92,7 +92,7 @@ def peers_table(trunks: Sequence[Result]) -> str:
             rows.append(
                 (
                     label,
-                    f"{name} {peer.get('version', '')}".strip(),
+                    f"{name} {peer.get('version', '').split('-')[0]}".strip(),
                     f"{peer['ms']:.1f}",
                     f"{ours:.1f}",
                     f"**{spread['median']:.2f}x** ({spread['q1']:.2f}-{spread['q3']:.2f})",

@@ -100,15 +100,27 @@ struct Rows {
   int64_t outer, inner, outer_stride, inner_stride, length, padding;
 };
 
-// z = relu(z + residual) in place; residual may be null. NaN stays NaN. Bit e % 8 of byte e / 8 of
-// a row of bits is set where element e passes its gradient on: not (z <= 0). Every row of bits
-// starts at a whole byte, rows in the order (i, j).
-void relu_bits(const Rows& z, const Rows* residual, uint8_t* bits, const Parallel& par);
+// Factors and summands of the channels; either may be null.
+struct ChannelMap {
+  const float* scale;
+  const float* shift;
+  int64_t channels;
+};
 
-// out = grad where the bit is set, 0 elsewhere (selected, not multiplied). out may be grad. The
-// padding of out is set to 0.
-void relu_bits_backward(const Rows& grad, const uint8_t* bits, const Rows& out,
-                        const Parallel& par);
+// z = relu(scale * z + shift + residual) in place; residual may be null. NaN stays NaN. A row is a
+// plane (inner = channels), or an image with its channels last (inner = 1). Bit e % 8 of byte e / 8
+// of a row of bits is set where element e passes its gradient on: not (z <= 0). Every row of bits
+// starts at a whole byte, rows in the order (i, j). bits may be null.
+void relu_bits(const Rows& z, const ChannelMap& map, const Rows* residual, uint8_t* bits,
+               const Parallel& par);
+
+// out = grad where the bit is set, or where bits is null and not (y <= 0); 0 elsewhere (selected,
+// not multiplied). scaled = scale * out. Either may be null, or grad. Their padding is set to 0.
+void relu_bits_backward(const Rows& grad, const uint8_t* bits, const Rows* y, const ChannelMap& map,
+                        const Rows* out, const Rows* scaled, const Parallel& par);
+
+// The gradient of avg_pool2d: out[k h + i, k w + j] = grad[h, w] / k^2, 0 outside all windows.
+void avg_pool2d_backward(const Rows& grad, const Rows& out, int width, int k, const Parallel& par);
 
 // Power-law fits of `layers` ascending positive spectra x[offsets[i] .. offsets[i + 1]). Of the
 // starts first[i] <= start < last[i] the one with the smallest KS distance is taken, the first of

@@ -32,6 +32,7 @@ __all__ = [
     "Position",
     "SavedTraining",
     "TrainingState",
+    "check_parts",
     "random_states",
     "read_training_state",
     "set_random_states",
@@ -138,7 +139,7 @@ class TrainingState:
         state = _read(name)
         self._same_masks(name, state)
         self._same_plan(name, state)
-        self._same_parts(name, state)
+        check_parts(name, state, self.model, self.optimizer, self.extras)
         check_zeros(state["model"], self.model, self.masks, name)
         if self.optimizer is not None:
             try:
@@ -186,26 +187,38 @@ class TrainingState:
                 "the settings of the run (read_training_state(PATH)), or start a new one."
             )
 
-    def _same_parts(self, name: str, state: Mapping[str, Any]) -> None:
-        own = {key: tuple(value.shape) for key, value in self.model.state_dict().items()}
-        saved = {key: tuple(value.shape) for key, value in state["model"].items()}
-        if own != saved:
-            odd = sorted(k for k in {*own, *saved} if own.get(k) != saved.get(k))
-            raise CheckpointError(
-                f"{name} is of another model: {len(odd)} tensors differ, such as {odd[0]} "
-                f"({saved.get(odd[0], 'absent')} in the file, {own.get(odd[0], 'absent')} in the "
-                "model). Build the model of the run."
-            )
-        if (state["optimizer"] is None) != (self.optimizer is None):
-            raise CheckpointError(
-                f"{name} was saved {'without' if state['optimizer'] is None else 'with'} an "
-                "optimizer. Continue the way the run was started."
-            )
-        if set(state["extras"]) != set(self.extras):
-            raise CheckpointError(
-                f"{name} holds the extras {sorted(state['extras'])}, given are "
-                f"{sorted(self.extras)}. Pass the same extras."
-            )
+
+def check_parts(
+    name: str,
+    state: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: Stateful | None,
+    extras: Mapping[str, Stateful],
+) -> None:
+    """Whether "model", "optimizer" and "extras" of the file ``name`` are of these objects.
+
+    Raises:
+        CheckpointError: they are not; the message names the first difference.
+    """
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    saved = {key: tuple(value.shape) for key, value in state["model"].items()}
+    if own != saved:
+        odd = sorted(k for k in {*own, *saved} if own.get(k) != saved.get(k))
+        raise CheckpointError(
+            f"{name} is of another model: {len(odd)} tensors differ, such as {odd[0]} "
+            f"({saved.get(odd[0], 'absent')} in the file, {own.get(odd[0], 'absent')} in the "
+            "model). Continue with the model of the run."
+        )
+    if (state["optimizer"] is None) != (optimizer is None):
+        raise CheckpointError(
+            f"{name} was saved {'without' if state['optimizer'] is None else 'with'} an "
+            "optimizer. Continue the run the way it was started."
+        )
+    if set(state["extras"]) != set(extras):
+        raise CheckpointError(
+            f"{name} holds the extras {sorted(state['extras'])}, given are {sorted(extras)}. "
+            "Continue the run with the same extras."
+        )
 
 
 def read_training_state(path: str | os.PathLike[str]) -> SavedTraining:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from .accounting import TrainingFlops, training_flops
 from .systems import area_of, head_parts
 
-__all__ = ["PUBLISHED_27", "TrainingRow", "training_table"]
+__all__ = ["PUBLISHED_27", "TrainingRow", "published_half", "training_table"]
 
 IMAGES = 28 * 50_000
 LATE = 0.8  # share of the images behind iteration 10,000 of 50,000
@@ -40,6 +41,11 @@ class TrainingRow:
         return 1 - self.honest / self.unchanged
 
 
+def published_half(threes: Iterable[str]) -> list[str]:
+    """The 27 frozen convolutions of the released code; ``threes``: names of all 3x3 of RN50."""
+    return [name for name in threes if name != _TRAINS_3X3] + list(PUBLISHED_27)
+
+
 def training_table(size: tuple[int, int] = (512, 512)) -> list[TrainingRow]:
     """Rows of the table, at (height, width) in pixels, multiples of 32.
 
@@ -52,7 +58,7 @@ def training_table(size: tuple[int, int] = (512, 512)) -> list[TrainingRow]:
         model = clip_resnet("RN50", image_size=512)
     head = sum(part.macs["fvcore"] for part in head_parts("han", size))
     threes = [n for n, m in model.named_modules() if _is_3x3(m)]
-    half = [name for name in threes if name != _TRAINS_3X3] + list(PUBLISHED_27)
+    half = published_half(threes)
     prefix = [
         name
         for name, module in model.named_modules()

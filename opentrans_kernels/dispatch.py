@@ -64,6 +64,7 @@ TABLE: tuple[Row, ...] = tuple(
         ("sparse_bottleneck", "sparse_bottleneck", "OP"),
         ("sparse_stage", "sparse_stage", "OP"),
         ("avg_pool2d", "avg_pool2d", "OP"),
+        ("avg_pool2d_backward", "avg_pool2d", "BACKWARD"),
         ("relu_bits", "relu_bits", "OP"),
         ("relu_bits_backward", "relu_bits", "BACKWARD"),
     )

@@ -157,7 +157,8 @@ def alpha() -> dict[str, Any]:
         "ours xmin_peak": {"ms": 500.0, "slower_than": {}},
         "published xmin_peak": {"ms": 900.0, "slower_than": {"ours xmin_peak": spread(1.8)}},
     }
-    return {**envelope("alpha"), "sides": sides}
+    label = "RN50 with planted heavy tails (seed 0, SYNTHETIC)"
+    return {**envelope("alpha"), "subject": label, "synthetic_weights": True, "sides": sides}
 
 
 def training() -> dict[str, Any]:
@@ -167,6 +168,8 @@ def training() -> dict[str, Any]:
     ]
     return {
         **envelope("training"),
+        "weights": "synthetic",
+        "mask": "global:0.90",
         "size": 224,
         "batch": 4,
         "results": [{"set": "odd", "rows": rows}],

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opentrans.d2.tower import ClipTower
 from opentrans.d2.training import Step
+from opentrans_kernels.masks import MaskSet
+from opentrans_kernels.masks.names import conv_modules
 
 SIZE = (64, 64)
 CLASSES = 5
@@ -61,6 +63,11 @@ def tower(**options: Any) -> ClipTower:
 def segmenter(seed: int = 0) -> Segmenter:
     torch.manual_seed(seed)
     return Segmenter(tower())
+
+
+def dead_are_zero(model: Segmenter, masks: MaskSet) -> bool:
+    convs = conv_modules(model.backbone)
+    return all(bool((convs[n].weight[~m] == 0).all()) for n, m in masks.masks.items())
 
 
 class Storage:
@@ -121,18 +128,21 @@ class Trainer:
         """Steps ``start_iter`` to ``until`` of a run that is to have ``last`` steps."""
         self.max_iter = until if last is None else last
         self.model.train()
-        for hook in self._hooks:
-            hook.before_train()
-        for step in range(self.start_iter, until):
-            self.iter = step
+        self.iter = self.start_iter
+        try:
             for hook in self._hooks:
-                hook.before_step()
-            self.run_step()
+                hook.before_train()
+            for step in range(self.start_iter, until):
+                self.iter = step
+                for hook in self._hooks:
+                    hook.before_step()
+                self.run_step()
+                for hook in self._hooks:
+                    hook.after_step()
+            self.iter = until
+        finally:
             for hook in self._hooks:
-                hook.after_step()
-        self.iter = until
-        for hook in self._hooks:
-            hook.after_train()
+                hook.after_train()
         return self
 
     def run_step(self) -> None:

@@ -62,6 +62,9 @@ class FakeCapturer:
     def end(self) -> None:
         self.log.append("end")
 
+    def wait(self) -> None:
+        self.log.append("wait")
+
     def reset(self) -> None:
         self._held = 0
         self.log.append("reset")

@@ -209,7 +209,9 @@ def test_scripts_become_results_of_the_common_form(
     if kind == "alpha":
         assert code == 0 and "weightwatcher is skipped" in said
     else:
-        assert code == 1 and result["failed_checks"] and "failed; see above" in said
+        assert (
+            code == 1 and result["failed_checks"] and "failed; what it printed says which" in said
+        )
     script.write_text("raise SystemExit(2)")
     assert main(["bench", kind, *extra]) == 2
     assert "ended with code 2 and left no result" in capsys.readouterr().err
@@ -231,7 +233,9 @@ def test_only_a_clean_exit_of_a_script_is_no_failure(
     result = schema.load_result(target)
     assert ended == {0: 0, 130: 130}.get(code, 1)
     assert result["complete"] is (code != 130)
-    said = {0: None, 130: None, 1: "failed; see above"}.get(code, f"failed with code {code}; see")
+    said = {0: None, 130: None, 1: "failed; what it printed says which"}.get(
+        code, f"failed with code {code}; see"
+    )
     assert bool(result["failed_checks"]) is (said is not None)
     assert said is None or said in result["failed_checks"][0]
 

@@ -13,7 +13,7 @@ pytest.importorskip("open_clip")
 TESTS = Path(__file__).parent
 
 PROGRAM = """
-import sys
+import os, sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -125,6 +125,9 @@ except PlanError as error:
     print("refused", rank)
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+# gloo has threads that rarely abort a process while Python is torn down; all is said by now.
+os._exit(0)
 """
 
 
@@ -145,3 +148,104 @@ def test_every_hook_under_ddp(tmp_path: Path) -> None:
     for rank, (out, _) in enumerate(done):
         assert {line.split()[0] for line in out.splitlines()} == {"freeze", "imp", "refused"}, out
         assert f"imp {rank} 0.250" in out
+
+
+WRAPPERS = """
+import logging, os, sys, warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+warnings.simplefilter("ignore")
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+from opentrans.d2.training.wrap import unwrapped, wrapper_options
+from opentrans_kernels import PlanError
+
+
+class Holder:
+    _hooks = ()
+
+    def __init__(self, **options):
+        self.model = DDP(nn.Linear(3, 2), **options)
+
+
+def rebuilt(**options):
+    trainer = Holder(**options)
+    before = trainer.model
+    expected = {name: getattr(before, name) for name in KEPT}
+    with unwrapped(trainer) as model:
+        assert trainer.model is model
+    assert trainer.model is not before and trainer.model.module is model
+    assert expected == {name: getattr(trainer.model, name) for name in KEPT}, options
+    return trainer.model
+
+
+KEPT = ["bucket_bytes_cap", "bucket_bytes_cap_default", "find_unused_parameters", "static_graph",
+        "gradient_as_bucket_view", "broadcast_buffers", "dim"]
+KEPT += [name for name in ("skip_all_reduce_unused_params", "batched_grad_copy",
+                           "bucket_bytes_cap_list") if hasattr(DDP(nn.Linear(1, 1)), name)]
+rebuilt()
+assert rebuilt(bucket_cap_mb=7).bucket_bytes_cap == 7 << 20
+assert rebuilt(bucket_cap_mb=0.5).bucket_bytes_cap == 1 << 19
+assert rebuilt(find_unused_parameters=True).find_unused_parameters
+assert not rebuilt(broadcast_buffers=False).broadcast_buffers
+assert rebuilt(static_graph=True, gradient_as_bucket_view=True).static_graph
+if "skip_all_reduce_unused_params" in KEPT:
+    assert rebuilt(skip_all_reduce_unused_params=True).skip_all_reduce_unused_params
+if "bucket_bytes_cap_list" in KEPT:
+    found = rebuilt(bucket_cap_mb_list=[1, 2])
+    assert list(found.bucket_bytes_cap_list) == [1 << 20, 2 << 20]
+group = dist.new_group([0])
+assert rebuilt(process_group=group).process_group is group
+said = []
+logging.getLogger("opentrans.d2.training.wrap").warning = lambda text, *rest: said.append(rest)
+rebuilt()
+assert not said, f"arguments of DistributedDataParallel that are not carried over: {said}"
+
+trainer = Holder()
+trainer.model.eval()
+with unwrapped(trainer):
+    pass
+assert not trainer.model.training
+
+
+def refused(what, change=lambda wrapper: None, **options):
+    trainer = Holder(**options)
+    change(trainer.model)
+    before = trainer.model
+    try:
+        with unwrapped(trainer):
+            raise SystemExit(f"taken off all the same: {what}")
+    except PlanError as error:
+        assert what in str(error) and "Freeze before wrapping" in str(error), error
+    assert trainer.model is before
+
+
+class Sub(DDP):
+    pass
+
+
+def become(wrapper):
+    wrapper.__class__ = Sub
+
+
+refused("the subclass", become)
+refused("forward or backward hook", lambda w: w.register_forward_pre_hook(lambda *_: None))
+builtin = dist.BuiltinCommHookType.ALLREDUCE
+refused("_register_builtin_comm_hook", lambda w: w._register_builtin_comm_hook(builtin))
+# torch builds wrappers with mixed precision on GPUs only
+refused("mixed_precision", lambda w: setattr(w, "mixed_precision", object()))
+refused("delay_all_reduce", lambda w: setattr(w, "_delay_all_reduce_params", [w.module.weight]))
+print("all", flush=True)
+dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+def test_a_new_wrapper_has_every_option_of_the_old_one_or_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRAPPERS, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.split() == ["all"], done.stderr[-3000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ def cfg(tmp_path: Path) -> Any:
     made.OUTPUT_DIR = str(tmp_path)
     made.SOLVER.CHECKPOINT_PERIOD = 2
     made.SOLVER.MAX_ITER = 4
-    made.SOLVER.OPTIMIZER = "ADAMW" if "OPTIMIZER" in made.SOLVER else ""
     made.SOLVER.CLIP_GRADIENTS.ENABLED = True
     made.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"
     made.TEST.EVAL_PERIOD = 2
@@ -75,16 +73,28 @@ def test_the_backbone_comes_from_the_registry(cfg: Any) -> None:
     assert build_backbone(cfg).weights == ""
 
 
-def test_lazy_configs_read_the_same_options() -> None:
+def test_lazy_configs_read_the_same_options(tmp_path: Path) -> None:
     from detectron2.config import LazyCall, LazyConfig, instantiate
 
-    from opentrans.d2 import OpenTransCLIPResNet, OpenTransConfig, lazy_opentrans_config
+    from opentrans.d2 import (
+        ConfigError,
+        OpenTransCLIPResNet,
+        OpenTransConfig,
+        build_opentrans_hooks,
+        lazy_opentrans_config,
+    )
 
     node = LazyConfig.apply_overrides(
         lazy_opentrans_config(freeze={"rule": "median"}), ["imp.rate=0.2"]
     )
     found = OpenTransConfig.from_cfg(node)
     assert (found.FREEZE.RULE, found.IMP.RATE) == ("median", 0.2)
+    node = lazy_opentrans_config(imp={"enabled": True})
+    with pytest.raises(ConfigError, match="output_dir=cfg.train.output_dir"):
+        build_opentrans_hooks(node)  # mask files would go nowhere
+    hooks = build_opentrans_hooks(node, output_dir=str(tmp_path))
+    (imp,) = [hook for hook in hooks if type(hook).__name__ == "IMPHook"]
+    assert imp.output == tmp_path / "masks"
     call = LazyCall(OpenTransCLIPResNet)(
         arch="RN50", weights="random", width=16, layers=[1, 1, 1, 1], out_features=["res5"]
     )
@@ -233,17 +243,35 @@ def test_evaluation_takes_the_zeros_of_a_checkpoint_whose_mask_had_a_schedule(
     assert cfg.MODEL.OPENTRANS.MASK.FILE == "global:0.9"
 
 
-def test_configs_that_cannot_be_read_or_evaluated_are_refused(tmp_path: Path) -> None:
-    from opentrans.d2 import ConfigError
-    from opentrans.d2.train_net import load_config
+def test_hooks_come_off_and_a_trainer_trains_twice(cfg: Any, tmp_path: Path) -> None:
+    """detectron2's loop with hooks registered by hand; DefaultTrainer itself trains only once."""
+    from detectron2.engine import SimpleTrainer
+    from detectron2.engine.hooks import EvalHook
 
-    for text in ("MODEL: [1\n", "_BASE_: nowhere.yaml\n"):
-        (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=r"(?s)bad.yaml or a _BASE_.*Correct the file"):
-            load_config(str(tmp_path / "bad.yaml"))
-    options = ["MODEL.META_ARCHITECTURE", "OpenTransDeepLab", "MODEL.WEIGHTS", ""]
-    with pytest.raises(ConfigError, match="MODEL.META_ARCHITECTURE OpenTransMaskClassifier"):
-        load_config("tiny/mask.yaml", [*options, "MODEL.DEVICE", "cpu"])
+    from opentrans.d2 import build_opentrans_hooks
+    from opentrans_kernels.plan.subject import accelerated_parts
+
+    for case in ("mask", "imp"):
+        own = cfg.clone()
+        options_of(case, own)
+        own.OUTPUT_DIR = str(tmp_path / case)
+        model = trainer_class(0, []).build_model(own)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        trainer = SimpleTrainer(model, Images(), optimizer)
+        seen: list[int] = []
+
+        def evaluate(model: nn.Module = model, seen: list[int] = seen) -> None:
+            seen.append(len(accelerated_parts(model)))
+
+        trainer.register_hooks(build_opentrans_hooks(own, [EvalHook(2, evaluate)]))
+        trainer.train(0, 4)
+        if case == "mask":
+            assert len(seen) == 2 and all(seen), "also the last evaluation is accelerated"
+        trainer._hooks.pop()  # detectron2's own EvalHook does not survive the end of a training
+        for _ in range(2):
+            assert not any(p._backward_hooks for p in model.parameters())
+            assert not optimizer._optimizer_state_dict_pre_hooks
+            trainer.train(4, 6)
 
 
 def test_detectron2s_own_counter_sees_the_sparse_layers(cfg: Any) -> None:
@@ -268,9 +296,10 @@ def test_detectron2s_own_counter_sees_the_sparse_layers(cfg: Any) -> None:
     def count() -> Any:
         return FlopCountAnalysis(Counted(), [{"image": image}])
 
-    dense = count().total()
+    dense = count().by_operator()
+    assert not any(name.startswith("sparse") for name in dense)
     attach(model, accelerate=True, input_size=(64, 64), measure=False)
-    fast = count()
-    assert fast.total() < dense / 2
-    assert any(name.startswith("sparse") for name in fast.by_operator())
-    assert "detectron2" in sys.modules
+    fast = count().by_operator()
+    ours = sum(macs for name, macs in fast.items() if name.startswith("sparse"))
+    # The zeros are a tenth of the weights everywhere but in the first layer, which stays dense.
+    assert 0 < ours < 0.3 * dense["conv"] and fast["conv"] < 0.1 * dense["conv"]

@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("open_clip")
 
-from d2_models import SIZE, Evaluation, Segmenter, Trainer, segmenter  # noqa: E402
+from d2_models import SIZE, Evaluation, Trainer, dead_are_zero, segmenter  # noqa: E402
 
 from opentrans.d2.training import (  # noqa: E402
     AccelerateStep,
@@ -37,11 +37,6 @@ from opentrans_kernels.synthetic import synthetic_masks  # noqa: E402
 @pytest.fixture
 def masks() -> MaskSet:
     return synthetic_masks(segmenter().backbone, "global:0.8")
-
-
-def dead_are_zero(model: Segmenter, masks: MaskSet) -> bool:
-    convs = conv_modules(model.backbone)
-    return all(bool((convs[n].weight[~m] == 0).all()) for n, m in masks.masks.items())
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -128,8 +123,11 @@ def test_a_restored_mask_is_in_force_at_once(masks: MaskSet) -> None:
     hook = MaskStep(masks, at=2)
     trainer = Trainer(segmenter(seed=9), [hook]).resume(state)
     trainer.start_iter = 0
+    trainer._hooks.append(Evaluation(1, lambda: seen.append(hook.in_force)))
+    trainer._hooks[1].trainer = trainer
+    seen: list[bool] = []
     trainer.train(1, 8)
-    assert hook.in_force and dead_are_zero(trainer.model, masks)
+    assert seen == [True] and dead_are_zero(trainer.model, masks)
 
 
 KINDS = ["AlphaFreezeHook", "MaskHook"]

@@ -37,7 +37,7 @@ def test_the_accelerated_model_is_the_masked_dense_one(tree: str) -> None:
     if reason := missing(tree):
         pytest.skip(reason)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), tree], capture_output=True, text=True, timeout=900
+        [sys.executable, str(SCRIPT), tree], capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout[done.stdout.rindex("\n{") :])

@@ -200,7 +200,7 @@ def test_relu_bits(backend, dtype, channels_last, set_env, poison) -> None:
             y.nan_to_num(), want.nan_to_num()
         )
         grad = torch.full(shape, float("inf")).to(dtype).contiguous(memory_format=layout)
-        found = relu_bits_backward(grad, bits, channels_last)
+        found = relu_bits_backward(grad, bits, channels_last)[0]
         assert torch.equal(found, torch.where(want <= 0, 0.0, grad.double()).to(dtype))
 
 
@@ -214,8 +214,8 @@ def test_relu_bits_of_padded_planes(extension) -> None:
         assert torch.equal(z, plain) and torch.equal(bits, same)
         grad = torch.randn(2, 3, h, w)
         padded = plane_padded(like, 2, 3, h, w).copy_(grad)
-        found = relu_bits_backward(padded, bits, False)
-        assert torch.equal(found, relu_bits_backward(grad, bits, False))
+        found = relu_bits_backward(padded, bits, False)[0]
+        assert torch.equal(found, relu_bits_backward(grad, bits, False)[0])
         behind = found.as_strided((2, 3, 1), (*found.stride()[:2], 1), h * w)
         assert not behind.any(), "lanes behind a plane are cleared"
 
@@ -268,10 +268,13 @@ def test_opcheck(row) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.folded_conv2d.default, arguments, test_utils=checks)
     z, bits = torch.randn(1, 3, 4, 4), torch.zeros(3, 2, dtype=torch.uint8)
-    torch.library.opcheck(ops.relu_bits.default, (z, None, False), test_utils=checks[::2])
+    channels = torch.randn(3)
+    torch.library.opcheck(
+        ops.relu_bits.default, (z, channels, channels, None, True, False), test_utils=checks[::2]
+    )
     torch.library.opcheck(
         ops.relu_bits_backward.default,
-        (z, bits, torch.empty_like(z), False),
+        (z, bits, None, channels, torch.empty_like(z), torch.empty_like(z), False),
         test_utils=checks[::2],
     )
     torch.library.opcheck(ops.mean_pool2d.default, (z.requires_grad_(), 2), test_utils=checks)

@@ -131,11 +131,8 @@ def test_bad_arguments_are_refused_and_change_nothing() -> None:
     nets.check_unchanged(model, before)
 
 
-def test_an_inexact_program_is_never_swapped_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nets.tower()
-    before = nets.snapshot(model)
-    module = sys.modules[accelerate_cuda.__module__]
-    make = module.program_of
+def _spoiled(make):
+    """A maker of programs whose second stage is off by a hundredth."""
 
     def wrong(*given):
         program = make(*given)
@@ -143,7 +140,37 @@ def test_an_inexact_program_is_never_swapped_in(monkeypatch: pytest.MonkeyPatch)
         program.stages[1][0].runs = (lambda *xs: run(*xs) * 1.01, *program.stages[1][0].runs[1:])
         return program
 
-    monkeypatch.setattr(module, "program_of", wrong)
+    return wrong
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_where_only_the_dense_program_is_exact_it_runs_and_says_so(
+    measure: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = nets.tower(), torch.randn(1, 3, 64, 64)
+    dense = nets.masked(model, None)
+    module = sys.modules[accelerate_cuda.__module__]
+    monkeypatch.setattr(module, "program_of", _spoiled(module.program_of))
+    report = planned(model, None, measure=measure)
+    assert report.chosen == "dense" and report.speedup == (1.0 if measure else None)
+    assert any("the planned trunk errs by" in note for note in report.notes)
+    assert "the planned trunk errs by" in caplog.text, "never silent"
+    with torch.no_grad():
+        cases.check_trunk(walk(model, x), dense, x, "float32")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_inexact_program_is_never_swapped_in(
+    strict: bool, monkeypatch: pytest.MonkeyPatch, set_env
+) -> None:
+    model = nets.tower()
+    before = nets.snapshot(model)
+    module = sys.modules[accelerate_cuda.__module__]
+    monkeypatch.setattr(module, "program_of", _spoiled(module.program_of))
+    if strict:  # the dense program would be right, but it is not what was asked for
+        set_env(OPENTRANS_STRICT="1")
+    else:
+        monkeypatch.setattr(module, "dense_program", _spoiled(module.dense_program))
     with pytest.raises(KernelUnavailable, match="computes something else on this machine"):
         planned(model, None)
     nets.check_unchanged(model, before)

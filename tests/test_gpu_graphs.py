@@ -173,3 +173,30 @@ def test_without_a_capturer_nothing_is_captured() -> None:
 def test_bounds_must_be_positive(option: str) -> None:
     with pytest.raises(PlanError, match="graphs=False"):
         cache(**{option: 0})
+
+
+def test_a_capture_that_fails_otherwise_leaves_the_shape_without_a_graph(set_env) -> None:
+    """An operator that cannot be captured: the same numbers without a graph, and the reason."""
+
+    class Refusing(FakeCapturer):
+        def capture(self, run):
+            raise RuntimeError("operation not permitted when stream is capturing\nMore.")
+
+    graphs, x = cache(Refusing(), capture_after=1), image(4)
+    for _ in range(2):
+        right(graphs(x), x)
+    reason = "operation not permitted when stream is capturing"
+    assert graphs.stats.failed == {(1, 3, 4, 4): reason} and graphs.stats.eager == 2
+    set_env(OPENTRANS_STRICT="1")
+    with pytest.raises(KernelUnavailable, match="unset OPENTRANS_STRICT"):
+        cache(Refusing(), capture_after=1)(image(5))
+
+
+def test_the_host_waits_for_a_replay_before_its_graph_goes() -> None:
+    capturer = FakeCapturer()
+    graphs = cache(capturer, capacity=1, capture_after=1)
+    for side in (4, 5):
+        graphs(image(side))
+    steps = [step for step in capturer.log if step in ("capture", "wait", "reset")]
+    # The pool of the only graph is given up with it.
+    assert steps == ["capture", "wait", "reset", "capture"]

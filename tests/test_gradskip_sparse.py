@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accel_nets import random_masks
 from gradskip_nets import freeze_set, gradients, saved_bytes, small_trunk
 
-from opentrans import skip_frozen
+from opentrans import MaskedOptimizer, restore_skipped, skip_frozen
 from opentrans_kernels import MaskSet, make_plan, native
 from opentrans_kernels.errors import MaskError, PlanError
 from opentrans_kernels.ops.folded_conv2d import sparse as packed
@@ -229,3 +229,67 @@ def test_flop_counters_see_live_weights(extension: None) -> None:
             subject(torch.randn(1, 3, *SIZE)).sum().backward()
         counts.append(counter.get_total_flops())
     assert 0 < counts[1] < 0.5 * counts[0]
+
+
+def test_a_masked_optimizer_trains_a_sparse_model_and_what_restore_puts_back(
+    extension: None,
+) -> None:
+    model = small_trunk()
+    masks = random_masks(model, 0.1)
+    masks.apply_(model)
+    twin = copy.deepcopy(model).eval()
+    names = freeze_set(model, "odd")
+    start = copy.deepcopy(model.state_dict())
+    report = skip_frozen(model, names, masks=masks)
+    assert len(report.sparse) > 10
+    for name, parameter in twin.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+    x = torch.randn(2, 3, *SIZE)
+
+    def check(frozen: set[str]) -> None:
+        optimizers[0].check()  # raises if a pruned weight moved
+        for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+            if name in frozen:
+                assert torch.equal(one, start[name]), name
+
+    optimizers = [MaskedOptimizer(torch.optim.SGD, m, masks, lr=1e-3) for m in (model, twin)]
+    for phase in ("skipped", "restored"):
+        for subject, optimizer in zip((model, twin), optimizers, strict=True):
+            for _ in range(2):
+                optimizer.zero_grad()
+                subject(x).square().mean().backward()
+                optimizer.step()
+        check({f"{name}.weight" for name in names} if phase == "skipped" else set())
+        if phase == "skipped":
+            before = optimizers[0].state_bytes().index
+            restore_skipped(model)
+            model.eval(), twin.requires_grad_(True)
+    assert optimizers[0].state_bytes().index > before, "layers that train again are indexed"
+    moved = [n for n in names if not torch.equal(model.get_parameter(f"{n}.weight"),
+                                                 start[f"{n}.weight"])]  # fmt: skip
+    assert moved
+
+
+def test_a_compiled_sparse_model_is_one_graph_and_sees_new_weights(extension: None) -> None:
+    torch._dynamo.reset()
+    model = small_trunk()
+    masks = random_masks(model, 0.1)
+    masks.apply_(model)
+    # With a prefix, whose fused blocks run one by one in a compiled graph.
+    report = skip_frozen(model, freeze_set(model, "middle"), masks=masks)
+    assert report.sparse and report.prefix
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = MaskedOptimizer(torch.optim.SGD, model, masks, lr=1e-2)
+    x, g = torch.randn(2, 3, *SIZE), torch.randn(2, 256, 2, 2)
+    for _ in range(2):
+        want = gradients(model, x, g)
+        model.zero_grad(set_to_none=True)
+        compiled(x).backward(g)
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert found and set(found) <= set(want)
+        for name, grad in found.items():
+            assert torch.allclose(grad, want[name], rtol=1e-4, atol=1e-5), name
+        optimizer.step()
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), model(x), rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ from opentrans_kernels.bench.compare import compare
 from opentrans_kernels.cli import main
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.report import results_page
-from opentrans_kernels.report.page import _SORT
+from opentrans_kernels.report.page import _SORT, Page
 from opentrans_kernels.report.plots import Axis, Curve, log_ticks, plot
 
 
@@ -111,13 +111,13 @@ def test_the_page_shows_every_kind() -> None:
         "Crossover",
         "sparse wins below 0.6",
         "Cost against nonzeros",
-        "triton was skipped: no CUDA device",
+        "Rows of the dispatch table that were not timed here",
         "Whole model: RN50",
         "Scaling with threads",
         "Scaling with batch",
         "Scaling with pixels",
         "Memory",
-        "1.80x of ours xmin_peak",
+        "1.80x (1.76 - 1.84) of ours xmin_peak",
         "Training step, 224 pixels, batch 4",
         "SYNTHETIC",
     ):
@@ -127,6 +127,7 @@ def test_the_page_shows_every_kind() -> None:
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     assert html.count('class="lose"') >= 3
+    html = html.replace('href="#', "")  # the contents lead to places of the page itself
     for outside in ("http:", "https:", "src=", "href=", "@import", "url("):
         assert outside not in html, outside
 
@@ -138,7 +139,9 @@ def test_disturbed_interrupted_and_failed_runs_are_marked() -> None:
     html = page_of(bad=bad)
     assert "DISTURBED machine: the fixed kernel was 20% slower" in html
     assert "was interrupted" in html and "FAILED a check: inexact: &lt;b&gt;" in html
-    tables = "".join(re.findall(r"<tbody>.*?</tbody>", html.split("Layers:")[0], re.DOTALL))
+    tables = "".join(
+        re.findall(r"<tbody>.*?</tbody>", html.split("<summary>Layers:")[0], re.DOTALL)
+    )
     assert "inexact" in tables and "4.00x" not in tables, "a wrong answer has no speed"
 
 
@@ -188,16 +191,74 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys) -> None:
 def test_the_script_sorts(tmp_path: Path) -> None:
     script = """
     const row = (...cells) => ({ cells: cells.map((textContent) => ({ textContent })) });
-    const body = { rows: [row("b", "10.0"), row("a", "9.5x"), row("c", "")] };
+    const body = { rows: %s.map((text, i) => row("abcdefg"[i], text)) };
     body.append = (...rows) => { body.rows = rows; };
-    const head = { cellIndex: 1, dataset: {}, closest: () => ({ tBodies: [body] }) };
-    head.addEventListener = (_, call) => { head.click = call; };
+    const head = { cellIndex: 1, ariaSort: null };
+    const table = { tBodies: [body], querySelectorAll: () => [head] };
+    head.closest = () => table;
+    head.addEventListener = (kind, call) => { head[kind] = call; };
     global.document = { querySelectorAll: () => [head] };
     %s
     const names = () => body.rows.map((r) => r.cells[0].textContent).join("");
-    head.click(); const up = names(); head.click(); console.log(up, names());
+    head.click(); const up = names() + head.ariaSort;
+    head.keydown({ key: "Tab" }); head.keydown({ key: "Enter" });
+    console.log(up, names() + head.ariaSort, head.tabIndex);
     """
     file = tmp_path / "sort.js"
-    file.write_text(script % _SORT)
-    done = subprocess.run(["node", str(file)], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["abc", "cba"], done.stderr
+    for cells, up, down in (
+        (["10.0", "9.5x", "", "1,200", "inexact", "-3%", "1e-7"], "fgbadec", "dabgfec"),
+        (["3x3", "1x1 reduce", "1x1 expand", "112x112"], "cbad", "dabc"),
+        (["3.56 - 3.63", "12.0 - 12.5", "4.25x of ours"], "acb", "bca"),
+    ):
+        file.write_text(script % (json.dumps(cells), _SORT))
+        done = subprocess.run(["node", str(file)], capture_output=True, text=True, timeout=60)
+        assert done.stdout.split() == [f"{up}ascending", f"{down}descending", "0"], done.stderr
+
+
+def test_contents_lead_to_every_section_and_folded_ones_hold_their_tables() -> None:
+    html = page_of(**{name: one() for name, one in make.ALL.items()}, two=make.trunk(20.0, size=64))
+    links = dict(re.findall(r'<a href="#(s\d+)">(.*?)</a>', html))
+    places = re.findall(r' id="(s\d+)"', html)
+    assert sorted(links) == sorted(places) and len(links) >= 12
+    folds = re.findall(r'<details class="section" id="s\d+"( open)?>(.*?)</details>', html, re.S)
+    assert [bool(opened) for opened, _ in folds] == [True, False, False]
+    assert "Roofline" in folds[0][1] and "layer1.0.conv3" in folds[1][1]
+    assert "by backend: 2 of 4 of cpu." in folds[2][1]
+    assert "Operators" in folds[2][1] and "no CUDA device" in folds[2][1]
+    assert html.count("<details") == html.count("</details>")
+
+
+def test_columns_of_text_stand_left_and_long_notes_are_wrapped() -> None:
+    page = Page("p")
+    note = "a note that is longer than the cells of a table usually are"
+    page.table(("n", "run", "ms", "x"), [["1", "3x3", "1.0", note], ["2", "", "inexact", ""]] * 2)
+    page.table(("n", "ms"), [["a", "1.0"], ["b", "2.5x"], ["c", "inexact"]])
+    html = page.render()
+    assert '<th class="text">run</th>' in html and f'<td class="text note">{note}</td>' in html
+    assert "<th>ms</th>" in html.split("<table>")[2] and "<script" not in html
+
+
+def test_a_long_comparison_shows_what_changed_most_and_folds_the_rest() -> None:
+    base, new = make.trunk(25.0), make.trunk(25.0)
+    base["layers"] = [make.layer(f"l{i}", 2.0, 1.0) for i in range(40)]
+    new["layers"] = [make.layer(f"l{i}", 2.0, 1.5 if i == 7 else 1.0) for i in range(40)]
+    html = results_page({"n": new}, compare({"b": base}, {"n": new}))
+    first, _, rest = html.partition("Before and after: all 41 cases</summary>")
+    shown = first.split(">Before and after<", 2)[-1]
+    assert shown.count("quartiles overlap") == 19 and ": l7<" in shown and "+50.0%" in shown
+    assert rest.split("</details>")[0].count("quartiles overlap") == 40
+
+
+def test_training_rows_are_compared_with_the_baseline_they_name() -> None:
+    training = make.training()
+    own = {"baseline": "baseline, affine trains", "kept_baseline_mib": 240.0}
+    training["results"][0]["rows"][1] |= own
+    html = page_of(t=training)
+    assert "<td>0.25</td>" in html and "baseline, affine trains" in html, "60 of 240 MiB"
+    assert "<td>0.60</td>" in page_of(t=make.training()), "60 of 100 MiB"
+
+
+def test_synthetic_weights_are_said_for_every_kind() -> None:
+    for name, one in make.ALL.items():
+        if name != "op":  # random operators of no network
+            assert "SYNTHETIC" in page_of(**{name: one()}), name

@@ -150,7 +150,7 @@ def test_without_results_the_tables_say_so_and_a_second_run_changes_nothing(
     ("change", "message"),
     [
         ({"exact": False}, "failed its checks"),
-        ({"failed_checks": ["speed-up 1.00x is below the limit 3x"]}, "failed its checks"),
+        ({"failed_checks": ["speed-up 1.00x is below the limit 3x"]}, "checks (speed-up 1.00x is"),
         ({"complete": False}, "was interrupted"),
         ({"layers": None}, "layers is missing"),
     ],
@@ -198,10 +198,17 @@ def test_results_of_other_kinds_are_checked_but_not_shown(tables, tmp_path, resu
     assert run(tables, tmp_path, folder)[0] == 2
 
 
-def test_the_version_from_before_the_canary_is_still_shown(tables, tmp_path, result) -> None:
+def test_the_version_from_before_the_canary_is_refused(tables, tmp_path, result, capsys) -> None:
     for key in ("schema", "complete", "canary", "peers"):
         del result[key]
-    assert "**4.11x**" in run(tables, tmp_path, write(tmp_path / "r", one=result))[1]
+    assert run(tables, tmp_path, write(tmp_path / "r", one=result)) == (2, MARKED)
+    assert "one.json has schema version 1, needed is 2" in capsys.readouterr().err
+
+
+def test_a_training_step_that_lost_time_may_be_stored(tables, tmp_path, result) -> None:
+    slow = make.training() | {"failed_checks": ["odd, skip: 1.054 of the baseline's time"]}
+    slow["machine"]["cpu"] = CPU
+    assert run(tables, tmp_path, write(tmp_path / "r", one=result, slow=slow))[0] == 0
 
 
 def test_the_readme_has_every_environment_variable(tables) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 
 from opentrans.ovs import SemanticQuality, train_tiny_clip, write_shapes
+from opentrans.ovs.shapes import UNSEEN as NEVER_SEEN
 from opentrans_kernels.errors import CheckpointError, OpenTransError, PlanError
 from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.plan.subject import accelerated_parts
@@ -335,11 +337,19 @@ def test_the_tutorial_learns_seen_and_unseen_classes(tmp_path: Path) -> None:
                 "MODEL.OPENTRANS.ACCELERATE.ENABLED", fast,
                 "MODEL.OPENTRANS.ACCELERATE.MEASURE", "False",
             )  # fmt: skip
+        ran = re.search(r"(\d+) convolutions: .*?(\d+) sparse", outputs["True"])
+        assert ran is not None and int(ran[2]) > 0, "the accelerated evaluation ran densely"
+        apart = re.search(r"difference from the masked dense network: (\S+)", outputs["True"])
+        assert apart is not None and 0 < float(apart[1]) < 1e-5, "no sparse kernel computed this"
+        assert "runs densely" not in outputs["True"] and "runs densely" in outputs["False"]
         for name in ("shapes_seen", "shapes_unseen", "shapes_all"):
             fast_, dense = (
                 results_of(tmp_path / f"eval-{kind}-{flag}", name) for flag in ("True", "False")
             )
             assert fast_["mIoU"] == pytest.approx(dense["mIoU"], abs=0.02), (kind, name)
-            if name != "shapes_all":
-                # Right names, not only right masks: twice what random names would get.
-                assert dense["mIoU_things"] > 2 * dense["chance_things"], (kind, name)
+            for found in (fast_, dense):
+                # Right names, not only right masks: more than twice what random names would get.
+                assert found["mIoU_things"] > 2 * found["chance_things"], (kind, name)
+        # The hard case: names that were never seen, beside names that were.
+        unseen = [dense[f"IoU-{name}"] for name in NEVER_SEEN]
+        assert np.mean(unseen) > dense["chance_things"], (kind, unseen)

@@ -107,10 +107,10 @@ def test_other_settings_plans_models_and_parts_are_named(tmp_path: Path, masks: 
         Run(0, masks, other, data="a").state.load(path)
     same = Run(0, masks, data="a")
     same.state.extras = {}
-    with pytest.raises(CheckpointError, match="Pass the same extras"):
+    with pytest.raises(CheckpointError, match="Continue the run with the same extras"):
         same.state.load(path)
     same.state.extras, same.state.optimizer = run.state.extras, None
-    with pytest.raises(CheckpointError, match="with an optimizer. Continue the way"):
+    with pytest.raises(CheckpointError, match="with an optimizer. Continue the run"):
         same.state.load(path)
     same.state.model = nn.Sequential(*run.model, nn.Linear(5, 2))
     with pytest.raises(CheckpointError, match=r"2 tensors differ, such as 9.bias"):

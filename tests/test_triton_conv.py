@@ -105,6 +105,20 @@ def test_the_interpreted_kernel(interpreter: Interpreter, name: str, dtype: torc
     close(interpreter(TARGET, *arguments, SMALL), arguments)
 
 
+def test_tf32_outputs_are_rounded_to_nearest(interpreter: Interpreter) -> None:
+    """Tensor cores cut 13 bits off what they read; of these outputs nothing is left to cut."""
+    arguments = list(case(torch.float32, 1, c=8, cout=8, relu=False))
+    exactly = interpreter(TARGET, *arguments, SMALL)
+    assert exactly[0].ne(exactly[1]).any() and arguments[-1] is False
+    found = interpreter(TARGET, *arguments[:-1], True, SMALL)
+    bits = found.contiguous().view(torch.int32)
+    assert not (bits & 0x1FFF).any()
+    assert ((found - exactly).abs() <= 2.0**-11 * exactly.abs() * (1 + 1e-4)).all()
+    arguments[0][0, 0, 0, 0], arguments[0][1, 0, 0, 0] = float("nan"), float("inf")
+    found = interpreter(TARGET, *arguments[:-1], True, SMALL)
+    assert found[0, :, 0, 0].isnan().all() and found[1, :, 0, 0].isinf().all()
+
+
 @pytest.mark.parametrize("config", [*CONFIGS_FLOAT32, CONFIGS[0], CONFIGS[2]], ids=str)
 def test_every_tile(interpreter: Interpreter, config: tuple[int, ...]) -> None:
     arguments = case(torch.float32, 3, c=40, cout=72, h=9, w=12, n=3)

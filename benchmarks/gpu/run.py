@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,29 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Modules of this folder that register sections.
-MODULES = ("rows", "trunk", "alpha")
+MODULES = ("rows", "trunk", "two_four", "alpha")
+#: The numbers that everything else waits for come first; sections not named here come last.
+ORDER = (
+    "rows",
+    "trunk bfloat16",
+    "compiled bfloat16",
+    "trunk float32",
+    "alpha",
+    "two_four",
+    "trunk float16",
+    "trunk tf32",
+    "ceilings",
+    "fit",
+    "gram",
+    "own eigenvalues",
+    "solvers",
+)
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 NO_GPU = "gpu: torch sees no CUDA device, so nothing was run. See docs/gpu.md."
 _MINUTES = 8.5
 _MARGIN = 6.0  # seconds of a section for starting Python and for writing
+_BEGIN = time.monotonic()  # before torch is imported, which may take longer than that
+_RESERVE = 15.0  # seconds kept for each section that is still to come
 _PACKAGES = ("torch", "triton", "numpy", "timm", "open_clip_torch")
 
 
@@ -59,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in options.only or () if name not in SECTIONS]
     if unknown:
         parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    names = options.only or list(SECTIONS)
+    ranks = {name: rank for rank, name in enumerate(ORDER)}
+    names = options.only or sorted(SECTIONS, key=lambda name: ranks.get(name, len(ranks)))
     if options.list:
-        print("\n".join(SECTIONS))
+        print("\n".join(names))
         return 0
     if not options.rehearse and not torch.cuda.is_available():
         print(NO_GPU)
@@ -88,16 +108,20 @@ def run_all(
     path: Path,
     seconds: float,
 ) -> int:
-    """Run sections one after another, record each outcome, write after each; 1 if any failed."""
+    """Run sections one after another, record each outcome, write after each; 1 if any failed.
+
+    A section gets its own limit, but leaves :data:`_RESERVE` to each one behind it.
+    """
     end = time.monotonic() + seconds
     record["sections"] = results = {}
     failed = []
-    for name, limit in sections:
+    for number, (name, limit) in enumerate(sections, 1):
         left = end - time.monotonic()
+        shared = left - _RESERVE * (len(sections) - number)
         if left < 5:
             outcome: dict[str, Any] = {"ok": False, "error": "not run: the time was used up"}
         else:
-            outcome = run(name, min(limit, left))
+            outcome = run(name, min(limit, max(shared, min(left, _RESERVE))))
         results[name] = outcome
         if not outcome["ok"]:
             failed.append(name)
@@ -121,19 +145,34 @@ def in_a_process(name: str, limit: float, rehearse: bool) -> dict[str, Any]:
         path = Path(folder) / "result.json"
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(path)]
         command += ["--only", name, "--limit", str(limit), *(["--rehearse"] if rehearse else [])]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired as error:
-            output = error.stderr or b""
-            text = output if isinstance(output, str) else output.decode(errors="replace")
-            found = {"ok": False, "error": f"stopped after {limit:.0f} s\n{text[-3000:]}"}
-            found = _partial(path) | found
-        else:
-            found = _partial(path)
-            if "ok" not in found:
-                error_text = (done.stdout + done.stderr)[-3000:]
-                found |= {"ok": False, "error": f"exit code {done.returncode}\n{error_text}"}
+        output = Path(folder) / "output"
+        # A file, not a pipe, and a session of its own: torch.compile starts processes that would
+        # keep a pipe open, and the device busy, after the section has ended.
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                code = process.wait(timeout=limit)
+                ended = f"exit code {code}"
+            except subprocess.TimeoutExpired:
+                ended = f"stopped after {limit:.0f} s"
+            finally:
+                _kill_group(process)
+        found = _partial(path)
+        if "ok" not in found:
+            text = output.read_bytes().decode(errors="replace")[-3000:]
+            found |= {"ok": False, "error": f"{ended}\n{text}"}
     return found | {"seconds": round(time.monotonic() - begin, 2)}
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a section and whatever it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # nothing of it is left
+    process.wait()
 
 
 def _partial(path: Path) -> dict[str, Any]:
@@ -147,7 +186,7 @@ def work(path: str, name: str, rehearse: bool, limit: float) -> int:
     from sections import SECTIONS, Context
 
     device = torch.device("cpu") if rehearse else torch.device("cuda", torch.cuda.current_device())
-    context = Context(device, rehearse, deadline=time.monotonic() + limit - _MARGIN)
+    context = Context(device, rehearse, deadline=_BEGIN + limit - _MARGIN)
     context.saver = lambda result: write(
         Path(path), {"result": result, "partial": True, "notes": context.notes}
     )
@@ -165,7 +204,8 @@ def write(path: Path, record: dict[str, Any]) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    # A value that JSON does not know must not cost the section: it is written as text.
+    part.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
     part.replace(path)
 
 

@@ -2,6 +2,10 @@
 
 Weights and masks are synthetic (``tower.py``, ``global:0.90``); speed and error are real. A trunk
 section is one precision; its cases run in the order of :data:`CASES` while its time lasts.
+
+Every side, dense ones included, is compared with float64 before its time counts: an inexact dense
+side is excluded from the baseline with its reason, and an inexact side of ours gets no speed-up and
+fails the section once all cases are measured.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ CASES = ((800, 1216, 1), (512, 512, 1), (800, 1216, 8), (512, 512, 8))
 TINY = ((32, 48, 1), (32, 32, 2))
 #: An error is relative to the largest output; nothing below this is a defect.
 FLOORS = {"float16": 2e-3, "bfloat16": 1.2e-2, "tf32": 2e-3, "float32": 2e-6}
+#: Eager's error is the yardstick of the others; beyond this many floors it is a defect itself.
+EAGER_FLOORS = 10
+OURS = ("masked", "dense model")
 
 
 def tower(context: Context) -> Tower:
@@ -63,6 +70,61 @@ def worst(found: list[torch.Tensor], want: list[torch.Tensor]) -> float:
         error = float((got.double() - exact).abs().max() / exact.abs().max())
         errors.append(math.inf if math.isnan(error) else error)
     return max(errors)
+
+
+def judged(error: float, precision: str, own: float | None = None) -> dict[str, Any]:
+    """``error``, its ``bound`` and ``exact``. own: eager's error, None to judge eager itself.
+
+    The bound is twice eager's error and at least the floor; an eager that is wrong bounds nothing.
+    A JSON file holds no infinity: an error that is not finite is None.
+    """
+    limit = EAGER_FLOORS * FLOORS[precision]
+    if own is None:
+        bound = limit
+    else:
+        bound = max(FLOORS[precision], 2 * own if own <= limit else 0.0)
+    known = error if math.isfinite(error) else None
+    return {"error": known, "bound": bound, "exact": error <= bound}
+
+
+def with_baseline(record: dict[str, Any], dense: tuple[str, ...]) -> dict[str, Any]:
+    """``record`` with ``baseline``, the fastest exact one of its dense sides, and our speed-ups.
+
+    ``baseline`` holds ``name`` and ``ms`` (None where nothing exact was timed) and ``excluded``:
+    dense side -> why it does not count. ``speedup`` is written into "masked" if that is exact;
+    "dense model" is ours on another network and has none.
+    """
+    excluded, timed = {}, {}
+    for name in (name for name in dense if name in record):
+        side = record[name]
+        if not side["exact"]:
+            excluded[name] = _inexact(side)
+        elif side["time"] is None:
+            excluded[name] = "not timed"
+        else:
+            timed[name] = side["time"]["ms"]
+    best = min(timed, key=lambda name: timed[name], default=None)
+    record["baseline"] = {"name": best, "ms": timed.get(best), "excluded": excluded}
+    ours = record.get("masked")
+    if best is not None and ours is not None and ours["exact"] and ours["time"] is not None:
+        ours["speedup"] = timed[best] / ours["time"]["ms"]
+    return record
+
+
+def _inexact(side: dict[str, Any]) -> str:
+    error = "not finite" if side["error"] is None else f"{side['error']:.1e}"
+    return f"inexact: its error is {error}, accepted are {side['bound']:.1e}"
+
+
+def _check_ours(cases: dict[str, Any]) -> None:
+    """Fail the section if one of our sides is inexact; called when every case was measured."""
+    wrong = [
+        f"{label}, {name}: {_inexact(case[name])}"
+        for label, case in cases.items()
+        for name in OURS
+        if not case.get(name, {"exact": True})["exact"]
+    ]
+    check(not wrong, "; ".join(wrong))
 
 
 @section("ceilings", 40)
@@ -192,7 +254,9 @@ def trunk_section(context: Context, name: str) -> dict[str, Any]:
         want = reference_outputs(context, sparse, x)
         run = eager(context, sparse, x, precision)
         own = worst([y[:1] for y in run()], want)
-        record["eager"] = {"time": context.time(run), "error": own, "peak_mb": peak(context, run)}
+        record["eager"] = {
+            "time": context.time(run), **judged(own, name), "peak_mb": peak(context, run)
+        }  # fmt: skip
         context.save(found)
         timer: Any = CudaTimer(context.device) if context.device.type == "cuda" else _no_time
         tuner = Tuner(place, timer)  # layers that both networks have are measured once
@@ -207,7 +271,8 @@ def trunk_section(context: Context, name: str) -> dict[str, Any]:
             entry: dict[str, Any] = {
                 "time": context.time(lambda c=cache, x=x: c(x, None, ())),
                 "time_outputs_copied": context.time(lambda c=cache, x=x: c(x)),
-                "error": error,
+                "time_cold_l2": context.time(lambda c=cache, x=x: c(x, None, ()), cold=True),
+                **judged(error, name, own),
                 "peak_mb": peak(context, lambda p=program, x=x: p(_given(x, place))),
                 "launches": program.launches,
                 "chains": {k: list(v) for k, v in plan.chains.items()},
@@ -217,14 +282,15 @@ def trunk_section(context: Context, name: str) -> dict[str, Any]:
                 entry["layers"] = layer_table(plan, rates, name)
                 dense = graphed(context, dense_program(plan, network, place), place, x)
                 record["best dense in a graph"] = {
-                    "time": context.time(lambda c=dense, x=x: c(x, None, ()))
+                    **judged(worst([y[:1] for y in dense(x)], want), name, own),
+                    "time": context.time(lambda c=dense, x=x: c(x, None, ())),
+                    "time_cold_l2": context.time(lambda c=dense, x=x: c(x, None, ()), cold=True),
                 }
             record[what] = entry
+            with_baseline(record, ("eager", "best dense in a graph"))
             context.save(found)
-            if given is not None:
-                bound = max(2 * own, FLOORS[name])
-                check(error <= bound, f"{label}: error {error:.1e} exceeds {bound:.1e}")
         context.notes.append(f"{label}: " + ", ".join(_times(record)))
+    _check_ours(found["cases"])
     return found
 
 
@@ -233,10 +299,17 @@ def _given(x: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 def _times(record: dict[str, Any]) -> list[str]:
+    """One phrase per side; then the baseline, and what was excluded from it."""
     found = []
-    for key, value in record.items():
-        time = value.get("time")
-        found.append(f"{key} {'-' if time is None else format(time['ms'], '.3f') + ' ms'}")
+    sides = {name: side for name, side in record.items() if name != "baseline"}
+    for name, side in sides.items():
+        ms = "-" if side["time"] is None else f"{side['time']['ms']:.3f} ms"
+        found.append(f"{name} {ms}" + ("" if side["exact"] else f" ({_inexact(side)})"))
+    baseline = record["baseline"]
+    if baseline["name"] is not None:
+        found.append(f"baseline {baseline['name']}")
+    if "speedup" in sides.get("masked", ()):
+        found.append(f"speed-up {sides['masked']['speedup']:.2f}x")
     return found
 
 
@@ -277,16 +350,18 @@ def compiled_bfloat16(context: Context) -> dict[str, Any]:
             with torch.no_grad():
                 return m(x)
 
-        outputs = run()
-        error = worst([y[:1] for y in outputs], reference_outputs(context, exact, image))
-        found[label] = {"time": context.time(run), "error": error}
+        want = reference_outputs(context, exact, image)
+        own = worst([y[:1] for y in eager(context, exact, image, precision)()], want)
+        error = worst([y[:1] for y in run()], want)
+        record = {"compiled": {"time": context.time(run), **judged(error, "bfloat16", own)}}
         if context.device.type == "cuda":
-            replay, _ = CudaCapturer(context.device).capture(run)
-            found[label]["graph"] = context.time(replay)
-            context.notes.append(
-                f"{label}: compiled {found[label]['time']['ms']:.3f} ms, in a graph "
-                f"{found[label]['graph']['ms']:.3f} ms"
-            )
+            replay, outputs = CudaCapturer(context.device).capture(run)
+            time = context.time(replay)
+            error = worst([y[:1] for y in outputs], want)
+            record["compiled in a graph"] = {"time": time, **judged(error, "bfloat16", own)}
+        record["eager"] = {"time": None, **judged(own, "bfloat16")}
+        found[label] = with_baseline(record, ("compiled", "compiled in a graph"))
+        context.notes.append(f"{label}: " + ", ".join(_times(found[label])))
         context.save(found)
     return found
 

@@ -112,38 +112,81 @@ otk::Rows rows(const char* op, const char* name, const Tensor& t, bool channels_
   return {p.data, p.n, p.c, p.batch_stride, p.plane_stride, pixels, padding};
 }
 
-Tensor relu_bits(const Tensor& z, const std::optional<Tensor>& residual, bool channels_last) {
+// The shape of an activation, checked against another one's.
+void same_shape(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == like.size(0) && t.size(1) == like.size(1) &&
+                      t.size(2) == like.size(2) && t.size(3) == like.size(3),
+                  op, ": ", name, " must have the shape of the activation");
+}
+
+std::optional<otk::Rows> rows(const char* op, const char* name, const std::optional<Tensor>& t,
+                              const Tensor& like, bool channels_last) {
+  if (!t) return std::nullopt;
+  same_shape(op, name, *t, like);
+  return rows(op, name, *t, channels_last);
+}
+
+const otk::Rows* pointer(const std::optional<otk::Rows>& r) { return r ? &*r : nullptr; }
+
+const float* channel_values(const char* op, const char* name, const std::optional<Tensor>& t,
+                            int64_t channels) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->is_contiguous() &&
+                      t->numel() == channels,
+                  op, ": ", name, " must be a contiguous float32 CPU tensor of ", channels,
+                  " elements, one per channel");
+  return t->const_data_ptr<float>();
+}
+
+Tensor relu_bits(const Tensor& z, const std::optional<Tensor>& scale,
+                 const std::optional<Tensor>& shift, const std::optional<Tensor>& residual,
+                 bool with_bits, bool channels_last) {
   const char* op = "relu_bits";
   check_isa();
   const otk::Rows out = rows(op, "z", z, channels_last);
-  const int64_t count = out.outer * out.inner, bytes = (out.length + 7) / 8;
-  const std::array<int64_t, 2> size{count, bytes};
+  const int64_t channels = z.size(1);
+  const otk::ChannelMap map{channel_values(op, "scale", scale, channels),
+                            channel_values(op, "shift", shift, channels), channels};
+  const std::optional<otk::Rows> extra = rows(op, "residual", residual, z, channels_last);
+  const std::array<int64_t, 2> size{with_bits ? out.outer * out.inner : 0, (out.length + 7) / 8};
   Tensor bits = torch::stable::new_empty(z, size, ScalarType::Byte);
-  if (residual) {
-    STD_TORCH_CHECK(residual->dim() == 4 && residual->size(0) == z.size(0) &&
-                        residual->size(1) == z.size(1) && residual->size(2) == z.size(2) &&
-                        residual->size(3) == z.size(3),
-                    op, ": residual must have the shape of z");
-    const otk::Rows extra = rows(op, "residual", *residual, channels_last);
-    otk::relu_bits(out, &extra, bits.mutable_data_ptr<uint8_t>(), torch_threads());
-  } else {
-    otk::relu_bits(out, nullptr, bits.mutable_data_ptr<uint8_t>(), torch_threads());
-  }
+  otk::relu_bits(out, map, pointer(extra), with_bits ? bits.mutable_data_ptr<uint8_t>() : nullptr,
+                 torch_threads());
   return bits;
 }
 
-void relu_bits_backward(const Tensor& grad, const Tensor& bits, const Tensor& out,
+void relu_bits_backward(const Tensor& grad, const std::optional<Tensor>& bits,
+                        const std::optional<Tensor>& y, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& out, const std::optional<Tensor>& scaled,
                         bool channels_last) {
   const char* op = "relu_bits_backward";
   check_isa();
   const otk::Rows from = rows(op, "grad", grad, channels_last);
-  const otk::Rows to = rows(op, "out", out, channels_last);
-  STD_TORCH_CHECK(to.outer == from.outer && to.inner == from.inner && to.length == from.length, op,
-                  ": out must have the shape of grad");
-  STD_TORCH_CHECK(bits.is_cpu() && bits.scalar_type() == ScalarType::Byte && bits.is_contiguous() &&
-                      bits.numel() == from.outer * from.inner * ((from.length + 7) / 8),
+  const auto to = rows(op, "out", out, grad, channels_last);
+  const auto multiplied = rows(op, "scaled", scaled, grad, channels_last);
+  const auto output = rows(op, "y", y, grad, channels_last);
+  const int64_t channels = grad.size(1);
+  const otk::ChannelMap map{channel_values(op, "scale", scale, channels), nullptr, channels};
+  STD_TORCH_CHECK(bool(bits) != bool(y), op, ": pass either bits or y");
+  STD_TORCH_CHECK(bool(scale) == bool(scaled), op, ": scale and scaled belong together");
+  STD_TORCH_CHECK(!bits || (bits->is_cpu() && bits->scalar_type() == ScalarType::Byte &&
+                            bits->is_contiguous() &&
+                            bits->numel() == from.outer * from.inner * ((from.length + 7) / 8)),
                   op, ": bits do not belong to this activation");
-  otk::relu_bits_backward(from, bits.const_data_ptr<uint8_t>(), to, torch_threads());
+  otk::relu_bits_backward(from, bits ? bits->const_data_ptr<uint8_t>() : nullptr, pointer(output),
+                          map, pointer(to), pointer(multiplied), torch_threads());
+}
+
+void avg_pool2d_backward(const Tensor& grad, const Tensor& out, int64_t k) {
+  const char* op = "avg_pool2d_backward";
+  check_isa();
+  STD_TORCH_CHECK(k >= 1, op, ": the window must be at least 1, got ", k);
+  const otk::Rows from = rows(op, "grad", grad, false), to = rows(op, "out", out, false);
+  STD_TORCH_CHECK(out.size(0) == grad.size(0) && out.size(1) == grad.size(1) &&
+                      out.size(2) / k == grad.size(2) && out.size(3) / k == grad.size(3),
+                  op, ": grad is not the gradient of a ", k, "x", k, " pooling of out");
+  otk::avg_pool2d_backward(from, to, static_cast<int>(out.size(3)), static_cast<int>(k),
+                           torch_threads());
 }
 
 std::string cpu_capability() {
@@ -161,6 +204,7 @@ STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CPU, m) {
   m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
   m.impl("sparse_conv2d_wgrad", TORCH_BOX(&sparse_conv2d_wgrad));
   m.impl("avg_pool2d", TORCH_BOX(&avg_pool2d));
+  m.impl("avg_pool2d_backward", TORCH_BOX(&avg_pool2d_backward));
   m.impl("relu_bits", TORCH_BOX(&relu_bits));
   m.impl("relu_bits_backward", TORCH_BOX(&relu_bits_backward));
 }

@@ -8,17 +8,18 @@ here imports detectron2: nodes are made from the class of the config that is giv
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from opentrans_kernels.errors import OpenTransError
+from ..ovs.clip import RANDOM
+from .config_nodes import ConfigError, option, option_rows, read_options, to_node
 
 __all__ = [
     "NODE",
+    "RANDOM",
     "ConfigError",
     "OpenTransConfig",
     "add_opentrans_config",
@@ -27,105 +28,96 @@ __all__ = [
 ]
 
 NODE = "OPENTRANS"  # below cfg.MODEL
-RANDOM = "random"  # the value of WEIGHTS that asks for random weights
 FEATURES = ("stem", "res2", "res3", "res4", "res5", "attn", "clip_vis_dense", "clip_embedding")
 NORM_POLICIES = ("frozen", "affine", "train")
 DEVICE_POLICIES = ("auto", "require")
-
-
-class ConfigError(OpenTransError):
-    """A config value that does not exist, has the wrong type or contradicts another one."""
-
-
-def _key(default: Any, meaning: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"doc": meaning})
-    return field(default=default, metadata={"doc": meaning})
 
 
 @dataclass(frozen=True)
 class MaskOptions:
     """``MODEL.OPENTRANS.MASK``."""
 
-    FILE: str = _key("", "mask file, or a recipe such as global:0.90 (synthetic); empty: none")
-    AT: int = _key(0, "steps after which the mask is applied; 0: before the first")
-    REMOVE_AT: int = _key(-1, "steps after which pruned weights may grow again; -1: never")
-    SAVE: bool = _key(True, "save a checkpoint just before the mask is removed")
+    FILE: str = option("", "mask file, or a recipe such as global:0.90 (synthetic); empty: none")
+    AT: int = option(0, "steps after which the mask is applied; 0: before the first")
+    REMOVE_AT: int = option(-1, "steps after which pruned weights may grow again; -1: never")
+    SAVE: bool = option(True, "save a checkpoint just before the mask is removed")
 
 
 @dataclass(frozen=True)
 class FreezeOptions:
     """``MODEL.OPENTRANS.FREEZE``."""
 
-    RULE: str = _key("", "a rule of docs/freezing.md, such as median or ratio:0.25; empty: none")
-    PLAN: str = _key("", "a file of FreezePlan.to_json instead of a rule")
-    FIT: str = _key("xmin_peak", "how alpha is fitted: a fit of docs/spectrum.md")
-    AT: int = _key(0, "steps after which the layers are frozen; 0: before the first")
-    NORMS: str = _key(
+    RULE: str = option("", "a rule of docs/freezing.md, such as median or ratio:0.25; empty: none")
+    PLAN: str = option("", "a file of FreezePlan.to_json instead of a rule")
+    FIT: str = option("xmin_peak", "how alpha is fitted: a fit of docs/spectrum.md")
+    AT: int = option(0, "steps after which the layers are frozen; 0: before the first")
+    NORMS: str = option(
         "frozen",
         "batch norms of the tower: frozen (running statistics, affine frozen with its layer), "
         "affine (running statistics, affine trains), train (left alone)",
     )
-    SKIP: bool = _key(False, "keep for backward only what the trainable layers need (skip_frozen)")
+    SKIP: bool = option(
+        False, "keep for backward only what the trainable layers need (skip_frozen)"
+    )
 
 
 @dataclass(frozen=True)
 class ImpOptions:
     """``MODEL.OPENTRANS.IMP``."""
 
-    ENABLED: bool = _key(False, "prune the tower while it trains")
-    ROUNDS: int = _key(22, "rounds at most")
-    RATE: float = _key(0.1, "share of the remaining weights a round removes")
-    TARGET_DENSITY: float = _key(0.0, "share of weights left at the end; 0: what ROUNDS lead to")
-    PERIOD: int = _key(1000, "steps between rounds")
-    FIRST_AFTER: int = _key(0, "steps before the first round; 0: PERIOD")
-    ALLOCATION: str = _key("global", "how a round is shared out: global, uniform, macs, latency")
-    PATTERN: str = _key("unstructured", "unstructured, 2:4, channel, block")
-    REWIND: int = _key(-1, "step whose weights are put back after each round; -1: none")
-    OUTPUT: str = _key("masks", "folder below OUTPUT_DIR for the mask file of every round")
+    ENABLED: bool = option(False, "prune the tower while it trains")
+    ROUNDS: int = option(22, "rounds at most")
+    RATE: float = option(0.1, "share of the remaining weights a round removes")
+    TARGET_DENSITY: float = option(0.0, "share of weights left at the end; 0: what ROUNDS lead to")
+    PERIOD: int = option(1000, "steps between rounds")
+    FIRST_AFTER: int = option(0, "steps before the first round; 0: PERIOD")
+    ALLOCATION: str = option("global", "how a round is shared out: global, uniform, macs, latency")
+    PATTERN: str = option("unstructured", "unstructured, 2:4, channel, block")
+    REWIND: int = option(-1, "step whose weights are put back after each round; -1: none")
+    OUTPUT: str = option("masks", "folder below OUTPUT_DIR for the mask file of every round")
 
 
 @dataclass(frozen=True)
 class AccelerateOptions:
     """``MODEL.OPENTRANS.ACCELERATE``."""
 
-    ENABLED: bool = _key(False, "run the masked tower on the sparse kernels during evaluation")
-    DEVICE: str = _key(
+    ENABLED: bool = option(False, "run the masked tower on the sparse kernels during evaluation")
+    DEVICE: str = option(
         "auto", "auto: where the tower is float32 on the CPU, else dense; require: else an error"
     )
-    INPUT_SIZE: list[int] = _key([512, 512], "height and width in pixels to plan and measure for")
-    MEASURE: bool = _key(True, "time every layer and keep dense what is faster dense")
-    THREADS: int = _key(0, "threads to plan for; 0: torch's setting")
+    INPUT_SIZE: list[int] = option([512, 512], "height and width in pixels to plan and measure for")
+    MEASURE: bool = option(True, "time every layer and keep dense what is faster dense")
+    THREADS: int = option(0, "threads to plan for; 0: torch's setting")
 
 
 @dataclass(frozen=True)
 class TextCacheOptions:
     """``MODEL.OPENTRANS.TEXT_CACHE``."""
 
-    ENABLED: bool = _key(True, "encode every prompt of the frozen text encoder once")
-    MAX_ROWS: int = _key(20_000, "prompts kept")
-    CHUNK: int = _key(256, "prompts per run of the encoder")
+    ENABLED: bool = option(True, "encode every prompt of the frozen text encoder once")
+    MAX_ROWS: int = option(20_000, "prompts kept")
+    CHUNK: int = option(256, "prompts per run of the encoder")
 
 
 @dataclass(frozen=True)
 class OpenTransConfig:
     """``MODEL.OPENTRANS``. :meth:`from_cfg` checks; :meth:`check` for one made in Python."""
 
-    ARCH: str = _key("RN50", "RN50, RN101, RN50x4 or another CLIP ResNet of open_clip")
-    WEIGHTS: str = _key(
+    ARCH: str = option("RN50", "RN50, RN101, RN50x4 or another CLIP ResNet of open_clip")
+    WEIGHTS: str = option(
         "",
         "file with the tower's weights (open_clip, OpenAI TorchScript, plain state dict), or "
         "random; empty: they must come with MODEL.WEIGHTS",
     )
-    WIDTH: int = _key(0, "channels after the stem, a multiple of 16; 0: the arch's (64 for RN50)")
-    LAYERS: list[int] = _key([], "blocks per stage; empty: the arch's")
-    OUTPUT_DIM: int = _key(0, "channels of attn; 0: the arch's")
-    INPUT_RESOLUTION: int = _key(0, "side in pixels of the position table; 0: the arch's")
-    OUT_FEATURES: list[str] = _key(
+    WIDTH: int = option(0, "channels after the stem, a multiple of 16; 0: the arch's (64 for RN50)")
+    LAYERS: list[int] = option([], "blocks per stage; empty: the arch's")
+    OUTPUT_DIM: int = option(0, "channels of attn; 0: the arch's")
+    INPUT_RESOLUTION: int = option(0, "side in pixels of the position table; 0: the arch's")
+    OUT_FEATURES: list[str] = option(
         ["res2", "res3", "res4", "res5"], "features to return: " + ", ".join(FEATURES)
     )
-    TOWER: str = _key("", "module path of the CLIP tower in the model; empty: found by structure")
-    REPORT: bool = _key(True, "log densities, trainable parameters and multiply-adds")
+    TOWER: str = option("", "module path of the CLIP tower in the model; empty: found by structure")
+    REPORT: bool = option(True, "log densities, trainable parameters and multiply-adds")
     MASK: MaskOptions = field(default_factory=MaskOptions)
     FREEZE: FreezeOptions = field(default_factory=FreezeOptions)
     IMP: ImpOptions = field(default_factory=ImpOptions)
@@ -157,7 +149,7 @@ class OpenTransConfig:
                 f"{type(node).__name__} is no config. Pass the detectron2 config, its "
                 f"MODEL.{NODE} node, or a dict."
             )
-        return _read(cls, node, f"MODEL.{NODE}").check()
+        return read_options(cls, node, f"MODEL.{NODE}").check()
 
     def check(self) -> OpenTransConfig:
         """Return self. Raises ConfigError for values that are impossible or contradict."""
@@ -189,75 +181,14 @@ def add_opentrans_config(cfg: Any) -> None:
         )
     if NODE in model:
         raise ConfigError(f"MODEL.{NODE} is there already. Call add_opentrans_config only once.")
-    model[NODE] = _node(OpenTransConfig().to_dict(), type(cfg))
+    model[NODE] = to_node(OpenTransConfig().to_dict(), type(cfg))
     if "detectron2" in sys.modules:
         importlib.import_module(".backbone", __package__)
 
 
 def config_rows() -> Iterator[tuple[str, Any, str]]:
     """(key below MODEL, default, meaning) of every option, for documentation."""
-    yield from _rows(OpenTransConfig, NODE)
-
-
-def _rows(kind: type, path: str) -> Iterator[tuple[str, Any, str]]:
-    sample = kind()
-    for item in dataclasses.fields(kind):
-        value = getattr(sample, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _rows(type(value), f"{path}.{item.name}")
-        else:
-            yield f"{path}.{item.name}", value, item.metadata["doc"]
-
-
-def _node(values: Mapping[str, Any], kind: type) -> Any:
-    node = kind()
-    for key, value in values.items():
-        node[key] = _node(value, kind) if isinstance(value, Mapping) else value
-    # An unknown key is let in here, so that it can be reported with the key that was meant.
-    if hasattr(node, "set_new_allowed"):
-        node.set_new_allowed(True)
-    return node
-
-
-def _read(kind: type, node: Mapping[str, Any], path: str) -> Any:
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    defaults = kind()
-    values = {}
-    for given, value in node.items():
-        key = str(given).upper()
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-            hint = f"Did you mean {path}.{close[0]}?" if close else f"Keys: {', '.join(fields)}."
-            raise ConfigError(f"{path}.{given} is not a key of OpenTrans. {hint}")
-        default = getattr(defaults, key)
-        where = f"{path}.{key}"
-        if dataclasses.is_dataclass(default):
-            if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{where} is a group of keys, got {value!r}. Set for instance "
-                    f"{where}.{dataclasses.fields(default)[0].name}."
-                )
-            values[key] = _read(type(default), value, where)
-        else:
-            values[key] = _typed(value, default, where)
-    return kind(**values)
-
-
-def _typed(value: Any, default: Any, where: str) -> Any:
-    if isinstance(default, list):
-        is_list = not isinstance(value, str) and hasattr(value, "__iter__")
-        if not is_list:
-            raise ConfigError(f"{where} must be a list, such as {default!r}, got {value!r}.")
-        return list(value)
-    kind: Any = type(default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is not bool and isinstance(value, bool) or not isinstance(value, kind):
-        raise ConfigError(
-            f"{where} must be a {kind.__name__}, such as {default!r}, got {value!r} "
-            f"({type(value).__name__})."
-        )
-    return value
+    yield from option_rows(OpenTransConfig, NODE)
 
 
 def lazy_opentrans_config(**options: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from opentrans_kernels.errors import OpenTransError
 
-from ..ovs.folder import Split, read_split, splits_of
+from ..ovs.folder import IGNORE, Split, read_split, splits_of
 from .presence import require_detectron2
 
 require_detectron2()
@@ -135,7 +135,7 @@ class OpenVocabularyMapper:
         (self.vocabulary, self.things) = vocabularies.pop()
         self.training, self.panoptic = training, panoptic
         self.format = cfg.INPUT.FORMAT
-        self.ignore = MetadataCatalog.get(names[0]).get("ignore_label", 255)
+        self.ignore = MetadataCatalog.get(names[0]).get("ignore_label", IGNORE)
         steps = utils.build_augmentation(cfg, training)
         if cfg.INPUT.CROP.ENABLED and training:
             steps.insert(
@@ -165,7 +165,9 @@ class OpenVocabularyMapper:
         return record
 
     def _known(self, labels: torch.Tensor) -> torch.Tensor:
-        return labels if self.ignore == 255 else labels.masked_fill(labels == self.ignore, 255)
+        return (
+            labels if self.ignore == IGNORE else labels.masked_fill(labels == self.ignore, IGNORE)
+        )
 
     def _segments(self, record: dict[str, Any], transforms: Any) -> tuple[Any, Any]:
         ids = read_panoptic(record["pan_seg_file_name"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..freeze import FreezePlan
-from .config import OpenTransConfig
+from .config import NODE, ConfigError, OpenTransConfig
 from .config_check import imp_config
 from .presence import require_detectron2
 from .training import (
@@ -70,9 +70,10 @@ def build_opentrans_hooks(
     Args:
         cfg: a detectron2 config, or an OpenTransConfig.
         own: hooks of the trainer.
-        output_dir: for mask files and the report; None: ``cfg.OUTPUT_DIR``.
+        output_dir: for mask files and the report; None: ``cfg.OUTPUT_DIR``. A LazyConfig has none:
+            name it there (without it the report goes to the log only).
 
-    Raises ConfigError for a config that cannot be.
+    Raises ConfigError for a config that cannot be, or IMP without a folder.
     """
     options = OpenTransConfig.from_cfg(cfg)
     folder = output_dir if output_dir is not None else getattr(cfg, "OUTPUT_DIR", None)
@@ -81,7 +82,13 @@ def build_opentrans_hooks(
     hooks: list[HookBase | None] = []
     mask = options.MASK
     if options.IMP.ENABLED:
-        output = None if folder is None else Path(folder) / options.IMP.OUTPUT
+        if not folder:
+            raise ConfigError(
+                f"MODEL.{NODE}.IMP writes a mask file after every round, and there is no folder "
+                "for them: this config has no OUTPUT_DIR. Call build_opentrans_hooks(..., "
+                "output_dir=cfg.train.output_dir), which is where LazyConfig files keep it."
+            )
+        output = Path(folder) / options.IMP.OUTPUT
         hooks.append(IMPHook(imp_config(options.IMP), output, mask.FILE or None, **place))
     elif mask.FILE:
         remove_at = None if mask.REMOVE_AT < 0 else mask.REMOVE_AT

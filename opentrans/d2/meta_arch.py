@@ -21,6 +21,7 @@ from opentrans_kernels.errors import OpenTransError
 
 from ..distill import Distiller, Regions, Teacher, TextCache
 from ..ovs.clip import Clip, load_clip
+from ..ovs.folder import IGNORE
 from ..ovs.inference import panoptic_segments, semantic_scores
 from ..ovs.mask_head import MaskHead, MaskHeadOptions, mask_targets
 from ..ovs.segmenter import pixel_loss
@@ -39,7 +40,6 @@ from detectron2.structures import ImageList  # noqa: E402
 
 __all__ = ["OpenTransDeepLab", "OpenTransDistillation", "OpenTransMaskClassifier"]
 
-IGNORE = 255
 STRIDE = 32  # of the deepest feature; images are padded to multiples
 
 
@@ -51,6 +51,8 @@ class OpenVocabularyModel(nn.Module):
         self.options = OvsConfig.from_cfg(cfg)
         opentrans = OpenTransConfig.from_cfg(cfg)
         self.backbone = build_backbone(cfg)
+        self.tower_trains = self.options.BACKBONE_MULTIPLIER > 0
+        self.backbone.requires_grad_(self.tower_trains)
         clip = load_clip(*self.options.clip(opentrans))
         cache = opentrans.TEXT_CACHE
         self.classifier = TextClassifier(
@@ -75,6 +77,13 @@ class OpenVocabularyModel(nn.Module):
 
     def _add_head(self, cfg: Any, clip: Clip) -> None:
         """Build what comes behind the backbone."""
+
+    def train(self, mode: bool = True) -> Any:
+        """As everywhere; the batch norms of a frozen tower keep their statistics."""
+        super().train(mode)
+        if not self.tower_trains:
+            self.backbone.eval()
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -248,6 +257,11 @@ class OpenTransDistillation(OpenVocabularyModel):
 
     def _add_head(self, cfg: Any, clip: Clip) -> None:
         keys = self.options.DISTILL
+        if not self.tower_trains:
+            raise ConfigError(
+                "MODEL.OVS.BACKBONE_MULTIPLIER=0 freezes the tower, and distillation trains "
+                "nothing else. Set it to 1."
+            )
         text = None
         if keys.LOSS != "visual":
             if self._default is None:

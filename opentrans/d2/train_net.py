@@ -7,11 +7,11 @@ Arguments are detectron2's: ``--config-file``, ``--num-gpus``, ``--resume``, ``-
 
 from __future__ import annotations
 
-import json
+import difflib
 import logging
+import re
 import sys
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 import yaml
 from torch import nn
 
-from opentrans_kernels.errors import CheckpointError, OpenTransError
-from opentrans_kernels.masks import atomic_write
+from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.synthetic import is_mask_spec
 
 from .presence import DetectronMissing, require_detectron2
 
@@ -32,32 +32,19 @@ except DetectronMissing as error:
     sys.stderr.write(f"error: {error}\n")  # a command that cannot run needs no traceback
     sys.exit(2)
 
-from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import CfgNode, get_cfg  # noqa: E402
-from detectron2.data import (  # noqa: E402
-    build_detection_test_loader,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
-from detectron2.engine import (  # noqa: E402
-    DefaultTrainer,
-    default_argument_parser,
-    default_setup,
-    launch,
-)
-from detectron2.projects.deeplab import add_deeplab_config, build_lr_scheduler  # noqa: E402
-from detectron2.solver import get_default_optimizer_params  # noqa: E402
-from detectron2.solver.build import maybe_add_gradient_clipping  # noqa: E402
+from detectron2.engine import default_argument_parser, default_setup, launch  # noqa: E402
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY  # noqa: E402
+from detectron2.projects.deeplab import add_deeplab_config  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from . import backbone, meta_arch  # noqa: E402, F401  (register themselves)
 from .attachment import attach_from_config  # noqa: E402
-from .config import ConfigError, OpenTransConfig, add_opentrans_config  # noqa: E402
-from .data import OpenVocabularyMapper, check_datasets, register_folder  # noqa: E402
-from .evaluation import build_evaluator  # noqa: E402
-from .hooks import build_opentrans_hooks  # noqa: E402
+from .config import RANDOM, ConfigError, OpenTransConfig, add_opentrans_config  # noqa: E402
+from .data import check_datasets, register_folder  # noqa: E402
 from .meta_arch_config import OvsConfig, add_ovs_config  # noqa: E402
+from .trainer import Checkpointer, Trainer, not_held  # noqa: E402
 
 __all__ = ["Trainer", "evaluate", "find_config", "load_config", "main", "train"]
 
@@ -65,98 +52,6 @@ log = logging.getLogger("opentrans.d2.train_net")  # run with -m, the module is 
 
 CONFIGS = Path(__file__).parent / "configs"
 PANOPTIC = "OpenTransMaskClassifier"  # the architecture whose results name single objects
-OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
-
-
-class Checkpointer(DetectionCheckpointer):
-    """Keeps what a file did not hold: detectron2 only logs it."""
-
-    missing: Sequence[str] = ()
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        found = super()._load_model(checkpoint)
-        self.missing = () if found is None else tuple(found.missing_keys)
-        return found
-
-
-class Trainer(DefaultTrainer):
-    """detectron2's trainer with open-vocabulary data and evaluation and the OpenTrans hooks."""
-
-    def build_hooks(self) -> list[Any]:
-        """detectron2's, with those of ``MODEL.OPENTRANS`` before evaluation and writers."""
-        self.checkpointer = Checkpointer(
-            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
-        return build_opentrans_hooks(self.cfg, super().build_hooks())
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """As detectron2's. Raises CheckpointError if the tower keeps random weights by it."""
-        super().resume_or_load(resume)
-        options = OpenTransConfig.from_cfg(self.cfg)
-        missing = [key for key in self.checkpointer.missing if key.startswith("backbone.")]
-        if missing and not options.WEIGHTS:
-            raise _not_held(self.cfg.MODEL.WEIGHTS, missing)
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Records of ``DATASETS.TRAIN``, images without labelled objects included."""
-        names = list(cfg.DATASETS.TRAIN)
-        panoptic = OvsConfig.from_cfg(cfg).PANOPTIC.ENABLED
-        return build_detection_train_loader(
-            cfg,
-            mapper=OpenVocabularyMapper(cfg, names, training=True, panoptic=panoptic),
-            dataset=get_detection_dataset_dicts(names, filter_empty=False),
-        )
-
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Images of one dataset, with its vocabulary."""
-        mapper = OpenVocabularyMapper(cfg, [dataset_name], training=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """mIoU; panoptic quality where ``MODEL.OVS.PANOPTIC.ENABLED``."""
-        output = str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name)
-        Path(output).mkdir(parents=True, exist_ok=True)
-        return build_evaluator(dataset_name, output, OvsConfig.from_cfg(cfg).PANOPTIC.ENABLED)
-
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
-        """As detectron2's; also writes ``inference/DATASET/results.json`` below OUTPUT_DIR."""
-        results = super().test(cfg, model, evaluators)
-        if comm.is_main_process():
-            names = cfg.DATASETS.TEST
-            for name, found in (results if len(names) > 1 else {n: results for n in names}).items():
-                plain = {task: {k: float(v) for k, v in row.items()} for task, row in found.items()}
-                file = Path(cfg.OUTPUT_DIR) / "inference" / name / "results.json"
-                atomic_write(file, (json.dumps(plain, indent=1) + "\n").encode())
-        return results
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW or SGD; the tower has its own learning rate."""
-        options = OvsConfig.from_cfg(cfg)
-
-        def factor(name: str) -> float:
-            return options.BACKBONE_MULTIPLIER if name.startswith("backbone.") else 1.0
-
-        parameters = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            lr_factor_func=factor,
-        )
-        extra = {"momentum": cfg.SOLVER.MOMENTUM} if options.OPTIMIZER == "SGD" else {}
-        kind = OPTIMIZERS[options.OPTIMIZER]
-        optimizer = kind(parameters, cfg.SOLVER.BASE_LR, **extra)
-        return maybe_add_gradient_clipping(cfg, optimizer)
-
-    @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-        """detectron2's schedules and DeepLab's polynomial one (WarmupPolyLR)."""
-        return build_lr_scheduler(cfg, optimizer)
 
 
 def load_config(file: str, options: Sequence[str] = ()) -> CfgNode:
@@ -180,13 +75,29 @@ def load_config(file: str, options: Sequence[str] = ()) -> CfgNode:
         ) from error
     except (KeyError, AssertionError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"{path.name} or the KEY VALUE pairs cannot be used: {error}. Keys are those of "
-            "detectron2, of MODEL.OPENTRANS (docs/detectron2.md) and of MODEL.OVS "
+            f"{path.name} or the KEY VALUE pairs cannot be used: {error}.{_meant(error, cfg)} Keys "
+            "are those of detectron2, of MODEL.OPENTRANS (docs/detectron2.md) and of MODEL.OVS "
             "(docs/tiny-run.md)."
         ) from error
     _check(cfg)
     cfg.freeze()
     return cfg
+
+
+def _meant(error: Exception, cfg: CfgNode) -> str:
+    """The key nearest to the one that does not exist."""
+    missing = re.search(r"Non-existent (?:config )?key: (\S+?)['\"]?$", str(error))
+    if missing is None:
+        return ""
+
+    def keys(node: CfgNode, path: str) -> Iterator[str]:
+        for name, value in node.items():
+            yield path + name
+            if isinstance(value, CfgNode):
+                yield from keys(value, f"{path}{name}.")
+
+    close = difflib.get_close_matches(missing[1], list(keys(cfg, "")), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def find_config(file: str) -> Path:
@@ -223,7 +134,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if checkpointer.missing:
-        raise _not_held(cfg.MODEL.WEIGHTS or cfg.OUTPUT_DIR, checkpointer.missing)
+        raise not_held(cfg.MODEL.WEIGHTS or cfg.OUTPUT_DIR, checkpointer.missing)
     model.eval()
     attachment = _inference(model, cfg)
     log.info("%s", attachment)
@@ -263,12 +174,15 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} and torch sees no CUDA device. Add MODEL.DEVICE "
             "cpu to the command."
         )
-    weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not Path(weights).is_file():
-        raise ConfigError(
-            f"MODEL.WEIGHTS={weights!r} does not exist. Name a checkpoint, or leave it empty to "
-            "start from MODEL.OPENTRANS.WEIGHTS."
-        )
+    for key, name, registry in (
+        ("META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+    ):
+        if name not in registry:
+            own = [found for found, _ in registry if found.startswith("OpenTrans")]
+            raise ConfigError(
+                f"MODEL.{key}={name!r} is not registered with detectron2. Ours: {', '.join(own)}."
+            )
     if ovs.PANOPTIC.ENABLED and cfg.MODEL.META_ARCHITECTURE != PANOPTIC:
         raise ConfigError(
             "MODEL.OVS.PANOPTIC.ENABLED=True needs a model that finds objects, and "
@@ -281,6 +195,13 @@ def _check(cfg: CfgNode) -> None:
             "empty. Name the file of the CLIP the tower comes from, or write "
             "MODEL.OVS.CLIP_WEIGHTS random."
         )
+    if not ovs.BACKBONE_MULTIPLIER and (options.FREEZE.RULE or options.FREEZE.PLAN):
+        raise ConfigError(
+            "MODEL.OVS.BACKBONE_MULTIPLIER=0 freezes the whole tower and leaves nothing to "
+            f"MODEL.OPENTRANS.FREEZE (RULE {options.FREEZE.RULE!r}). Set RULE '' and PLAN '', or a "
+            "multiplier above 0."
+        )
+    _check_files(cfg, options)
     if ovs.DATA_FOLDER:
         register_folder(ovs.DATA_FOLDER)
     if not cfg.DATASETS.TRAIN and not cfg.DATASETS.TEST:
@@ -290,12 +211,27 @@ def _check(cfg: CfgNode) -> None:
     check_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
 
 
-def _not_held(file: str, missing: Sequence[str]) -> CheckpointError:
-    return CheckpointError(
-        f"{file} lacks {len(missing)} tensors of the model (first: {missing[0]}), which would stay "
-        "random. Name a checkpoint of this model (same config), or weights for the tower with "
-        "MODEL.OPENTRANS.WEIGHTS."
-    )
+def _check_files(cfg: CfgNode, options: OpenTransConfig) -> None:
+    """Every file that is named must be there: what is not loaded would stay random."""
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not Path(weights).is_file():
+        raise ConfigError(
+            f"MODEL.WEIGHTS={weights!r} does not exist. Name a checkpoint, or leave it empty to "
+            "start from MODEL.OPENTRANS.WEIGHTS."
+        )
+    tower = options.WEIGHTS
+    if tower not in ("", RANDOM) and not Path(tower).is_file():
+        raise ConfigError(
+            f"MODEL.OPENTRANS.WEIGHTS={tower!r} is not a file. Name OpenAI's RN50.pt, an open_clip "
+            f"checkpoint or a state dict, or write {RANDOM} to start from random weights."
+        )
+    mask = options.MASK.FILE
+    if mask and not is_mask_spec(mask) and not Path(mask).is_file():
+        raise ConfigError(
+            f"MODEL.OPENTRANS.MASK.FILE={mask!r} does not exist. Name a mask file, such as "
+            "masks/masks.safetensors in the OUTPUT_DIR of a pruning run, or a recipe such as "
+            "global:0.90, or leave it empty to train without a mask."
+        )
 
 
 def main(args: Any) -> Any:
@@ -314,6 +250,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The command. Exit status 0, or 2 with the reason on stderr."""
     args = default_argument_parser().parse_args(arguments)
     try:
+        if args.num_gpus * args.num_machines > 1:
+            load_config(args.config_file, args.opts)  # an error here is no traceback of a process
         launch(
             main,
             args.num_gpus,

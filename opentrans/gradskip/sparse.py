@@ -19,7 +19,7 @@ __all__ = ["Sparse", "choose_sparse"]
 #: Without a plan: densities below which forward and input gradient together beat oneDNN, and below
 #: which the weight gradient does, for 1x1 and for larger windows (docs/training.md has the times).
 SPARSE_BELOW = {1: 0.5, 9: 0.5}
-WGRAD_BELOW = {1: 0.25, 9: 0.35}
+WGRAD_BELOW = {1: 0.35, 9: 0.5}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def choose_sparse(
         if name in wanted if wanted is not None else density < below:
             conv = node.conv
             pack = SparseWeight.from_dense(mask.float(), None, conv.stride[0], conv.padding[0])  # type: ignore[arg-type]
-            wgrad = density < WGRAD_BELOW.get(kernel, 0.35)
+            wgrad = density < WGRAD_BELOW.get(kernel, 0.5)
             chosen[name] = Sparse(pack.structure, wgrad, pack.nnz)
         else:
             dense.append(name)

@@ -17,13 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from opentrans_kernels.errors import CheckpointError
 from opentrans_kernels.masks import atomic_write, open_checkpoint
 
-from ..state import random_states, set_random_states, write_state
+from ..state import check_parts, random_states, set_random_states, write_state
 from .pruner import Pruner
 from .ranks import is_first
 
@@ -90,17 +87,7 @@ class RunFolder:
         keep = {**state["pruner"], "rewind": None}
         if pruner.config.rewind is not None and (self.path / REWIND).exists():
             keep["rewind"] = self._read(REWIND)["rewind"]
-        self._fits(pruner.model, state["model"])
-        if (state["optimizer"] is None) != (pruner.optimizer is None):
-            raise CheckpointError(
-                f"{self.path / STATE} was saved {'without' if pruner.optimizer else 'with'} an "
-                "optimizer. Continue the run the way it was started."
-            )
-        if set(state["extras"]) != set(self.extras):
-            raise CheckpointError(
-                f"{self.path / STATE} holds the extras {sorted(state['extras'])}, given are "
-                f"{sorted(self.extras)}. Continue the run with the same extras."
-            )
+        check_parts(str(self.path / STATE), state, pruner.model, pruner.optimizer, self.extras)
         # The settings are compared before anything is overwritten.
         pruner.load_state_dict(keep)
         pruner.model.load_state_dict(state["model"])
@@ -142,14 +129,3 @@ class RunFolder:
                 "of its rounds can be passed as masks= to start from them."
             )
         return content
-
-    def _fits(self, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-        own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        saved = {name: tuple(value.shape) for name, value in state.items()}
-        if own != saved:
-            odd = sorted(n for n in {*own, *saved} if own.get(n) != saved.get(n))
-            raise CheckpointError(
-                f"{self.path / STATE} is of another model: {len(odd)} tensors differ, such as "
-                f"{odd[0]} ({saved.get(odd[0], 'absent')} in the run, {own.get(odd[0], 'absent')} "
-                "now). Continue with the model of the run."
-            )

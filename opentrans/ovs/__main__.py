@@ -45,10 +45,12 @@ def _parser() -> argparse.ArgumentParser:
 def _shapes(options: argparse.Namespace) -> None:
     from .folder import SPLITS, write_shapes
 
+    count = options.train + options.val * (len(SPLITS) - 1)
+    log.info("drawing %d images of %d pixels", count, options.size)
     folder = write_shapes(
         options.folder, train=options.train, val=options.val, size=options.size, seed=options.seed
     )
-    log.info("%s: splits %s", folder, ", ".join(SPLITS))
+    log.info("wrote %s: splits %s", folder, ", ".join(SPLITS))
 
 
 def _clip(options: argparse.Namespace) -> None:
@@ -58,9 +60,9 @@ def _clip(options: argparse.Namespace) -> None:
         if step % 50 == 0 or step == options.steps:
             log.info("step %d of %d: loss %.3f", step, options.steps, loss)
 
-    log.info(
-        "%s", train_tiny_clip(options.file, steps=options.steps, seed=options.seed, on_step=tell)
-    )
+    log.info("training a CLIP of width 16, %d steps", options.steps)
+    file = train_tiny_clip(options.file, steps=options.steps, seed=options.seed, on_step=tell)
+    log.info("wrote %s", file)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from opentrans_kernels.masks import atomic_write
 from ..images import pillow
 from .shapes import BACKGROUND, SEEN, UNSEEN, Scene, draw_scene
 
-__all__ = ["SPLITS", "Split", "read_split", "splits_of", "write_shapes"]
+__all__ = ["IGNORE", "SPLITS", "Split", "read_split", "splits_of", "write_shapes"]
 
-IGNORE = 255
+IGNORE = 255  # label of pixels without a class, in files and in tensors
 SUFFIXES = (".png", ".jpg", ".jpeg")
 # Split -> the classes its images and labels hold, besides the background.
 SPLITS = {"train": SEEN, "seen": SEEN, "unseen": UNSEEN, "all": (*SEEN, *UNSEEN)}
@@ -186,7 +186,7 @@ def _classes(file: Path) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     if not valid or not classes or len(set(classes)) != len(classes):
         raise OpenTransError(
             f'{file} must be {{"classes": [different names], "things": [some of them], "ignore": '
-            "255}. Correct it."
+            f"{IGNORE}}}. Correct it."
         )
     return classes, things, ignore
 

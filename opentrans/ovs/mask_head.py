@@ -17,6 +17,7 @@ from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
 
+from .folder import IGNORE
 from .text import TextClassifier
 
 __all__ = ["MaskHead", "MaskHeadOptions", "MaskTargets", "mask_targets"]
@@ -24,7 +25,7 @@ __all__ = ["MaskHead", "MaskHeadOptions", "MaskTargets", "mask_targets"]
 LEVELS = ("res2", "res3", "res4", "res5")
 STRIDES = (4, 8, 16, 32)
 GROUPS = 32  # of the group norms in the pixel decoder
-EXTRA = "Install the optional parts, in the checkout, with: pip install '.[ovs]'"
+EXTRA = "Install both with: pip install 'transformers>=5' scipy"
 
 # Per image: masks [n, H, W] (0 or 1) and class numbers [n].
 MaskTargets = list[tuple[torch.Tensor, torch.Tensor]]
@@ -90,7 +91,7 @@ class MaskHead(nn.Module):
             )
         self.options = options or MaskHeadOptions()
         library = _library()
-        config = _config(library, self.options)
+        config = _config(self.options)
         self.pixel_decoder = library.Mask2FormerPixelDecoder(config, [channels[n] for n in LEVELS])
         self.transformer = library.Mask2FormerTransformerModule(self.options.dim, config)
         _initialise(library, config, self.pixel_decoder, self.transformer)
@@ -119,11 +120,10 @@ class MaskHead(nn.Module):
     ) -> torch.Tensor:
         """[B, Q, D] -> [B, Q, K + 1]; the last column is "no object"."""
         known = classifier(embeddings, classes)
-        scale = classifier.log_scale.exp().clamp(max=100.0)
         nothing = F.normalize(embeddings.to(known.dtype), dim=-1) @ F.normalize(
             self.no_object.to(known.dtype), dim=0
         )
-        return torch.cat([known, scale * nothing.unsqueeze(-1)], dim=-1)
+        return torch.cat([known, classifier.scale() * nothing.unsqueeze(-1)], dim=-1)
 
     def loss(
         self,
@@ -164,16 +164,8 @@ class MaskHead(nn.Module):
         }
 
 
-def mask_targets(
-    labels: torch.Tensor,
-    *,
-    ignore: int = 255,
-    segments: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
-) -> MaskTargets:
-    """Targets from labels [B, H, W], one mask per class and image; or from ``segments`` as they
-    are, one mask per object."""
-    if segments is not None:
-        return list(segments)
+def mask_targets(labels: torch.Tensor, *, ignore: int = IGNORE) -> MaskTargets:
+    """Targets from labels [B, H, W], one mask per class and image."""
     targets = []
     for image in labels:
         found = image.unique()
@@ -182,7 +174,7 @@ def mask_targets(
     return targets
 
 
-def _config(library: Any, options: MaskHeadOptions) -> Any:
+def _config(options: MaskHeadOptions) -> Any:
     from transformers import Mask2FormerConfig
 
     return Mask2FormerConfig(

@@ -9,6 +9,8 @@ import numpy as np
 
 from opentrans_kernels.errors import OpenTransError
 
+from .folder import IGNORE
+
 __all__ = ["PanopticQuality", "SemanticQuality", "naming_chance"]
 
 
@@ -24,7 +26,7 @@ def naming_chance(classes: int) -> float:
 class SemanticQuality:
     """Confusion of classes over images; IoU as detectron2's SemSegEvaluator defines it."""
 
-    def __init__(self, classes: Sequence[str], ignore: int = 255) -> None:
+    def __init__(self, classes: Sequence[str], ignore: int = IGNORE) -> None:
         self.classes, self.ignore = tuple(classes), ignore
         # Row: prediction; column: truth.
         self.confusion = np.zeros((len(self.classes), len(self.classes)), np.int64)

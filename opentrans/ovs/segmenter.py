@@ -12,13 +12,12 @@ from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.topology import find_trunk, forward_trunk
 
 from .deeplab import DeepLabHead
+from .folder import IGNORE
 from .inference import semantic_scores
 from .mask_head import MaskHead, MaskTargets
 from .text import TextClassifier
 
 __all__ = ["MaskSegmenter", "PixelSegmenter", "TrunkFeatures", "pixel_loss"]
-
-IGNORE = 255
 
 
 class TrunkFeatures(nn.Module):
@@ -72,8 +71,8 @@ class PixelSegmenter(nn.Module):
     def loss(
         self, images: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """labels: [B, H, W], class numbers or 255."""
-        return {"loss_sem_seg": pixel_loss(self(images, classes), labels, IGNORE)}
+        """labels: [B, H, W], class numbers or ``IGNORE`` (255)."""
+        return {"loss_sem_seg": pixel_loss(self(images, classes), labels)}
 
 
 class MaskSegmenter(nn.Module):
@@ -98,7 +97,7 @@ class MaskSegmenter(nn.Module):
         return self.head.loss(masks, embeddings, targets, self.classifier, classes)
 
 
-def pixel_loss(logits: torch.Tensor, labels: torch.Tensor, ignore: int) -> torch.Tensor:
+def pixel_loss(logits: torch.Tensor, labels: torch.Tensor, ignore: int = IGNORE) -> torch.Tensor:
     """Mean cross-entropy over labelled pixels; zero, still reaching ``logits``, without any.
 
     logits: [B, K, H, W]. labels: [B, H, W]. Raises OpenTransError for a label that is no class.

@@ -24,6 +24,7 @@ TEMPLATES = (
     "a photo of a large {}.",
     "a cropped photo of the {}.",
 )
+START_SCALE = 14.3  # 1 / 0.07, as CLIP starts
 HIGHEST_SCALE = 100.0  # as CLIP limits its own
 
 
@@ -47,19 +48,23 @@ class TextClassifier(nn.Module):
         cache: TextCache,
         *,
         templates: Sequence[str] = TEMPLATES,
-        scale: float = 14.3,
+        scale: float = START_SCALE,
         cached: bool = True,
     ) -> None:
         super().__init__()
         if not 0.0 < scale <= HIGHEST_SCALE:
             raise OpenTransError(
                 f"scale={scale} multiplies cosines and must lie in (0, {HIGHEST_SCALE:g}]; CLIP "
-                "starts at 14.3."
+                f"starts at {START_SCALE}."
             )
         self.cache = cache
         self.templates = tuple(templates)
         self.cached = cached
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+
+    def scale(self) -> torch.Tensor:
+        """What cosines are multiplied with now, a tensor of one number."""
+        return self.log_scale.exp().clamp(max=HIGHEST_SCALE)
 
     def weights(self, classes: Sequence[str]) -> torch.Tensor:
         """Unit-length text embeddings [K, D] of the classes, on the encoder's device.
@@ -92,7 +97,7 @@ class TextClassifier(nn.Module):
             )
         with torch.autocast(embeddings.device.type, enabled=False):
             values = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-            scale = self.log_scale.exp().clamp(max=HIGHEST_SCALE)
+            scale = self.scale()
             words = words.to(values.dtype)
             if image:
                 unit = F.normalize(values, dim=1)

@@ -15,6 +15,9 @@ from ..errors import OpenTransError
 from .machines import machine_differences, machine_slug
 from .schema import Result, load_result
 
+#: Results of other scripts, which have a form of their own.
+OTHER_FOLDERS = ("ovs",)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -71,14 +74,21 @@ class Comparison:
 
 
 def load_results(places: Iterable[str | Path]) -> dict[str, Result]:
-    """Result files by name; a directory stands for every ``*.json`` below it.
+    """Result files by name; a directory stands for every ``*.json`` below it, but not for those in
+    folders of ``OTHER_FOLDERS``.
 
     Raises:
         OpenTransError: a bad file, an empty directory, or nothing given.
     """
     found: dict[str, Result] = {}
     for place in map(Path, places):
-        files = sorted(place.rglob("*.json")) if place.is_dir() else [place]
+        files = [place]
+        if place.is_dir():
+            files = sorted(
+                file
+                for file in place.rglob("*.json")
+                if not set(file.relative_to(place).parts[:-1]) & set(OTHER_FOLDERS)
+            )
         if not files:
             raise OpenTransError(
                 f"{place} holds no result files (*.json). Write some with "

@@ -67,9 +67,9 @@ def _crossover(
             at = math.exp(math.log(d1) + share * (math.log(d2) - math.log(d1)))
             return Crossover(case, kind, backend, batch, at, f"sparse wins below {at:.2f}")
     if highest[1] >= 1:
-        verdict = f"sparse wins up to {highest[0]:g}, the densest measured"
+        verdict = f"sparse wins up to {highest[0]:.2g}, the densest measured"
     else:
-        verdict = f"dense wins from {lowest[0]:g}, the sparsest measured"
+        verdict = f"dense wins from {lowest[0]:.2g}, the sparsest measured"
     return Crossover(case, kind, backend, batch, None, verdict)
 
 
@@ -112,7 +112,7 @@ def kind_of_layer(cin: int, cout: int, kernel: int) -> str:
 
 
 def trunk_work(result: Mapping[str, Any]) -> dict[str, int] | None:
-    """Multiply-adds of a trunk result per batch: nominal, effective, executed; None if unknown."""
+    """Multiply-adds of a trunk result per image: nominal, effective, executed; None if unknown."""
     totals = ((result.get("report") or {}).get("plan") or {}).get("totals")
     if not totals:
         return None

@@ -1,8 +1,8 @@
 """What a result file must hold: the one place that knows its kinds, versions and required keys.
 
 Every file says ``"schema": {"kind": ..., "version": ...}``. Version 1 are files of ``bench trunk``
-from before kinds and the canary existed; they carry no ``schema`` and only the README's tables read
-them. Keys beyond the required ones are allowed.
+from before kinds and the canary existed; they carry no ``schema`` and are recognised only to say
+so. Keys beyond the required ones are allowed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ ENVIRONMENT = {
     "threads": COUNT,
     "isa": TEXT,
 }
-#: What every result has from version 2 on.
+#: What every result has.
 ENVELOPE = {
     "schema": {"kind": TEXT, "version": COUNT},
     "complete": FLAG,
@@ -161,7 +161,11 @@ FORMS: dict[str, Any] = {
     "trunk": {**ENVELOPE, **TRUNK, "peers": Each(PEER)},
     "op": {**ENVELOPE, "rows": [OP_ROW], "skipped": [{"backend": TEXT, "reason": TEXT}]},
     "model": {**ENVELOPE, "subject": SUBJECT, "mask": MASK, "rows": [MODEL_ROW]},
-    "alpha": {**ENVELOPE, "sides": Each({"ms": POSITIVE, "slower_than": Each(SPREAD)})},
+    "alpha": {
+        **ENVELOPE,
+        "subject": TEXT,
+        "sides": Each({"ms": POSITIVE, "slower_than": Each(SPREAD)}),
+    },
     "training": {
         **ENVELOPE,
         "size": COUNT,
@@ -225,12 +229,11 @@ def problems(value: Any, form: Any, path: str = "") -> Iterator[str]:
                 yield from problems(value[key], inner, where)
 
 
-def check_result(data: Any, name: str, *, oldest: int = VERSION) -> Result:
-    """Return ``data`` if it is a result file of a readable version.
+def check_result(data: Any, name: str) -> Result:
+    """Return ``data`` if it is a result file of this version.
 
     Args:
         data: parsed JSON. name: the file, for messages.
-        oldest: lowest version that the caller can read.
 
     Raises:
         OpenTransError: what is wrong (the first three problems), why it matters, how to go on.
@@ -252,13 +255,12 @@ def check_result(data: Any, name: str, *, oldest: int = VERSION) -> Result:
             f"{name} has schema version {version}, this package reads {VERSION}: it was written "
             "by a later version. Update opentrans_kernels."
         )
-    if version < oldest:
+    if version < VERSION:
         raise OpenTransError(
-            f"{name} has schema version {version}, needed is {oldest}: it was written by an "
+            f"{name} has schema version {version}, needed is {VERSION}: it was written by an "
             f"earlier version, without a look at the machine before and after. {again}."
         )
-    form = TRUNK if version == 1 else FORMS[kind]
-    found = list(problems(data, form))
+    found = list(problems(data, FORMS[kind]))
     if found:
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise OpenTransError(
@@ -288,13 +290,13 @@ def read_json(path: str | Path) -> Any:
         ) from error
 
 
-def load_result(path: str | Path, *, oldest: int = VERSION) -> Result:
+def load_result(path: str | Path) -> Result:
     """Read and check one result file.
 
     Raises:
         OpenTransError: see :func:`check_result` and :func:`read_json`.
     """
-    return check_result(read_json(path), Path(path).name, oldest=oldest)
+    return check_result(read_json(path), Path(path).name)
 
 
 def _short(value: Any) -> str:

@@ -120,9 +120,9 @@ def _run(kind: str, script: str, words: list[Any], options: argparse.Namespace, 
     found.pop("environment", None)
     session.result |= {key: value for key, value in found.items() if key not in session.result}
     complete = not interrupted and found.get("complete", True)
-    failed = []
-    if code == 1:
-        failed.append(f"a check of benchmarks/{script} failed; see above")
+    failed = list(found.get("failed_checks", ()))
+    if code == 1 and not failed:
+        failed.append(f"a check of benchmarks/{script} failed; what it printed says which")
     elif code not in (0, INTERRUPTED, -signal.SIGINT):
         failed.append(f"benchmarks/{script} failed with code {code}; see above")
     return session.finish(complete=complete, failed=failed)

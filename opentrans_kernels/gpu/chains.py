@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .. import dispatch
 from ..errors import OpenTransError
-from ..ops.bottleneck_chain.shapes import configs, why_not
+from ..ops.bottleneck_chain.shapes import configs, power, why_not
 from ..ops.fused_stem.shapes import configs as stem_configs
 from ..ops.fused_stem.shapes import why_not as stem_why_not
 from ..ops.implicit_gemm_conv2d import pack_weight
@@ -79,6 +80,9 @@ class Link:
         function = dispatch.resolve(_OP, place.device.type, name).function()
         w2, w3, w1 = (pack_weight(i.weight).to(place.device, dtype) for i in self.layers)
         b2, b3, b1 = (i.bias.to(place.device, torch.float32) for i in self.layers)
+        if more := power(w2.shape[2]) - w2.shape[2]:  # once, not in every call
+            w2, b2 = F.pad(w2, (0, more)), F.pad(b2, (0, more))
+            w3 = F.pad(w3, (0, 0, 0, more))
         tf32 = place.precision.tf32
 
         def run(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,9 +231,9 @@ class Stem:
 
     def pack(self, place: Place, tile: tuple[int, ...]) -> Run:
         """Both convolutions as one function of the image."""
-        dtype, tf32 = place.precision.dtype, place.precision.tf32
+        tf32, operand = place.precision.tf32, place.precision.operand
         function = dispatch.resolve("fused_stem", place.device.type, _name(place)).function()
-        w1, w2 = (pack_weight(i.weight).to(place.device, dtype) for i in self.layers[:2])
+        w1, w2 = (operand(pack_weight(i.weight), place.device) for i in self.layers[:2])
         b1, b2 = (i.bias.to(place.device, torch.float32) for i in self.layers[:2])
         return lambda x, residual=None, x2=None: function(x, w1, b1, w2, b2, tf32, tile)
 

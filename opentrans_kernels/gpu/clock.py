@@ -24,6 +24,8 @@ class CudaTimer:
     def __init__(self, device: torch.device, repeats: int = 10, samples: int = 7) -> None:
         self.device, self.repeats, self.samples = device, repeats, samples
         self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, name: str, run: Callable[[], Any]) -> float:
         stream = self._stream
@@ -33,13 +35,23 @@ class CudaTimer:
             for _ in range(3):
                 run()
             stream.synchronize()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
             # Not torch.cuda.graph: it collects garbage and empties the cache, every time.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                for _ in range(self.repeats):
-                    run()
-            finally:
-                graph.capture_end()
+                try:
+                    for _ in range(self.repeats):
+                        run()
+                finally:
+                    graph.capture_end()
+            except BaseException:
+                # The allocator may take the pool for one still being recorded, or for a dead one.
+                self._pool = self._graph = None
+                raise
+            # The graph before this one kept the pool: memory that a capture cannot give back (the
+            # allocator frees nothing meanwhile) is used again instead of piling up.
+            self._graph = graph
             found = []
             for sample in range(self.samples + 2):
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))

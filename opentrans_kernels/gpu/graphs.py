@@ -45,6 +45,9 @@ class Capturer(Protocol):
     def end(self) -> None:
         """Note how far the current stream has come."""
 
+    def wait(self) -> None:
+        """Let the host wait for the replay that :meth:`end` noted last."""
+
     def reset(self) -> None:
         """Give the memory of all graphs back."""
 
@@ -60,9 +63,11 @@ class CudaCapturer:
         self._pool: Any = None
         self._event: torch.cuda.Event | None = None
         self._bytes = 0
+        # One for all captures: cuBLAS keeps a workspace of 32 MB per stream that it has seen.
+        self._stream = torch.cuda.Stream(device)
 
     def capture(self, run):
-        stream = torch.cuda.Stream(self.device)
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # cuDNN chooses, triton compiles
@@ -71,13 +76,18 @@ class CudaCapturer:
         torch.cuda.synchronize(self.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # torch.cuda.graph does; before it, the difference would be less
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile (a data loader's pin thread): only this one is held.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            outputs = run()
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                outputs = run()
+        except BaseException:
+            self._pool = None  # the allocator may take it for one still being recorded
+            raise
         self._bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
         return graph.replay, outputs
 
@@ -89,6 +99,10 @@ class CudaCapturer:
         if self._event is None:
             self._event = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(self.device))
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
 
     def reset(self) -> None:
         self._pool, self._bytes = None, 0
@@ -205,9 +219,14 @@ class GraphCache:
 
     def _capture(self, shape: tuple[int, ...], x: torch.Tensor) -> _Entry | None:
         assert self.capturer is not None
+        if len(self._entries) >= self.capacity:
+            # Another stream may still replay it, and its input returns to the stream it came from.
+            self.capturer.wait()
         while len(self._entries) >= self.capacity:
             self._entries.popitem(last=False)
             self.stats.evicted += 1
+            if not self._entries:
+                self.capturer.reset()  # a pool without graphs is dead and cannot be used again
         try:
             self.capturer.begin()
             given = torch.empty(
@@ -215,15 +234,18 @@ class GraphCache:
                 memory_format=torch.channels_last,
             ).copy_(x)  # fmt: skip
             replay, outputs = self.capturer.capture(lambda: self.forward(given))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # out of memory, or an operator that cannot be captured
             if settings.get().strict:
                 raise KernelUnavailable(
                     f"no CUDA graph for the input {list(shape)}: {error}. OPENTRANS_STRICT=1 "
                     "refuses to run without. Use a smaller batch or image, a smaller max_bytes, "
                     "or unset OPENTRANS_STRICT."
                 ) from error
-            self._drop_all()
-            self.stats.failed[shape] = f"out of memory: {str(error).splitlines()[0]}"
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, torch.OutOfMemoryError):
+                why = f"out of memory: {why}"
+                self._drop_all()
+            self.stats.failed[shape] = why
             _log.warning(
                 "no CUDA graph for the input %s, it runs without: %s",
                 list(shape), self.stats.failed[shape],
@@ -239,6 +261,8 @@ class GraphCache:
         return entry
 
     def _drop_all(self) -> None:
+        if self.capturer is not None and self._entries:
+            self.capturer.wait()
         self.stats.evicted += len(self._entries)
         self._entries.clear()
         if self.capturer is not None:

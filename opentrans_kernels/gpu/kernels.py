@@ -219,7 +219,7 @@ def _gemm(layer: Layer, place: Place, size: tuple[int, int, int]) -> list[Candid
     tiles: list[tuple[int, ...]] = [()]
     if row.row.backend == "triton":
         pooled = second is not None and second.pool > 1
-        tiles = fitting(layer.weight.shape[0], dtype, pooled)
+        tiles = fitting(layer.weight.shape[0], dtype, pooled, layer.residual)
     live = layer.live_inputs()
     gathers = [False] + [True] * (live.numel() <= 0.75 * layer.weight.shape[1])
 
@@ -228,10 +228,12 @@ def _gemm(layer: Layer, place: Place, size: tuple[int, int, int]) -> list[Candid
             kept = layer.live_inputs()
             weight = layer.weight[:, kept] if gather else layer.weight
             channels = kept.to(place.device, torch.int32) if gather else None
-            main = pack_weight(weight).to(place.device, dtype)
+            main = place.precision.operand(pack_weight(weight), place.device)
             bias = layer.bias.to(place.device, torch.float32)
             second = layer.second
-            other = None if second is None else pack_weight(second.weight).to(place.device, dtype)
+            other = None
+            if second is not None:
+                other = place.precision.operand(pack_weight(second.weight), place.device)
             pool2 = 1 if second is None else second.pool
             fixed = (layer.kernel, layer.pool, pool2, layer.relu, place.precision.tf32, tile)
 

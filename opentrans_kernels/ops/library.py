@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import dispatch, flops, native
 from ..errors import UnsupportedModelError
@@ -20,6 +21,7 @@ __all__ = [
     "LIBRARY",
     "NAMESPACE",
     "define",
+    "in_dispatch_mode",
     "in_float32",
     "kernel_for",
     "once_differentiable",
@@ -75,6 +77,11 @@ def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
 
 def _autocast_enabled(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` is active: a counter, a tracer, a checkpoint policy."""
+    return _get_current_dispatch_mode() is not None
 
 
 def in_float32(kernel: Callable[..., Any]) -> Callable[..., Any]:

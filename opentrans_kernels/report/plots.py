@@ -9,7 +9,7 @@ from html import escape
 
 from .svg import nice_ticks
 
-COLOURS = 8  # classes c0 to c7 of the page
+COLOURS = 10  # classes c0 to c9 of the page
 _LEFT, _RIGHT, _TOP, _BOTTOM, _CHAR = 62, 14, 14, 46, 6.4
 _LEGEND_ROW = 16
 
@@ -120,14 +120,27 @@ def _scale(
     values: Sequence[float], log: bool, start: float, end: float
 ) -> tuple[Callable[[float], float], list[float]]:
     """(position of a value, ticks) of an axis from pixel ``start`` to ``end``."""
-    ticks = log_ticks(min(values), max(values)) if log else nice_ticks(max(values))
-    low, high = (math.log(ticks[0]), math.log(ticks[-1])) if log else (ticks[0], ticks[-1])
+    if log:
+        low, high, ticks = _log_range(min(values), max(values))
+    else:
+        ticks = nice_ticks(max(values))
+        low, high = ticks[0], ticks[-1]
 
     def place(value: float) -> float:
         at = math.log(value) if log else value
         return start + (at - low) / (high - low) * (end - start)
 
     return place, ticks
+
+
+def _log_range(least: float, most: float) -> tuple[float, float, list[float]]:
+    """(low, high, ticks) as logarithms and values: the data with a margin, ticks inside it."""
+    enclosing = log_ticks(least, most)
+    margin = max((most / least) ** 0.04, 1.03)
+    inside = [tick for tick in enclosing if least / margin <= tick <= most * margin]
+    if len(inside) < 3:  # a short range: its nearest round numbers
+        return math.log(enclosing[0]), math.log(enclosing[-1]), enclosing
+    return math.log(least / margin), math.log(most * margin), inside
 
 
 def _check(curves: Sequence[Curve], x: Axis, y: Axis) -> None:

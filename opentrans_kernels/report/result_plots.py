@@ -17,14 +17,14 @@ _INTENSITY = Axis(
 
 
 def roofline_of(page: Page, r: Result) -> None:
-    """Each layer of a trunk run under its two measured ceilings."""
+    """Each layer of a trunk run under its two measured ceilings; a part of the run's section."""
     ceilings = r.get("ceilings")
     if not ceilings:
         return
     points = roofline(r["layers"], ceilings, r["input"][0])
     if not points:
         return
-    page.heading(f"Roofline: {run_label(dict(r))}")
+    page.subheading("Roofline")
     page.paragraph(
         f"Ceilings measured in the same run: {ceilings['dense_gflops']:.0f} GFLOP/s (a dense "
         f"product in cache) and {ceilings['copy_gbs']:.1f} GB/s (a copy that fits no cache). "
@@ -32,11 +32,11 @@ def roofline_of(page: Page, r: Result) -> None:
         "activation, a dense product reuses it in registers: the flat roof is out of reach.",
         "soft",
     )
-    low = min([p.intensity for p in points]) / 1.5
-    high = max([p.intensity for p in points]) * 1.5
     knee = ceilings["dense_gflops"] / ceilings["copy_gbs"]
+    low = min([knee, *(p.intensity for p in points)]) / 1.5
+    high = max([knee, *(p.intensity for p in points)]) * 1.5
     roof = [(x, min(x * ceilings["copy_gbs"], ceilings["dense_gflops"]))
-            for x in sorted({low, high, min(max(knee, low), high)})]  # fmt: skip
+            for x in (low, knee, high)]  # fmt: skip
     curves = [Curve("measured ceilings", roof, "c7", dots=False)]
     kinds = {row["name"]: kind_of_layer(row["cin"], row["cout"], row["kernel"])
              for row in r["layers"]}  # fmt: skip
@@ -54,24 +54,27 @@ def roofline_of(page: Page, r: Result) -> None:
 def crossover(page: Page, r: Result) -> None:
     """Speed-up over density per shape, and where sparse starts to win."""
     found = crossovers(r["rows"])
+    drawn = [one for one in found if one.backend != "reference"] or found
     if not found:
         return
     page.heading(f"Crossover: {run_label(dict(r))}")
     page.paragraph(
         "Speed-up over the fastest dense convolution by density, uniform random masks, layers "
-        "alone. Above the dashed line sparse wins.",
+        "alone. Above the dashed line sparse wins. The reference rows, plain PyTorch, are in the "
+        "table only.",
         "soft",
     )
-    for kind in sorted({one.kind for one in found}):
+    for kind in sorted({one.kind for one in drawn}):
         curves = []
-        for one in (one for one in found if one.kind == kind):
+        for one in (one for one in drawn if one.kind == kind):
             points = sorted(
                 (row["density"], row["speedup"]["median"])
                 for row in _rows_of(r["rows"], one.case, one.backend, one.batch)
             )
             label = f"{one.case} {one.backend}" + f", batch {one.batch}" * (one.batch > 1)
+            label = label.removesuffix(" cpu")
             curves.append(Curve(label, points, colour(len(curves))))
-        page.paragraph(kind)
+        page.subheading(kind)
         axes = Axis("density (share of weights kept)", True), Axis("speed-up over dense", True)
         page.svg(plot(curves, *axes, reference=1.0, height=320))
     rows = [
@@ -84,12 +87,13 @@ def crossover(page: Page, r: Result) -> None:
 
 
 def cost(page: Page, r: Result) -> None:
-    """Milliseconds against multiply-adds on nonzeros."""
-    rows = [
+    """Milliseconds against multiply-adds on nonzeros, by kind of layer."""
+    exact = [
         row
         for row in r["rows"]
         if row["op"] == "sparse_conv2d" and row["exact"] and row["macs"]["effective"]
     ]
+    rows = [row for row in exact if row["backend"] != "reference"] or exact
     if not rows:
         return
     page.heading(f"Cost against nonzeros: {run_label(dict(r))}")
@@ -98,15 +102,20 @@ def cost(page: Page, r: Result) -> None:
         "costs: epilogue, short rows.",
         "soft",
     )
-    curves = []
-    for case, backend in sorted({(row["case"], row["backend"]) for row in rows}):
-        mine = sorted(
-            (row["macs"]["effective"] / 1e6, row["ms"])
-            for row in rows
-            if (row["case"], row["backend"]) == (case, backend)
-        )
-        curves.append(Curve(f"{case} {backend}", mine, colour(len(curves))))
-    page.svg(plot(curves, Axis("million multiply-adds on nonzeros", True), Axis("ms", True)))
+    for kind in sorted({row["kind"] for row in rows}):
+        curves: list[Curve] = []
+        mine = [row for row in rows if row["kind"] == kind]
+        for case, backend in dict.fromkeys((row["case"], row["backend"]) for row in mine):
+            points = sorted(
+                (row["macs"]["effective"] / 1e6, row["ms"])
+                for row in mine
+                if (row["case"], row["backend"]) == (case, backend)
+            )
+            label = f"{case} {backend}".removesuffix(" cpu")
+            curves.append(Curve(label, points, colour(len(curves))))
+        page.subheading(kind)
+        axes = Axis("million multiply-adds on nonzeros", True), Axis("ms", True)
+        page.svg(plot(curves, *axes, height=320))
 
 
 def scaling(page: Page, r: Result) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..bench.compare import Comparison, run_label
+from ..bench.compare import Change, Comparison, run_label
 from ..bench.derive import kind_of_layer, trunk_work
 from .page import Page
 from .svg import Series, bar_chart
 
 Result = Mapping[str, Any]
+CHANGES = 20  # cases of a comparison that are shown at once
 NO_SPEED = "inexact"  # stands where a speed-up would, if the case failed its exactness check
 
 
@@ -82,14 +83,13 @@ def work(page: Page, results: Sequence[Result]) -> None:
     page.heading("Work and time")
     page.paragraph(
         "GFLOP per image (two per multiply-add): nominal is the dense network, effective counts "
-        "nonzero weights, executed what the kernels compute with padding. Fewer FLOPs alone are "
-        "no speed: the last columns are what was measured.",
+        "nonzero weights, executed what the kernels compute: with padding, without channels that "
+        "are dead. Fewer FLOPs alone are no speed: the last columns are what was measured.",
         "soft",
     )
-    columns = ("run", "nominal", "effective", "executed", "effective / nominal", "dense ms")
-    page.table(
-        (*columns, "our ms", "dense GFLOP/s", "our GFLOP/s on nonzeros"), rows, sortable=True
-    )
+    work = ("nominal GFLOP", "effective GFLOP", "executed GFLOP", "effective / nominal")
+    rates = ("dense ms", "our ms", "dense GFLOP/s", "our GFLOP/s on nonzeros")
+    page.table(("run", *work, *rates), rows, sortable=True)
 
 
 def peers(page: Page, results: Sequence[Result]) -> None:
@@ -99,7 +99,9 @@ def peers(page: Page, results: Sequence[Result]) -> None:
         for name, peer in r["peers"].items():
             label = [run_label(dict(r)), name]
             if not peer["available"]:
-                rows.append([*label, "", "", "", "", peer.get("error", "not run").split("\n")[0]])
+                kind = "skipped" if peer.get("skipped", True) else "FAILED"
+                why = f"{kind}: {peer.get('error', 'not run').splitlines()[0]}"
+                rows.append([*label, "", "", "", "", "", why])
                 css.append("")
                 continue
             spread = peer["speedup_of_ours"]
@@ -107,6 +109,7 @@ def peers(page: Page, results: Sequence[Result]) -> None:
                 [
                     *label,
                     f"{peer['ms']:.1f}",
+                    f"{peer.get('ours_ms', r['accelerated']['ms']):.1f}",
                     f"{spread['median']:.2f}x" if r["exact"] else NO_SPEED,
                     f"{spread['q1']:.2f} - {spread['q3']:.2f}" if r["exact"] else "",
                     "" if peer["max_rel_err"] is None else f"{peer['max_rel_err']:.1e}",
@@ -117,14 +120,17 @@ def peers(page: Page, results: Sequence[Result]) -> None:
     if not rows:
         return
     page.heading("Peers")
-    page.paragraph("Each in a process of its own, taking turns with ours on the same CPUs.", "soft")
-    columns = ("run", "peer", "peer ms", "our speed-up over it", "quartiles", "its error", "note")
+    page.paragraph(
+        "Each in a process of its own, taking turns with ours on the same CPUs: our ms is what "
+        "ours took in those rounds.",
+        "soft",
+    )
+    columns = ("run", "peer", "peer ms", "our ms", "our speed-up", "quartiles", "its error", "note")
     page.table(columns, rows, css, sortable=True)
 
 
 def layers(page: Page, r: Result) -> None:
-    """Milliseconds per layer, dense and sparse."""
-    page.heading(f"Layers: {run_label(dict(r))}")
+    """Milliseconds per layer, dense and sparse; a part of the run's section."""
     losing = [row["name"] for row in r["layers"] if row["loses"]]
     page.paragraph(
         "Each layer measured alone against oneDNN's prepacked dense convolution. "
@@ -168,9 +174,6 @@ def layers(page: Page, r: Result) -> None:
 
 def ops(page: Page, r: Result) -> None:
     """All rows of an op run."""
-    page.heading(f"Operators: {run_label(dict(r))}")
-    for skipped in r["skipped"]:
-        page.paragraph(f"{skipped['backend']} was skipped: {skipped['reason']}", "soft")
     rows, css = [], []
     for row in r["rows"]:
         spread = row["speedup"]
@@ -191,7 +194,19 @@ def ops(page: Page, r: Result) -> None:
         )
         css.append("lose" if spread is None or spread["median"] < 1 else "")
     columns = ("op", "shape", "kind", "batch", "density", "dense ms", "ms", "speed-up")
-    page.table((*columns, "GFLOP/s on nonzeros", "error"), rows, css, sortable=True)
+    marks: dict[str, list[bool]] = {}
+    for row, mark in zip(r["rows"], css, strict=True):
+        marks.setdefault(row["backend"], []).append(mark == "lose")
+    losing = ", ".join(f"{sum(m)} of {len(m)} of {name}" for name, m in marks.items())
+    with page.folded(f"Operators: {run_label(dict(r))} ({len(rows)} rows)"):
+        page.paragraph(
+            f"Slower than the fastest dense operator, or inexact, by backend: {losing}.", "soft"
+        )
+        page.table((*columns, "GFLOP/s on nonzeros", "error"), rows, css, sortable=True)
+        if r["skipped"]:
+            page.subheading("Rows of the dispatch table that were not timed here")
+            skipped = [[one["backend"], one["reason"]] for one in r["skipped"]]
+            page.table(("row", "reason"), skipped)
 
 
 def model(page: Page, r: Result) -> None:
@@ -218,7 +233,7 @@ def model(page: Page, r: Result) -> None:
         )
         css.append("lose" if spread is None or spread["median"] < 1 else "")
     columns = ("input", "batch", "threads", "fastest dense", "dense ms", "our ms", "speed-up")
-    work = ("images/s", "nominal GFLOP", "effective", "executed")
+    work = ("images/s", "nominal GFLOP", "effective GFLOP", "executed GFLOP")
     page.table((*columns, *work), rows, css, sortable=True)
 
 
@@ -226,28 +241,39 @@ def memory(
     page: Page, trunk: Sequence[Result], models: Sequence[Result], trainings: Sequence[Result]
 ) -> None:
     """Bytes: packed weights, peaks of a call, what training keeps."""
-    rows = []
+    found: list[tuple[str, float | None, float | None]] = []
     for r in trunk:
         packed = (r.get("report") or {}).get("packed_bytes")
         if packed:
-            totals = r["report"]["plan"]["totals"]
-            dense = 4 * totals["numel"]
-            rows.append([f"packed weights, {run_label(dict(r))}", _mb(dense), _mb(packed)])
+            numel = r["report"]["plan"]["totals"]["numel"]
+            found.append((f"packed weights, {run_label(dict(r))}", 4 * numel, packed))
     for r in models:
         for row in r["rows"]:
             what = f"peak of a call, {row['part']} {row['height']}x{row['width']}"
             what += f", batch {row['batch']}, {row['threads']} t"
-            found = row["memory"]
-            rows.append([what, _mb(found["dense_peak_bytes"]), _mb(found["peak_bytes"])])
+            found.append((what, row["memory"]["dense_peak_bytes"], row["memory"]["peak_bytes"]))
     for r in trainings:
         for one in r["results"]:
-            base = one["rows"][0]["kept_mib"] * 2**20
             for row in one["rows"][1:]:
+                base = _kept_by_baseline(row, one["rows"]) * 2**20
                 what = f"kept for backward, {one['set']}, {row['variant']}, batch {r['batch']}"
-                rows.append([what, _mb(base), _mb(row["kept_mib"] * 2**20)])
-    if rows:
-        page.heading("Memory")
-        page.table(("what", "dense or baseline MB", "ours MB"), rows, sortable=True)
+                found.append((what, base, row["kept_mib"] * 2**20))
+    if not found:
+        return
+    page.heading("Memory")
+    page.paragraph(
+        "Packed weights come on top of the dense ones, which stay for the state_dict. A peak is "
+        "what one call needs beyond the weights. For training the baseline is frozen layers as "
+        "detectron2 freezes them. Rows that need more are coloured.",
+        "soft",
+    )
+    rows, css = [], []
+    for what, base, mine in found:
+        share = "" if not base or mine is None else f"{mine / base:.2f}"
+        rows.append([what, _mb(base), _mb(mine), share])
+        css.append("lose" if base is not None and mine is not None and mine > base else "")
+    columns = ("what", "dense or baseline MB", "measured MB", "of baseline")
+    page.table(columns, rows, css, sortable=True)
 
 
 def alpha(page: Page, r: Result) -> None:
@@ -256,24 +282,51 @@ def alpha(page: Page, r: Result) -> None:
     rows = []
     for name, side in r["sides"].items():
         over = "; ".join(
-            f"{spread['median']:.2f}x of {own}" for own, spread in side["slower_than"].items()
+            f"{s['median']:.2f}x ({s['q1']:.2f} - {s['q3']:.2f}) of {own}"
+            for own, s in side["slower_than"].items()
         )
         near = side.get("agreement", {})
-        rows.append([name, f"{side['ms']:.0f}", over, f"{near.get('largest', float('nan')):.1e}"])
-    page.table(("side", "ms", "slower", "largest relative difference"), rows, sortable=True)
+        largest = f"{near['largest']:.1e}" if "largest" in near else ""
+        rows.append([name, f"{side['ms']:.0f}", over, largest, near.get("freeze_set", "")])
+    columns = ("side", "ms", "time (quartiles)", "largest relative difference", "freeze set")
+    page.table(columns, rows, sortable=True)
 
 
 def training(page: Page, r: Result) -> None:
     """Training steps with frozen layers."""
     page.heading(f"Training step, {r['size']} pixels, batch {r['batch']}")
+    page.paragraph(
+        "Forward and backward. Times are CPU time, ratios the median within a round; above 1 a "
+        "variant is slower than its baseline, which trains the same parameters.",
+        "soft",
+    )
     rows, css = [], []
     for one in r["results"]:
         for row in one["rows"]:
-            ratio = row["time_vs_baseline"]["median"]
-            rows.append([one["set"], row["variant"], f"{row['kept_mib']:.1f}", f"{ratio:.3f}"])
-            css.append("lose" if ratio > 1 else "")
-    columns = ("frozen", "variant", "MiB kept for backward", "time of baseline")
-    page.table(columns, rows, css, sortable=True)
+            base = _kept_by_baseline(row, one["rows"])
+            time, error = row["time_vs_baseline"], row.get("gradient_error")
+            rows.append(
+                [
+                    one["set"],
+                    row["variant"],
+                    f"{row['kept_mib']:.1f}",
+                    f"{row['kept_mib'] / base:.2f}" if base else "",
+                    f"{row['cpu_ms']['median']:.0f}" if "cpu_ms" in row else "",
+                    row.get("baseline", one["rows"][0]["variant"]),
+                    f"{time['median']:.3f}",
+                    f"{time['q1']:.3f} - {time['q3']:.3f}",
+                    "" if error is None else f"{error:.1e}",
+                ]
+            )
+            css.append("lose" if time["median"] > 1 else "")
+    kept = ("frozen", "variant", "MiB kept for backward", "of baseline")
+    times = ("CPU ms", "baseline", "time of baseline", "quartiles", "gradient error")
+    page.table((*kept, *times), rows, css, sortable=True)
+
+
+def _kept_by_baseline(row: Result, rows: Sequence[Result]) -> float:
+    """MiB kept by the baseline of a training row: the one it names, else the first row."""
+    return row.get("kept_baseline_mib", rows[0]["kept_mib"])
 
 
 def comparison(page: Page, found: Comparison) -> None:
@@ -282,6 +335,28 @@ def comparison(page: Page, found: Comparison) -> None:
     page.paragraph(
         "Ratios of dense time to our time, each within its own run; worst change first.", "soft"
     )
+    shown = found.changes
+    if len(shown) > CHANGES:
+        most = sorted(shown, key=lambda change: -abs(change.slower))[:CHANGES]
+        shown = tuple(change for change in shown if change in most)
+        page.paragraph(
+            f"The {CHANGES} of {len(found.changes)} cases that changed most; all of them: below.",
+            "soft",
+        )
+    _changes(page, shown)
+    for name in found.missing:
+        page.paragraph(f"{name} was measured before only.", "soft")
+    for name in found.added:
+        page.paragraph(f"{name} was measured after only.", "soft")
+    for note in found.notes:
+        page.paragraph(note, "soft")
+
+    if len(shown) < len(found.changes):
+        with page.folded(f"Before and after: all {len(found.changes)} cases"):
+            _changes(page, found.changes)
+
+
+def _changes(page: Page, changes: Sequence[Change]) -> None:
     rows = [
         [
             change.name,
@@ -290,17 +365,11 @@ def comparison(page: Page, found: Comparison) -> None:
             f"{change.slower:+.1%}",
             "quartiles overlap" if change.overlap else "",
         ]
-        for change in found.changes
+        for change in changes
     ]
-    css = ["lose" if change.slower > 0 and not change.overlap else "" for change in found.changes]
-    columns = ("case", "ratio before", "ratio after", "our time", "")
+    css = ["lose" if change.slower > 0 and not change.overlap else "" for change in changes]
+    columns = ("case", "ratio before", "ratio after", "our time", "remark")
     page.table(columns, rows, css, sortable=True)
-    for name in found.missing:
-        page.paragraph(f"{name} was measured before only.", "soft")
-    for name in found.added:
-        page.paragraph(f"{name} was measured after only.", "soft")
-    for note in found.notes:
-        page.paragraph(note, "soft")
 
 
 def _mb(count: float | None) -> str:

@@ -11,6 +11,7 @@ from ..bench.compare import Comparison, one_machine, run_label
 from . import result_plots, result_tables
 from .page import Page
 
+_HEADLINES = 4
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -27,6 +28,7 @@ def results_page(results: Results, comparison: Comparison | None = None) -> str:
     machine = one_machine({name: dict(result) for name, result in results.items()})
     page = Page(f"Benchmarks on {machine}")
     _head(page, results)
+    page.contents()
     if comparison is not None:
         result_tables.comparison(page, comparison)
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
@@ -37,9 +39,11 @@ def results_page(results: Results, comparison: Comparison | None = None) -> str:
         result_tables.trunks(page, trunks)
         result_tables.work(page, trunks)
         result_tables.peers(page, trunks)
-        for trunk in trunks:
-            if trunk["layers"]:
+        measured = [trunk for trunk in trunks if trunk["layers"]]
+        for trunk in measured:
+            with page.folded(f"Layers: {run_label(dict(trunk))}", opened=trunk is measured[0]):
                 result_plots.roofline_of(page, trunk)
+                page.subheading("Milliseconds per layer")
                 result_tables.layers(page, trunk)
     for op in by_kind.get("op", ()):
         result_plots.crossover(page, op)
@@ -66,6 +70,7 @@ def _order(result: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _head(page: Page, results: Results) -> None:
     first = next(iter(results.values()))
+    trunks = [r for r in results.values() if r["schema"]["kind"] == "trunk" and r["exact"]]
     machine = first["machine"]
     page.paragraph(
         f"{len(results)} result files. CPU {machine['cpu']}, {machine['cpus']} CPUs, torch "
@@ -73,7 +78,7 @@ def _head(page: Page, results: Results) -> None:
         f"{_all(results, lambda r: str((r.get('source') or {}).get('commit'))[:12])}.",
         "soft",
     )
-    if any((r.get("subject") or {}).get("synthetic") for r in results.values()):
+    if any(_is_synthetic(r) for r in results.values()):
         page.paragraph(
             "SYNTHETIC weights or masks: speed and exactness are real measurements, the network's "
             "predictions mean nothing.",
@@ -90,6 +95,22 @@ def _head(page: Page, results: Results) -> None:
             page.paragraph(f"{short} was measured with uncommitted changes.", "soft")
         for line in result.get("failed_checks", ()):
             page.paragraph(f"{short} FAILED a check: {line}", "banner")
+    if trunks:
+        page.facts(_headline(trunks))
+
+
+def _headline(trunks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Speed-ups of the first runs, over the fastest dense PyTorch of each."""
+    shown = sorted(trunks, key=_order)[:_HEADLINES]
+    return {f"{run_label(dict(r))}, trunk": f"{r['speedup']:.2f}x" for r in shown}
+
+
+def _is_synthetic(result: Mapping[str, Any]) -> bool:
+    """True if weights or mask were made up; trunk and model describe their subject, others say."""
+    subject = result.get("subject")
+    if isinstance(subject, Mapping):
+        return bool(subject.get("synthetic"))
+    return bool(result.get("synthetic_weights")) or result.get("weights") == "synthetic"
 
 
 def _all(results: Results, pick: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,7 +27,8 @@ class AccelerateStep(Step):
     """Wraps every evaluation of the trainer (detectron2's ``EvalHook``) in :meth:`accelerated`.
 
     The plan of the first evaluation, measured layer by layer, serves the later ones as long as the
-    masks are the same. Predictions are those of the dense masked model, to float32 rounding.
+    masks are the same. Predictions are those of the dense masked model, to float32 rounding. When
+    training ends, evaluations are the trainer's own again.
 
     Args:
         policy: "auto": evaluate densely, with a line in the log, where the tower cannot be
@@ -52,17 +53,27 @@ class AccelerateStep(Step):
         #: Report of the last evaluation; None if it ran densely.
         self.report: Report | None = None
         self._plan: Plan | None = None
+        self._wrapped: list[Any] = []  # hooks whose evaluation runs accelerated
 
     def before_train(self) -> None:
         super().before_train()
-        found = [h for h in self.trainer._hooks if _evaluates(h)]
-        for hook in found:
-            hook._func = self._wrap(hook._func)
-        if not found:
+        self._unwrap(self._wrapped)  # of a trainer that called no after_train
+        self._wrapped = [h for h in self.trainer._hooks if _evaluates(h)]
+        for hook in self._wrapped:
+            hook._func = _Accelerated(self, hook._func)
+        if not self._wrapped:
             log.warning(
                 "the trainer has no EvalHook, so there is no evaluation to accelerate; call "
                 "AccelerateForEvalHook.accelerated() around your own"
             )
+
+    def after_train(self) -> None:
+        # Hooks behind this one have their last evaluation still to do, and drop it then. After a
+        # failure there is none.
+        place = {id(hook): number for number, hook in enumerate(self.trainer._hooks)}
+        own = place.get(id(self), len(place))
+        ended = int(self.trainer.iter) + 1 >= int(self.trainer.max_iter)
+        self._unwrap([h for h in self._wrapped if not ended or place.get(id(h), -1) < own])
 
     @contextlib.contextmanager
     def accelerated(self, model: nn.Module | None = None) -> Iterator[Report | None]:
@@ -104,12 +115,23 @@ class AccelerateStep(Step):
                 self._plan = None  # the zeros are others by now: plan anew
         return speed_up(self.tower, self.policy, measure=self.measure, **options)
 
-    def _wrap(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with self.accelerated():
-                return evaluate()
+    def _unwrap(self, hooks: Sequence[Any]) -> None:
+        for hook in hooks:
+            found = getattr(hook, "_func", None)
+            if isinstance(found, _Accelerated) and found.step is self:
+                hook._func = found.evaluate
+        self._wrapped = [hook for hook in self._wrapped if hook not in hooks]
 
-        return run
+
+class _Accelerated:
+    """What a hook evaluates, on the accelerated tower."""
+
+    def __init__(self, step: AccelerateStep, evaluate: Callable[[], Any]) -> None:
+        self.step, self.evaluate = step, evaluate
+
+    def __call__(self) -> Any:
+        with self.step.accelerated():
+            return self.evaluate()
 
 
 def _evaluates(hook: Any) -> bool:

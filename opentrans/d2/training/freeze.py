@@ -32,7 +32,8 @@ class FreezeStep(Step):
     The plan is made once, on one process, and sent to all. It is kept with the checkpoint, so a
     resumed run freezes exactly the same parameters. Frozen parameters have no gradient and no
     optimizer state any more, and stay in their parameter groups, so optimizer and scheduler go on
-    as they are. Nothing is ever unfrozen. A DistributedDataParallel wrapper is built anew.
+    as they are. Nothing is ever unfrozen, not even when training ends: a second training of the
+    same trainer finds the layers frozen. A DistributedDataParallel wrapper is built anew.
 
     Args:
         rule: of ``docs/freezing.md``; a FreezePlan; or layer names.
@@ -57,6 +58,7 @@ class FreezeStep(Step):
         self.rule, self.fit, self.at, self.norms, self.skip = rule, fit, at, norms, skip
         #: The plan in force; None before.
         self.plan: FreezePlan | None = None
+        self._in_force = ""  # digest of the plan the model is frozen by
         self._held: list[nn.Module] = []
         hold_norms(nn.Module(), norms)  # refuses an unknown policy
         if skip and norms != "frozen":
@@ -68,6 +70,8 @@ class FreezeStep(Step):
     def before_train(self) -> None:
         super().before_train()
         self._held = hold_norms(self.tower, self.norms)
+        if self.plan is not None and self.plan.digest() == self._in_force:
+            return
         if self.plan is not None or self.trainer.start_iter >= self.at:
             self._freeze()
 
@@ -117,6 +121,7 @@ class FreezeStep(Step):
             if self.skip:
                 log.info("%s", self._skip(plan))
         own = dict(self.tower.named_parameters())
+        self._in_force = plan.digest()
         for name in plan.parameters:
             self.trainer.optimizer.state.pop(own[name], None)
         left = sum(p.requires_grad for p in self.model.parameters())

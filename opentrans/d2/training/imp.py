@@ -58,7 +58,15 @@ class ImpStep(Step):
 
     def before_train(self) -> None:
         super().before_train()
+        if self.pruner is not None:  # a second training of one trainer goes on with the masks
+            self._saved = self.state_dict()
+            self.pruner.close()
         start = None if self._start is None else masks_for(self.tower, self._start)
+        if self.output is None and is_main():
+            log.warning(
+                "the masks of the pruning rounds are kept in checkpoints only; IMPHook(output=...) "
+                "names a folder for mask files"
+            )
         random = getattr(self.tower, "weights", None) == RANDOM
         self.pruner = Pruner(
             self.tower,
@@ -83,11 +91,15 @@ class ImpStep(Step):
         if record is not None:
             self._publish(record)
 
+    def after_train(self) -> None:
+        if self.pruner is not None:
+            self.pruner.close()  # its gradient hooks; masks and rounds stay
+
     def state_dict(self) -> dict[str, Any]:
         """For the trainer's checkpoint."""
-        if self.pruner is None:
-            return {} if self._saved is None else dict(self._saved)
-        return self.pruner.state_dict()
+        if self._saved is not None:  # loaded, and training has not started yet
+            return dict(self._saved)
+        return {} if self.pruner is None else self.pruner.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What a checkpoint says; the pruner compares settings when training starts."""

@@ -29,6 +29,7 @@ class MaskStep(Step):
     averages them) and optimizer state are zero where pruned; saving raises if a pruned weight grew.
     The masks themselves are kept with the checkpoint: a resumed run is masked at once, and needs
     the file only to see that it is the same. So are the steps and the recipe; others are refused.
+    When training ends the zeros stay and nothing watches them any more; training on masks again.
 
     Args:
         masks: MaskSet, tensors, file, or recipe (made from the weights when it is applied).
@@ -60,20 +61,21 @@ class MaskStep(Step):
         self.masks: MaskSet | None = None
         self.removed = False
         self._guard: MaskGuard | None = None
-        self._resumed = False
 
     @property
     def in_force(self) -> bool:
-        """Whether pruned weights are kept at zero now."""
+        """Whether training keeps pruned weights at zero now."""
         return self._guard is not None
 
     def before_train(self) -> None:
         super().before_train()
-        if self._resumed:
+        self._release()  # of a trainer that called no after_train
+        going_on = self.masks is not None  # resumed, or a second training of one trainer
+        if going_on:
             self._same_as_given()
         elif self._recipe is None:
             masks_for(self.tower, self._given)  # no file, other backbone: say so before step `at`
-        if (self._resumed or self.trainer.start_iter >= self.at) and not self.removed:
+        if (going_on or self.trainer.start_iter >= self.at) and not self.removed:
             self._apply()
 
     def after_step(self) -> None:
@@ -82,6 +84,9 @@ class MaskStep(Step):
             self._apply()
         if self.in_force and self.remove_at is not None and done >= self.remove_at:
             self._remove(done)
+
+    def after_train(self) -> None:
+        self._release()
 
     def state_dict(self) -> dict[str, Any]:
         """For the trainer's checkpoint."""
@@ -103,7 +108,6 @@ class MaskStep(Step):
         if state["masks"] is not None:
             self.masks = masks_from_state(state["masks"])
             self.removed = bool(state["removed"])
-            self._resumed = True
 
     @property
     def _recipe(self) -> str | None:
@@ -120,6 +124,8 @@ class MaskStep(Step):
         check_same("the pruning masks", self.masks.content_hash())
         self._guard = preserve_masks(self.tower, self.trainer.optimizer, self.masks)
         log.info("mask in force: %s", self.masks)
+        if self.masks.nnz == self.masks.numel:
+            log.warning("this mask removes no weight at all: %s", self.masks)
         self.put("density", self.masks.density())
 
     def _remove(self, done: int) -> None:
@@ -134,9 +140,14 @@ class MaskStep(Step):
                 "Use DefaultTrainer, or MaskHook(save=False).",
                 done,
             )
-        self._guard.remove()
-        self._guard, self.removed = None, True
+        self._release()
+        self.removed = True
         log.info("mask removed after step %d: pruned weights train again, from zero", done)
+
+    def _release(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
 
     def _same_as_given(self) -> None:
         """A file or set given now must be the run's; a recipe depends on the weights it was for."""

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from ... import native
 from ..arguments import image, pooled_size
-from ..library import define, kernel_for, plane_padded
+from ..library import LIBRARY, NAMESPACE, define, kernel_for, plane_padded
+from . import reference
 
-__all__ = ["avg_pool2d"]
+__all__ = ["avg_pool2d", "avg_pool2d_backward"]
+
+LIBRARY.define("avg_pool2d_backward(Tensor grad, Tensor(a!) out, int k) -> ()")
+torch.library.register_fake(
+    f"{NAMESPACE}::avg_pool2d_backward", lambda grad, out, k: None, lib=LIBRARY
+)
+if not native.load():
+    LIBRARY.impl("avg_pool2d_backward", reference.avg_pool2d_backward, "CPU")
+BACKWARD = torch.ops.opentrans_kernels.avg_pool2d_backward.default
 
 
 def _fake(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -21,10 +33,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: torch.Tensor):
-    # Every pixel of a window gets the same share; rows and columns outside all windows get none.
-    spread = grad.repeat_interleave(ctx.k, 2).repeat_interleave(ctx.k, 3) / ctx.k**2
-    pad = (0, ctx.size[3] - spread.shape[3], 0, ctx.size[2] - spread.shape[2])
-    return torch.nn.functional.pad(spread, pad), None
+    return reference.spread(grad, ctx.size, ctx.k), None
 
 
 OP = define(
@@ -51,3 +60,18 @@ def avg_pool2d(x: torch.Tensor, k: int) -> torch.Tensor:
     run = kernel_for("avg_pool2d", x)
     pooled_size("avg_pool2d", image("avg_pool2d", x), k)
     return run(x, k)
+
+
+def avg_pool2d_backward(grad: torch.Tensor, size: Sequence[int], k: int) -> torch.Tensor:
+    """The gradient of the input, contiguous ``size`` = [N, C, H, W]. No autograd.
+
+    Args:
+        grad: ``[N, C, H // k, W // k]``, float32 or float64, dense planes.
+
+    Raises:
+        KernelUnavailable: no kernel for this device and dtype.
+    """
+    out = grad.new_empty(tuple(size))
+    if out.numel():
+        kernel_for("avg_pool2d_backward", grad)(grad, out, k)
+    return out

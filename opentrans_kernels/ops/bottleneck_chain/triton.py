@@ -100,28 +100,6 @@ def bottleneck_chain(x, weight2, bias2, weight3, bias3, residual, weight1, bias1
             rows, h, w, cin, out[1], after_size[1], **_constants(inner, last, tf32, config),
         )  # fmt: skip
     return y, after
-    n, cin, h, w = x.shape
-    rows = n * h * w
-    if rows > LIMIT:
-        raise PlanError(
-            f"bottleneck_chain: {rows} pixels are more than {LIMIT}. Pass a smaller batch."
-        )
-    bm, bj, bk, warps, stages = config or default_config(
-        cin, weight3.shape[1], after_size[1], x.dtype
-    )
-    (weight2, bias2, weight3, weight1, bias1), inner, last = padded_weights(
-        weight2, bias2, weight3, weight1, bias1
-    )
-    x, residual = nhwc(x), nhwc(residual)
-    on_its_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-    with on_its_device:
-        chain_kernel[(triton.cdiv(rows, bm),)](
-            x, weight2, bias2, weight3, bias3, residual, weight1, bias1, y, after,
-            rows, h, w, cin, out[1], after_size[1],
-            INNER=inner, AFTER=last, PRECISION="tf32" if tf32 else "ieee",
-            BM=bm, BJ=bj, BK=bk, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return y, after
 
 
 def _constants(inner: int, after: int, tf32: bool, config: tuple[int, ...]) -> dict[str, object]:

@@ -19,12 +19,12 @@ for gamma = 0. Everything is opaque to ``torch.compile``: a compiled graph runs 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ... import flops
-from ..library import LIBRARY, NAMESPACE, once_differentiable
+from ..library import LIBRARY, NAMESPACE, in_dispatch_mode, once_differentiable
 from ..relu_bits import bits_shape, has_channels_last, relu_bits_, relu_bits_backward
-from .fold import Norm, folded, folded_bytes, in_format, input_gradient
+from .convolution import convolve, input_gradient
+from .fold import Norm, affine_of, folded, folded_bytes, in_format
 
 __all__ = ["folded_bytes", "folded_conv2d", "output_size"]
 
@@ -66,36 +66,38 @@ def _forward(
 ):  # fmt: skip
     channels_last = has_channels_last(x)
     norm = Norm(bias, gamma, beta, mean, var, eps)
+    conv = (stride, padding, dilation, groups, channels_last)
+    scale = shift = None
     with _without_autocast(x):
         if frozen:
             main, shift = folded(weight, norm, x.dtype, channels_last)
-            y = F.conv2d(x, main, shift, stride, padding, dilation, groups)
         else:
             main = in_format(weight.detach(), x.dtype, channels_last)
-            y = F.conv2d(x, main, None, stride, padding, dilation, groups)
-            _affine_(y, norm)
+            affine = affine_of(weight, norm, x.dtype)
+            scale, shift = affine.scale, affine.shift
+        # Behind a ReLU the pass over the result that applies it adds the shift for nothing.
+        late = relu or scale is not None
+        y = convolve(x, main, None if late else shift, *conv)
         y = y.contiguous(memory_format=_layout(channels_last))
-    if relu and bits:
-        return y, relu_bits_(y, residual, channels_last)
+    if relu:
+        mask = relu_bits_(y, residual, channels_last, scale=scale, shift=shift, bits=bits)
+        return y, mask if bits else x.new_empty(0, dtype=torch.uint8)
+    if late:
+        _affine_(y, scale, shift)
     if residual is not None:
         y.add_(residual)
-    if relu:
-        y.relu_()
     return y, x.new_empty(0, dtype=torch.uint8)
 
 
-def _affine_(y: torch.Tensor, norm: Norm) -> None:
-    """``y = s y + t`` in place: a pass over activations is cheaper than one over a large weight,
-    which would have to be scaled anew in every step.
+def _affine_(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> None:
+    """``y = scale y + shift`` in place: a pass over activations is cheaper than one over a large
+    weight, which would have to be scaled anew in every step.
     """
-    scale = norm.scale()
-    shift = norm.shift(scale)
-    if shift is not None:
-        shift = shift.to(y.dtype).view(1, -1, 1, 1)
-        if scale is None:
-            y.add_(shift)
-        else:
-            torch.addcmul(shift, y, scale.to(y.dtype).view(1, -1, 1, 1), out=y)
+    scale = scale.view(1, -1, 1, 1)
+    if shift is None:
+        y.mul_(scale)
+    else:
+        torch.addcmul(shift.view(1, -1, 1, 1), y, scale, out=y)
 
 
 def _fake(
@@ -114,51 +116,72 @@ def _backward(
     groups, frozen, channels_last, needs,
 ):  # fmt: skip
     norm = Norm(bias, gamma, beta, mean, var, eps)
-    nothing = grad.new_empty(0)
-    out = [nothing] * 6
-    if mask is not None:
-        grad = out[_RESIDUAL] = relu_bits_backward(grad, mask, channels_last)
-    elif y is not None:
-        grad = out[_RESIDUAL] = torch.ops.aten.threshold_backward(grad, y, 0)
-    grad = grad.contiguous(memory_format=_layout(channels_last))
-    scale = norm.scale()
+    out = [grad.new_empty(0)] * 6
+    layout = _layout(channels_last)
+    affine = None if frozen else affine_of(weight, norm, grad.dtype)
+    scale = None if affine is None else affine.scale
+    wants_weight = x is not None and (needs[_WEIGHT] or needs[_GAMMA])
+    # Without the scale gamma's gradient divides by nothing; with it no pass over the weight's
+    # gradient is needed.
+    raw = wants_weight and needs[_GAMMA] and not (affine is not None and affine.divides)
+    wants_plain = needs[_RESIDUAL] or needs[_GAMMA] or needs[_BETA] or needs[_BIAS]
+    if mask is not None or y is not None:
+        plain, scaled = relu_bits_backward(
+            grad, mask, channels_last, y=y, scale=scale, plain=wants_plain or scale is None
+        )
+        if needs[_RESIDUAL]:
+            out[_RESIDUAL] = plain
+    else:
+        plain = grad.contiguous(memory_format=layout)
+        scaled = None if scale is None else plain * scale.view(1, -1, 1, 1)
+    scaled = plain if scaled is None else scaled.contiguous(memory_format=layout)
+    total = _channel_sums(plain) if needs[_GAMMA] or needs[_BETA] or needs[_BIAS] else None
     conv = (list(stride), list(padding), list(dilation))
     with _without_autocast(grad):
         if frozen:
-            main, scaled = folded(weight, norm, grad.dtype, channels_last)[0], grad
+            main = folded(weight, norm, grad.dtype, channels_last)[0]
         else:
             main = in_format(weight.detach(), grad.dtype, channels_last)
-            scaled = grad if scale is None else grad * scale.to(grad.dtype).view(1, -1, 1, 1)
         if needs[_X]:
             dx = input_gradient(scaled, main, size, *conv, groups, channels_last)
-            out[_X] = dx.contiguous(memory_format=_layout(channels_last))
-        if x is not None and (needs[_WEIGHT] or needs[_GAMMA]):
-            # gamma's gradient divides by nothing only if the scale is left out here.
-            late = needs[_GAMMA] or frozen
-            raw = torch.ops.aten.convolution_backward(
-                grad if late else scaled, x, main, None, *conv, False, [0, 0], groups,
+            out[_X] = dx.contiguous(memory_format=layout)
+        if wants_weight:
+            found = torch.ops.aten.convolution_backward(
+                plain if raw or frozen else scaled, x, main, None, *conv, False, [0, 0], groups,
                 (False, True, False),
             )[1].to(weight.dtype)  # fmt: skip
             if needs[_GAMMA]:
-                out[_GAMMA] = _gamma_gradient(raw, grad, weight, norm)
+                exact = None if raw or frozen else norm.scale()
+                out[_GAMMA] = _gamma_gradient(found, total, weight, norm, exact)
             if needs[_WEIGHT]:
-                if late and scale is not None:
-                    raw = raw * scale.to(raw.dtype).view(-1, 1, 1, 1)
-                out[_WEIGHT] = raw
-        if needs[_BETA] or needs[_BIAS]:
-            total = grad.sum((0, 2, 3), dtype=weight.dtype)
-            if needs[_BETA]:
-                out[_BETA] = total
-            if needs[_BIAS]:
-                out[_BIAS] = total.clone() if scale is None else total * scale.to(total.dtype)
+                if raw and scale is not None:
+                    found = found * norm.scale().to(found.dtype).view(-1, 1, 1, 1)
+                out[_WEIGHT] = found
+        if needs[_BETA]:
+            out[_BETA] = total.to(weight.dtype)
+        if needs[_BIAS]:
+            exact = norm.scale()
+            out[_BIAS] = (total if exact is None else total * exact).to(weight.dtype)
     return tuple(out)
 
 
-def _gamma_gradient(raw, grad, weight, norm: Norm) -> torch.Tensor:
-    """``raw``: wgrad without the scale. Summed in float64: the two terms may nearly cancel."""
-    rows = torch.einsum("ok,ok->o", raw.flatten(1), weight.detach().flatten(1)).double()
+def _channel_sums(grad: torch.Tensor) -> torch.Tensor:
+    """float64 ``[C]``; within an image in the dtype of ``grad``, at least float32."""
+    dtype = grad.dtype if grad.dtype == torch.float64 else torch.float32
+    return grad.sum((2, 3), dtype=dtype).double().sum(0)
+
+
+def _gamma_gradient(found, total, weight, norm: Norm, scale: torch.Tensor | None) -> torch.Tensor:
+    """``found``: the weight's gradient, times ``scale`` if given; ``total``: sums of the gradient.
+    The two terms may nearly cancel: float64.
+    """
+    pair = found, weight.detach()
+    if all(has_channels_last(t) for t in pair):  # as they lie, without a copy
+        pair = tuple(t.permute(0, 2, 3, 1) for t in pair)
+    rows = torch.linalg.vecdot(*(t.flatten(1) for t in pair)).double()
+    if scale is not None:
+        rows = rows / scale
     offset = norm.mean.double() if norm.bias is None else norm.mean.double() - norm.bias.double()
-    total = grad.sum((0, 2, 3), dtype=torch.float64)
     return ((rows - offset * total) * norm.rstd()).to(weight.dtype)
 
 
@@ -175,7 +198,7 @@ def _backward_fake(
     for position, tensor in ((_WEIGHT, weight), (_BIAS, bias), (_GAMMA, gamma), (_BETA, beta)):
         if needs[position] and tensor is not None:
             out[position] = torch.empty_like(tensor)
-    if mask is not None or y is not None:
+    if needs[_RESIDUAL] and (mask is not None or y is not None):
         out[_RESIDUAL] = torch.empty_like(grad, memory_format=layout)
     return tuple(out)
 
@@ -195,9 +218,13 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad, _):
+    return _gradients(ctx, grad, torch.ops.opentrans_kernels.folded_conv2d_backward)
+
+
+def _gradients(ctx, grad, backward):
     once_differentiable("folded_conv2d")
     x, weight, bias, gamma, beta, mean, var, y, mask = ctx.saved_tensors
-    found = torch.ops.opentrans_kernels.folded_conv2d_backward(
+    found = backward(
         grad, x, weight, bias, gamma, beta, mean, var, y, mask, ctx.size, *ctx.conv, ctx.frozen,
         ctx.channels_last, ctx.needs,
     )  # fmt: skip
@@ -207,6 +234,26 @@ def _autograd(ctx, grad, _):
         for value, needed in zip((*found[:5], residual), ctx.needs, strict=True)
     )
     return dx, dweight, dbias, dgamma, dbeta, None, None, dresidual, *[None] * 8
+
+
+class _Eager(torch.autograd.Function):
+    """The op without the dispatcher, whose boxing of 16 arguments costs 0.1 ms per call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return _gradients(ctx, grad, _backward)
+
+
+def _somebody_watches(x: torch.Tensor) -> bool:
+    """Whether a compiler, a counter of operations or a kind of tensor wants to see the op."""
+    tools = torch.compiler.is_compiling() or torch.jit.is_tracing() or in_dispatch_mode()
+    return tools or type(x) is not torch.Tensor
 
 
 for _name, _kernel, _shape in (
@@ -250,8 +297,11 @@ def folded_conv2d(
     """
     inputs = (x, weight, norm.bias, norm.gamma, norm.beta, residual)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return torch.ops.opentrans_kernels.folded_conv2d(
+    arguments = (
         x, weight, norm.bias, norm.gamma, norm.beta, norm.mean, norm.var, residual, norm.eps,
         list(stride), list(padding), list(dilation), groups, not weight.requires_grad, relu,
         bits and recorded,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    if _somebody_watches(x):
+        return torch.ops.opentrans_kernels.folded_conv2d(*arguments)[0]
+    return (_Eager.apply if recorded else _forward)(*arguments)[0]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..arguments import image, pooled_size
+from ..avg_pool2d import avg_pool2d_backward
 from ..library import LIBRARY, NAMESPACE, kernel_for, plane_padded, plane_stride
 from ..relu_bits import has_channels_last
 
@@ -26,9 +27,16 @@ def _padded(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and not x.is_contiguous() and x.stride() == strides
 
 
+def _planar(t: torch.Tensor) -> bool:
+    """Whether the kernels on planes serve ``t``; PyTorch is slow there, fast in channels_last."""
+    return t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()
+
+
 def _forward(x, k):
-    if _padded(x):
-        return kernel_for("avg_pool2d", x)(x, k)
+    if _padded(x) or _planar(x):
+        y = kernel_for("avg_pool2d", x)(x, k)
+        # Always a copy: storage of the kernels ends with a cache line that belongs to nobody.
+        return y if _padded(x) else y.clone(memory_format=torch.contiguous_format)
     layout = _layout(has_channels_last(x))
     return F.avg_pool2d(x, k).contiguous(memory_format=layout)
 
@@ -43,10 +51,12 @@ def _fake(x, k):
 
 
 def _backward(grad, size, k, channels_last):
-    # PyTorch's formula asks for the input and reads its shape only: memory nobody writes to.
     layout = _layout(channels_last)
-    like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
     grad = grad.contiguous(memory_format=layout)
+    if not channels_last and _planar(grad):
+        return avg_pool2d_backward(grad, size, k)
+    # PyTorch's formula asks for the input and reads its shape only: memory nobody writes to.
+    like = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
     return torch.ops.aten.avg_pool2d_backward(
         grad, like, [k, k], [k, k], [0, 0], False, True, None
     ).contiguous(memory_format=layout)

@@ -1,4 +1,4 @@
-"""The folded weight of a convolution with an eval-mode batch norm, and its input gradient.
+"""The folded weight of a convolution with an eval-mode batch norm, or its scale and shift.
 
 Folded copies of frozen weights are kept as long as the weight lives and made again when the version
 counter of a tensor they came from has moved (``load_state_dict``, an optimizer step). They are
@@ -7,19 +7,18 @@ found by the weight itself, so a compiled graph, which knows the weight only, fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...errors import PlanError
 
-__all__ = ["Norm", "folded", "folded_bytes", "in_format", "input_gradient", "source_of"]
+__all__ = ["Affine", "Norm", "affine_of", "folded", "folded_bytes", "in_format", "source_of"]
 
 _FOLDED = WeakTensorKeyDictionary()  # weight -> {(dtype, channels_last): _Folded}
+_AFFINE = WeakTensorKeyDictionary()  # weight -> {dtype: Affine}
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,57 @@ class _Folded:
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
 
-def source_of(weight: torch.Tensor, norm: Norm) -> tuple[Any, ...]:
-    """Changes whenever a tensor is written to, replaced or moved."""
-    parts = []
-    for t in (weight, *norm.tensors()):
-        if t is not None:
-            # Inference tensors have no counter, and cannot be written to outside inference mode.
-            parts.append((t.data_ptr(), -1 if t.is_inference() else t._version, t.device))
-    return (*parts, norm.eps)
+@dataclass
+class Affine:
+    """Scale and shift ``[C]`` of a norm in the dtype of the activations, and their source.
+
+    divides: no scale is so small that a gradient divided by it loses its digits.
+    """
+
+    source: tuple[Any, ...]
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    divides: bool
+
+
+def affine_of(weight: torch.Tensor, norm: Norm, dtype: torch.dtype) -> Affine:
+    """Scale and shift of the norm behind ``weight``; computed in float64 and rounded once.
+
+    Those of a norm that does not train are kept until a version counter of its tensors moves. One
+    that trains is read anew, because optimizers that write to ``.data`` move no counter.
+    """
+    if any(t is not None and t.requires_grad for t in norm.tensors()):
+        return _affine(norm, dtype, ())
+    entries = _AFFINE.setdefault(weight, {})
+    source = source_of(*norm.tensors(), norm.eps)
+    entry = entries.get(dtype)
+    if entry is None or entry.source != source:
+        entry = entries[dtype] = _affine(norm, dtype, source)
+    return entry
+
+
+def _affine(norm: Norm, dtype: torch.dtype, source: tuple[Any, ...]) -> Affine:
+    scale = norm.scale()
+    shift = norm.shift(scale)
+    # Elsewhere than on the CPU the question would wait for the device.
+    divides = scale is not None and scale.device.type == "cpu"
+    return Affine(
+        source,
+        None if scale is None else scale.to(dtype),
+        None if shift is None else shift.to(dtype),
+        divides and bool(scale.abs().min() > 1e-12),  # type: ignore[union-attr]
+    )
+
+
+def source_of(*parts: torch.Tensor | float | None) -> tuple[Any, ...]:
+    """Changes whenever one of the tensors is written to, replaced or moved, or a number differs."""
+    return tuple(
+        # Inference tensors have no counter, and cannot be written to outside inference mode.
+        (part.data_ptr(), -1 if part.is_inference() else part._version, part.device)
+        if isinstance(part, torch.Tensor)
+        else part
+        for part in parts
+    )
 
 
 def in_format(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
@@ -99,7 +141,7 @@ def folded(
     Folded in float64, rounded once, and kept for the next call.
     """
     entries = _FOLDED.setdefault(weight, {})
-    source = source_of(weight, norm)
+    source = source_of(weight, *norm.tensors(), norm.eps)
     entry = entries.get((dtype, channels_last))
     if entry is None or entry.source != source:
         scale = norm.scale()
@@ -119,32 +161,3 @@ def folded(
 def folded_bytes(weight: torch.Tensor) -> int:
     """Bytes of the copies kept for a frozen weight."""
     return sum(entry.nbytes() for entry in _FOLDED.get(weight, {}).values())
-
-
-def input_gradient(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    channels_last: bool,
-) -> torch.Tensor:
-    """Gradient ``size`` = [N, Cin, H, W] of a convolution's input, which is not read."""
-    kernel = weight.shape[2:]
-    pointwise = (*kernel, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
-    if pointwise and channels_last:
-        return F.conv2d(grad, weight.transpose(0, 1))
-    if pointwise and grad.numel():
-        # The transposed matrix as it lies: no copy of the weight, which is large where planes are
-        # small.
-        matrix = weight.flatten(1).t()
-        return torch.matmul(matrix, grad.contiguous().flatten(2)).view(tuple(size))
-    # The rows and columns behind the last window.
-    rest = [
-        size[2 + i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i]
-                       + dilation[i] * (kernel[i] - 1) + 1)
-        for i in range(2)
-    ]  # fmt: skip
-    return F.conv_transpose2d(grad, weight, None, stride, padding, rest, groups, dilation)

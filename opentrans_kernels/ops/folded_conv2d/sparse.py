@@ -75,7 +75,7 @@ def _pattern(structure: torch.Tensor) -> _Pattern:
 
 
 def _packed(weight: torch.Tensor, structure: torch.Tensor, norm: Norm) -> _Packed:
-    source = (structure.data_ptr(), *source_of(weight, norm))
+    source = source_of(structure, weight, *norm.tensors(), norm.eps)
     entry = _PACKED.get(weight)
     if entry is not None and entry.source == source:
         return entry
@@ -165,10 +165,8 @@ def _backward(
     norm = Norm(bias, gamma, beta, mean, var, eps)
     packed = _packed(weight, structure, norm)
     out = [grad.new_empty(0)] * 6
-    if mask is not None:
-        grad = out[_RESIDUAL] = relu_bits_backward(grad, mask, False)
-    elif y is not None:
-        grad = out[_RESIDUAL] = torch.ops.aten.threshold_backward(grad, y, 0)
+    if mask is not None or y is not None:
+        grad = out[_RESIDUAL] = relu_bits_backward(grad, mask, False, y=y)[0]
     if needs[_X]:
         out[_X] = _input_gradient(grad, weight, structure, packed, size, stride, padding)
     pattern = _pattern(structure)

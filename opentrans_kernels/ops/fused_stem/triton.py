@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ...errors import PlanError
 from ..bottleneck_chain.shapes import power
+from ..implicit_gemm_conv2d.triton import nearest_tf32
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
 from .shapes import PATCH, check, configs
 
@@ -41,7 +42,9 @@ def stem_kernel(
     middle_col = tl.arange(0, MIDDLE)
     col = tl.arange(0, OUT)
     b1 = tl.load(bias1 + middle_col)
-    w1 = tl.load(weight1 + k[:, None] * MIDDLE + middle_col[None, :])
+    w1 = tl.load(
+        weight1 + k[:, None] * MIDDLE + middle_col[None, :], mask=(k < 27)[:, None], other=0.0
+    )
     summed = tl.zeros((BM, OUT), tl.float32)
     for tap in range(0, 9):
         at_h = h + tap // 3 - 1
@@ -55,11 +58,15 @@ def stem_kernel(
         patch = tl.load(x + at, mask=read, other=0.0)
         middle = tl.dot(patch, w1, input_precision=PRECISION) + b1[None, :]
         middle = tl.where(middle < 0, 0.0, middle)
+        if PRECISION == "tf32":
+            middle = nearest_tf32(middle)
         middle = tl.where(inside[:, None], middle, 0.0).to(x.dtype.element_ty)
         w2 = tl.load(weight2 + ((tap * MIDDLE + middle_col) * OUT)[:, None] + col[None, :])
         summed = tl.dot(middle, w2, summed, input_precision=PRECISION)
     summed += tl.load(bias2 + col)[None, :]
     summed = tl.where(summed < 0, 0.0, summed)
+    if PRECISION == "tf32":
+        summed = nearest_tf32(summed)
     tl.store(
         y + (row.to(tl.int64) * cout)[:, None] + col[None, :],
         summed.to(y.dtype.element_ty),
@@ -80,9 +87,10 @@ def fused_stem(x, weight1, bias1, weight2, bias2, tf32, config=()):
     bm, warps, stages = config or configs(x.dtype)[0]
     middle, out = power(weight1.shape[2]), power(cout)
     more, last = middle - weight1.shape[2], out - cout
-    weight1 = F.pad(weight1.reshape(27, -1), (0, more, 0, PATCH - 27)).contiguous()
-    weight2 = F.pad(weight2, (0, last, 0, more)).contiguous()
-    bias1, bias2 = F.pad(bias1, (0, more)), F.pad(bias2, (0, last))
+    if more or last:  # not for CLIP's widths: each of these would be a launch of its own
+        weight1, bias1 = F.pad(weight1, (0, more)), F.pad(bias1, (0, more))
+        weight2, bias2 = F.pad(weight2, (0, last, 0, more)), F.pad(bias2, (0, last))
+    weight1, weight2 = weight1.contiguous(), weight2.contiguous()
     x = nhwc(x)
     on_its_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with on_its_device:

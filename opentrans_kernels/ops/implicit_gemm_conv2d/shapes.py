@@ -34,20 +34,27 @@ CONFIGS_FLOAT32 = (
 _MULTIPROCESSORS = 132
 
 
-def fitting(cout: int, dtype: torch.dtype, pooled: bool = False) -> list[tuple[int, ...]]:
-    """Tiles without wasted columns, the largest first. pooled: a second segment is averaged."""
+def fitting(
+    cout: int, dtype: torch.dtype, pooled: bool = False, residual: bool = False
+) -> list[tuple[int, ...]]:
+    """Tiles without wasted columns, the largest first. pooled: a second segment is averaged.
+
+    residual: a tensor is added, for which the largest tile has no registers left on sm_90.
+    """
     configs = CONFIGS_POOLED if pooled else CONFIGS
     if dtype == torch.float32:
         configs = CONFIGS_FLOAT32
+    elif residual:
+        configs = tuple(c for c in configs if c[0] * c[1] < 128 * 256)
     widest = max(cout, min(c[1] for c in configs))
     return [c for c in configs if c[1] <= widest and (c[1] > 32 or cout < 64)]
 
 
 def default_config(
-    rows: int, cout: int, dtype: torch.dtype, pooled: bool = False
+    rows: int, cout: int, dtype: torch.dtype, pooled: bool = False, residual: bool = False
 ) -> tuple[int, ...]:
     """The largest tile that wastes no columns and still gives every multiprocessor a program."""
-    configs = fitting(cout, dtype, pooled)
+    configs = fitting(cout, dtype, pooled, residual)
     for config in configs:
         if -(-rows // config[0]) * -(-cout // config[1]) >= _MULTIPROCESSORS:
             return config

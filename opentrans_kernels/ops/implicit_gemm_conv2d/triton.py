@@ -18,7 +18,14 @@ from ...errors import PlanError
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
 from .shapes import check, default_config
 
-__all__ = ["conv_kernel", "implicit_gemm_conv2d", "launch_arguments", "warm"]
+__all__ = ["conv_kernel", "implicit_gemm_conv2d", "launch_arguments", "nearest_tf32", "warm"]
+
+
+@triton.jit
+def nearest_tf32(x):
+    """``x`` rounded to TF32: what reads it next would cut the bits off, always towards zero."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 # Sizes of the image are not specialised on, or every feature map would compile anew.
@@ -115,6 +122,8 @@ def conv_kernel(
         accumulated = tl.sum(tl.reshape(accumulated, (BM // 4, 4, BN)), axis=1) * 0.25
         row = first_row // 4 + tl.arange(0, BM // 4)
         kept = (row < rows // 4)[:, None] & (col < cout)[None, :]
+    if PRECISION == "tf32":
+        accumulated = nearest_tf32(accumulated)
     tl.store(
         y + (row.to(tl.int64) * cout)[:, None] + col[None, :],
         accumulated.to(y.dtype.element_ty),
@@ -136,7 +145,7 @@ def launch_arguments(
             "smaller batch."
         )
     if not config:
-        config = default_config(rows, cout, x.dtype, pool2 > 1)
+        config = default_config(rows, cout, x.dtype, pool2 > 1, residual is not None)
     bm, bn, bk, warps, stages = config
     cin2 = 0 if weight2 is None else weight2.shape[1]
     size2 = (0, 0) if x2 is None else x2.shape[2:]

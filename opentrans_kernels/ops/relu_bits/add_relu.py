@@ -25,11 +25,8 @@ def _layout(channels_last: bool) -> torch.memory_format:
 def _forward(z, residual, bits):
     channels_last = has_channels_last(z)
     y = torch.empty_like(z, memory_format=_layout(channels_last)).copy_(z)
-    if bits:
-        return y, relu_bits_(y, residual, channels_last)
-    if residual is not None:
-        y.add_(residual)
-    return y.relu_(), z.new_empty(0, dtype=torch.uint8)
+    mask = relu_bits_(y, residual, channels_last, bits=bits)
+    return y, mask if bits else z.new_empty(0, dtype=torch.uint8)
 
 
 def _fake(z, residual, bits):
@@ -40,11 +37,8 @@ def _fake(z, residual, bits):
 
 
 def _backward(grad, y, mask, channels_last):
-    if mask is None:
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    else:
-        grad = relu_bits_backward(grad, mask, channels_last)
-    return grad.contiguous(memory_format=_layout(channels_last))
+    selected, _ = relu_bits_backward(grad, mask, channels_last, y=y)
+    return selected.contiguous(memory_format=_layout(channels_last))
 
 
 def _backward_fake(grad, y, mask, channels_last):

@@ -1,0 +1,159 @@
+"""Rewrite the tables of docs/tiny-run.md and docs/fc-clip.md from the files that ``bench_ovs.py``
+wrote to ``benchmarks/results/MACHINE/ovs``.
+
+A part without a stored result keeps the table it has. Exit code 1 with ``--check`` if a table is
+old, 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from markdown_tables import table  # noqa: E402
+from ovs_result import OURS, check_form  # noqa: E402
+from report_tables import rewrite  # noqa: E402
+
+from opentrans_kernels.bench.machines import machine_slug  # noqa: E402
+from opentrans_kernels.bench.schema import Result, read_json  # noqa: E402
+from opentrans_kernels.errors import OpenTransError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("whole", "backbone", "head")
+PAGES = {"inference": "tiny-run.md", "text": "tiny-run.md", "fc-clip": "fc-clip.md"}
+
+
+def load(folder: Path) -> list[Result]:
+    """Every result below ``folder``/MACHINE/ovs, checked.
+
+    Raises OpenTransError for one that has not the form, failed, was interrupted, or lies in the
+    folder of another machine.
+    """
+    found = []
+    for path in sorted(folder.glob("*/ovs/*.json")):
+        try:
+            result = check_form(read_json(path))
+        except OpenTransError as error:
+            raise OpenTransError(f"{path.name}: {error}") from error
+        why = "was interrupted" if not result["complete"] else ""
+        if result["failed_checks"]:
+            why = f"failed: {result['failed_checks'][0]}"
+        if (slug := machine_slug(result["machine"])) != path.parents[1].name:
+            why = f"was measured on {slug} but lies in {path.parents[1].name}"
+        if why:
+            raise OpenTransError(f"{path.name} {why}. Measure it again, or move it elsewhere.")
+        found.append(dict(result))
+    return found
+
+
+def text_table(result: Result, part: dict[str, Any]) -> str:
+    """Milliseconds of a training step, and how many times less with the cache."""
+    fast, slow = (part["timings"][name]["cpu"] for name in ("cached", "encoder in every step"))
+    title = (
+        f"training step, {part['size']} pixels, batch {part['images_per_step']}, "
+        f"{part['prompts']} prompts"
+    )
+    rows = [
+        ("text encoder in every step, as published", f"{slow['median']:.0f}"),
+        ("cached", f"{fast['median']:.0f} ({_times(part['speedup'])})"),
+    ]
+    return f"{table((title, 'CPU ms'), rows)}\n\n{_origin(result)}"
+
+
+def model_table(result: Result, part: dict[str, Any]) -> str:
+    """Milliseconds of every variant, whole and in parts, and Amdahl's law in words."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, timing in part["timings"].items():
+        column, _, variant = name.partition(": ")
+        cells.setdefault(variant, {})[column] = f"{timing['cpu']['median']:.0f}"
+    columns = [c for c in COLUMNS if any(c in row for row in cells.values())]
+    best = {part["baseline"][c].partition(": ")[2] for c in columns if c in part["baseline"]}
+    rows = []
+    for variant in sorted(cells, key=lambda name: name.startswith(OURS)):
+        label = f"{variant} (fastest dense)" if {variant} == best else variant
+        rows.append((label, *(cells[variant].get(column, "") for column in columns)))
+    ratios = {"whole": _times(part["speedup"]), "backbone": _times(part["backbone_speedup"])}
+    rows.append(("against the fastest dense", *(ratios.get(column, "") for column in columns)))
+    error = max(part["errors"].values(), key=lambda row: row["ours"] / row["limit"])
+    words = [
+        f"The backbone is {part['backbone_share_dense']:.0%} of the dense time, so by Amdahl's law "
+        f"no backbone can make the whole more than {part['amdahl_bound']:.2f} times faster, and "
+        f"this one should make it {part['amdahl_predicted']:.2f} times faster. Largest error "
+        f"{error['ours']:.1e} of the largest value, dense float32's own {error['dense']:.1e}."
+    ]
+    words += [f"Not timed: {name}, {why}." for name, why in part["unavailable"].items()]
+    if "deformable_attention" in part:
+        words.append(f"Deformable attention: {part['deformable_attention']}.")
+    title = f"{part['size']} x {part['size']}, CPU ms"
+    return "\n\n".join((table((title, *columns), rows), " ".join(words), _origin(result)))
+
+
+TABLES: dict[str, Callable[[Result, dict[str, Any]], str]] = {
+    "inference": model_table,
+    "text": text_table,
+    "fc-clip": model_table,
+}
+
+
+def _times(spread: dict[str, Any]) -> str:
+    return f"**{spread['median']:.2f}x**, {spread['q1']:.2f}-{spread['q3']:.2f}"
+
+
+def _origin(result: Result) -> str:
+    source = result["source"] or {}
+    threads = f"{result['threads']} pinned thread" + "s" * (result["threads"] > 1)
+    words = [
+        result["machine"]["cpu"],
+        threads,
+        f"torch {result['versions']['torch']}",
+        f"synthetic mask {result['mask']['label']}",
+        f"median of {result['rounds']} rounds",
+        f"commit {str(source.get('commit'))[:12]}",
+        f"uncommitted changes: {source.get('dirty')}",
+    ]
+    if result["canary"]["disturbed"]:
+        words.append("disturbed machine")
+    return f"{'; '.join(words)}."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Rewrite the tables of whole models.")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    options = parser.parse_args(argv)
+    old = 0
+    try:
+        results = load(options.results)
+        for page in sorted(set(PAGES.values())):
+            made = {
+                f"ovs-{name}": "\n\n".join(
+                    TABLES[name](result, result["parts"][name])
+                    for result in results
+                    if name in result["parts"]
+                )
+                for name, home in PAGES.items()
+                if home == page
+            }
+            file = options.docs / page
+            before = file.read_text(encoding="utf-8")
+            after = rewrite(before, {name: text for name, text in made.items() if text})
+            old += before != after
+            if before != after and not options.check:
+                file.write_text(after, encoding="utf-8")
+            missing = [name for name, text in made.items() if not text]
+            state = "up to date" if before == after else "out of date" if options.check else "new"
+            note = f"; no stored result for {', '.join(missing)}" if missing else ""
+            sys.stdout.write(f"{page}: {state}{note}\n")
+    except (OpenTransError, OSError) as error:
+        sys.stderr.write(f"ovs_tables: {error}\n")
+        return 2
+    return int(options.check and old > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
