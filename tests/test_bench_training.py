@@ -104,12 +104,19 @@ def test_a_run_writes_a_result_with_its_origin(tmp_path: Path, monkeypatch) -> N
     assert made["pruning.md"]["allocation"] == training_tables.EMPTY
     for changes, fix in (
         ({"complete": False}, "was interrupted. Measure it again"),
-        ({"failed_checks": ["slow"]}, "failed its checks. Measure it again"),
+        (
+            {"failed_checks": ["inexact"], "schema": {"kind": "allocation", "version": 2}},
+            "failed its checks. Measure it again",
+        ),
         ({"schema": {"kind": "trunk", "version": 2}}, "Move it elsewhere"),
     ):
         target.write_text(json.dumps({**result, **changes}))
         with pytest.raises(OpenTransError, match=fix):
             training_tables.tables(tmp_path)
+    target.write_text(json.dumps(result | {"failed_checks": ["odd, skip: 1.05 of its baseline"]}))
+    assert training_tables.tables(tmp_path)["training.md"] == made["training.md"], (
+        "losing rows stay"
+    )
 
 
 def test_tables_of_optimizers_and_allocations(tmp_path: Path) -> None:
