@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opentrans_kernels.bench import canary
-from opentrans_kernels.bench.environment import environment_block
+from opentrans_kernels.bench.environment import environment_block, portable_words
 from opentrans_kernels.bench.schema import envelope
 
 
@@ -16,9 +16,7 @@ class Watch:
 
     def __init__(self, kind: str, threads: int) -> None:
         self.kind, self.threads = kind, threads
-        command = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-        if "--json" in command:
-            del command[command.index("--json") :]  # by custom the last option; names a folder
+        command = [f"benchmarks/{Path(sys.argv[0]).name}", *portable_words(sys.argv[1:])]
         self.start = {**environment_block(), "threads": threads, "command": command}
         self._before = canary.look(threads=threads)
 

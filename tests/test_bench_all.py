@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import bench_results as make
 import pytest
 
 from opentrans_kernels.bench import schema
-from opentrans_kernels.bench.environment import isa_environment, machine
+from opentrans_kernels.bench.environment import isa_environment, machine, portable_words
 from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.cli import bench, bench_all, bench_scripts, build_parser, main
 from opentrans_kernels.cli.render import Output
@@ -116,6 +117,22 @@ def test_an_interrupt_is_recorded_and_ends_the_suite(
     assert "interrupted in s: the suite stops" in said.err and "results in" in said.out
 
 
+def test_a_recorded_command_names_no_place_of_one_machine() -> None:
+    words = ["--peer-envs", "/home/me/peers", "--json=/home/me/a.json", "--size", "64x96", "a/b"]
+    want = ["--peer-envs", "peers", "--json=a.json", "--size", "64x96", "a/b"]
+    assert portable_words(words) == want
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/results").rglob("*.json")), ids=lambda path: path.name
+)
+def test_a_stored_result_names_no_place_of_one_machine(path: Path) -> None:
+    text = path.read_text()
+    command = json.loads(text).get("command", [])
+    assert portable_words(command) == command
+    assert not re.search(r"(?<!\w)/(tmp|home|root|work|mnt|Users)/", text), "a reason or a label"
+
+
 def test_a_quick_trunk_run_is_valid_and_names_absent_peers(
     limited: None, tmp_path: Path, capsys
 ) -> None:
@@ -126,6 +143,8 @@ def test_a_quick_trunk_run_is_valid_and_names_absent_peers(
     assert main([*command, "--json", str(target)]) == 0
     result = schema.load_result(target)
     assert result["complete"] and result["rounds"] == 2 and not result["layers"]
+    assert {"none", "trunk.json"} < set(result["command"])
+    assert str(tmp_path) not in str(result["command"])
     for name in ("torch.compile", "openvino"):
         assert result["peers"][name]["skipped"]
     said = capsys.readouterr().out

@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,17 @@ def environment_block() -> dict[str, Any]:
         },
         "source": source_state(),
     }
+
+
+def portable_words(words: Sequence[str]) -> list[str]:
+    """The words of a command for a result: of absolute paths, also in ``--option=PATH``, the last
+    part only, since where a file lies on one machine tells nothing on another."""
+    found = []
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        value = Path(value).name if Path(value).is_absolute() else value
+        found.append(f"{option}{equals}{value}")
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -73,8 +73,10 @@ def chosen_cpus(text: str | None, threads: int) -> list[int] | None:
 
 def command_of(options: argparse.Namespace) -> list[str]:
     """The command that was run, without the place its result was written to."""
+    from ..bench.environment import portable_words
+
     told = {str(options.json): Path(str(options.json)).name}
-    return ["opentrans", *(told.get(word, word) for word in options.arguments)]
+    return ["opentrans", *portable_words([told.get(word, word) for word in options.arguments])]
 
 
 def show_canary(canary: dict[str, Any], out: Output) -> None:
