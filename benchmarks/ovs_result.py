@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ OURS = "accelerated"
 COMPILED = "compiled"  # the dense variant of torch.compile
 LARGEST_ERROR = 1e-4  # of the largest value: a dense variant that is further off is no baseline
 FLOOR = 1e-6  # of the largest value: an error below it is never a fault
+NOT_FINITE = 1e9  # the error of an output with NaN or infinity: max() may drop a NaN
 
 TIMES = Each({"cpu": SPREAD, "wall": SPREAD})
 WHOLE_MODEL = {
@@ -89,7 +91,8 @@ def relative_errors(
     outputs: Mapping[str, torch.Tensor], reference: torch.Tensor
 ) -> dict[str, float]:
     """Per variant: largest difference from ``reference`` over its largest value."""
-    return {name: relative_error(value, reference) for name, value in outputs.items()}
+    errors = {name: relative_error(value, reference) for name, value in outputs.items()}
+    return {name: e if math.isfinite(e) else NOT_FINITE for name, e in errors.items()}
 
 
 def error_row(errors: Mapping[str, float], limit: float | None = None) -> dict[str, float]:

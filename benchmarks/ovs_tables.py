@@ -82,9 +82,15 @@ def model_table(result: Result, part: dict[str, Any]) -> str:
     words = [
         f"The backbone is {part['backbone_share_dense']:.0%} of the dense time, so by Amdahl's law "
         f"no backbone can make the whole more than {part['amdahl_bound']:.2f} times faster, and "
-        f"this one should make it {part['amdahl_predicted']:.2f} times faster. Largest error "
-        f"{error['ours']:.1e} of the largest value, dense float32's own {error['dense']:.1e}."
+        f"this one should make it {part['amdahl_predicted']:.2f} times faster. The error nearest "
+        f"its limit ({error['limit']:.1e}) is {error['ours']:.1e} of the largest value, dense "
+        f"float32's own {error['dense']:.1e}."
     ]
+    if part["speedup"]["median"] > part["amdahl_bound"]:
+        words.append(
+            "The measured ratio is above that bound, so it is noise to that extent: rounds of the "
+            "whole model differ by more than the gain. Rely on the prediction."
+        )
     words += [f"Not timed: {name}, {why}." for name, why in part["unavailable"].items()]
     if "deformable_attention" in part:
         words.append(f"Deformable attention: {part['deformable_attention']}.")

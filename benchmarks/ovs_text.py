@@ -17,7 +17,6 @@ from opentrans_kernels.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.synthetic import synthetic_rn50
 
-PROMPTS = 133  # of COCO panoptic, as published
 BATCH = 2
 CACHED, UNCACHED = "cached", "encoder in every step"
 

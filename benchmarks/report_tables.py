@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opentrans_kernels import settings
+from opentrans_kernels.bench.compare import OTHER_FOLDERS
 from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.bench.schema import Result, check_result, kind_of, read_json
 from opentrans_kernels.errors import OpenTransError
@@ -27,7 +28,6 @@ import training_tables  # noqa: E402
 from markdown_tables import EMPTY, table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHER_FOLDERS = ("alpha", "training", "gpu", "ovs")  # results of other scripts, not read here
 TRUNK = "mask|input|threads|ISA|baseline|dense ms|ours ms|speed-up (quartiles)|error, dense's own"
 LAYERS = "run|convolution|output|n|density|dense ms|sparse ms|speed-up"
 ORIGIN = "CPU|torch|commit|uncommitted changes|weights|masks"

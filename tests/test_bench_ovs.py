@@ -95,6 +95,17 @@ def test_ours_may_err_twice_as_much_as_dense(form: ModuleType) -> None:
     assert not form.is_exact({"x": {**row, "ours": float("nan")}})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_output_that_is_not_finite_is_inexact_wherever_it_stands(
+    form: ModuleType, value: float
+) -> None:
+    good = torch.ones(3)
+    outputs = {"eager": good, "accelerated": good, "accelerated, head compiled": good * value}
+    for order in (outputs, dict(reversed(outputs.items()))):
+        errors = form.relative_errors(order, good)
+        assert errors["accelerated"] == 0 and not form.is_exact({"x": form.error_row(errors)})
+
+
 def test_a_tower_that_stayed_dense_is_no_measurement(form: ModuleType) -> None:
     tower = accel_nets.tower()
     with pytest.raises(OpenTransError, match="no layer .*global:0.90"):

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from test_isa import child
 from torch.utils.flop_counter import FlopCounterMode
 
 from opentrans_kernels import dispatch
@@ -112,6 +113,42 @@ def test_avg_pool2d_backward(backend, k, set_env, poison) -> None:
         assert torch.allclose(avg_pool2d_backward(g, size, k), want, rtol=1e-6, atol=0)
         padded = plane_padded(g, *g.shape).copy_(g)
         assert torch.allclose(avg_pool2d_backward(padded, size, k), want, rtol=1e-6, atol=0)
+
+
+def every_pass() -> list[torch.Tensor]:
+    """Results of the compiled passes on every shape, in an order of its own."""
+    found: list[torch.Tensor | None] = []
+    for shape, channels_last in product(SHAPES, (False, True)):
+        residual, grad = rand(shape, channels_last) + 0.1, rand(shape, channels_last) - 0.2
+        scale, shift = rand((shape[1],)), rand((shape[1],)) * 2
+        for factor in (None, scale):
+            y = rand(shape, channels_last)
+            bits = relu_bits_(y, residual, channels_last, scale=factor, shift=shift)
+            found += [y, bits]
+            for kept, output in ((bits, None), (None, y)):
+                found += relu_bits_backward(grad, kept, channels_last, y=output, scale=factor)
+    for k in (2, 3):
+        found.append(avg_pool2d_backward(rand((2, 3, 20, 45 // k)), (2, 3, 20 * k + 1, 45), k))
+    return [t for t in found if t is not None]
+
+
+def test_the_loops_without_vectors_agree_to_the_bit(extension, tmp_path) -> None:
+    target = tmp_path / "generic.pt"
+    done = child(
+        f"""
+        import torch
+        from opentrans_kernels import native
+        from test_frozen_passes import every_pass
+        torch.save(every_pass(), {str(target)!r})
+        print(native.cpu_capability())
+        """,
+        "generic",
+    )
+    assert done.stdout.strip() == "generic", done.stderr[-2000:]
+    other, ours = torch.load(target, weights_only=True), every_pass()
+    assert len(other) == len(ours) == 122
+    for plain, vector in zip(other, ours, strict=True):
+        assert torch.equal(plain, vector)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
-from ..ovs.text import TEMPLATES
+from ..distill.distiller import MAX_REGIONS as MOST_REGIONS
+from ..distill.distiller import OBJECTIVES
+from ..distill.teacher import REGION_EMBEDDINGS
+from ..ovs.mask_head import MaskHeadOptions
+from ..ovs.text import START_SCALE, TEMPLATES
 from .config import OpenTransConfig
 from .config_nodes import ConfigError, option, option_rows, read_options, to_node
 
@@ -17,7 +21,6 @@ __all__ = ["OPTIMIZERS", "OVS", "OvsConfig", "add_ovs_config", "ovs_rows"]
 OVS = "OVS"  # below cfg.MODEL
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 REGIONS = ("labels", "grid")
-OBJECTIVES = ("opentrans", "paper", "visual")
 PIXEL_HEADS = ("DeepLabV3PlusHead", "DeepLabV3Head")
 
 
@@ -25,18 +28,28 @@ PIXEL_HEADS = ("DeepLabV3PlusHead", "DeepLabV3Head")
 class MaskHeadKeys:
     """``MODEL.OVS.MASK_HEAD``: see ``opentrans.ovs.MaskHeadOptions``."""
 
-    DIM: int = option(256, "channels, a multiple of 32")
-    HEADS: int = option(8, "attention heads")
-    FEEDFORWARD: int = option(2048, "hidden channels of the transformer decoder")
-    ENCODER_FEEDFORWARD: int = option(1024, "hidden channels of the pixel decoder")
-    ENCODER_LAYERS: int = option(6, "deformable layers of the pixel decoder")
-    DECODER_LAYERS: int = option(10, "layers of the transformer decoder")
-    QUERIES: int = option(100, "masks per image")
-    POINTS: int = option(12544, "pixels sampled per mask in the loss")
-    CLASS_WEIGHT: float = option(2.0, "weight of the classification loss")
-    MASK_WEIGHT: float = option(5.0, "weight of the binary mask loss")
-    DICE_WEIGHT: float = option(5.0, "weight of the dice loss")
-    NO_OBJECT_WEIGHT: float = option(0.1, "weight of queries without an object")
+    DIM: int = option(MaskHeadOptions.dim, "channels, a multiple of 32")
+    HEADS: int = option(MaskHeadOptions.heads, "attention heads")
+    FEEDFORWARD: int = option(
+        MaskHeadOptions.feedforward, "hidden channels of the transformer decoder"
+    )
+    ENCODER_FEEDFORWARD: int = option(
+        MaskHeadOptions.encoder_feedforward, "hidden channels of the pixel decoder"
+    )
+    ENCODER_LAYERS: int = option(
+        MaskHeadOptions.encoder_layers, "deformable layers of the pixel decoder"
+    )
+    DECODER_LAYERS: int = option(
+        MaskHeadOptions.decoder_layers, "layers of the transformer decoder"
+    )
+    QUERIES: int = option(MaskHeadOptions.queries, "masks per image")
+    POINTS: int = option(MaskHeadOptions.points, "pixels sampled per mask in the loss")
+    CLASS_WEIGHT: float = option(MaskHeadOptions.class_weight, "weight of the classification loss")
+    MASK_WEIGHT: float = option(MaskHeadOptions.mask_weight, "weight of the binary mask loss")
+    DICE_WEIGHT: float = option(MaskHeadOptions.dice_weight, "weight of the dice loss")
+    NO_OBJECT_WEIGHT: float = option(
+        MaskHeadOptions.no_object_weight, "weight of queries without an object"
+    )
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class DistillKeys:
     TEXT_KD_WEIGHT: float = option(
         0.0, "weight of the text part alone; 0: one mean over both parts"
     )
-    MAX_REGIONS: int = option(200, "regions per step and process")
+    MAX_REGIONS: int = option(MOST_REGIONS, "regions per step and process")
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class OvsConfig:
         "MODEL.OPENTRANS.WEIGHTS",
     )
     TEMPLATES: list[str] = option(list(TEMPLATES), "prompts; {} stands for the class")
-    SCALE: float = option(14.3, "what cosines are multiplied with at the start")
+    SCALE: float = option(START_SCALE, "what cosines are multiplied with at the start")
     OPTIMIZER: str = option("AdamW", "AdamW or SGD")
     BACKBONE_MULTIPLIER: float = option(
         0.1,
@@ -112,6 +125,7 @@ class OvsConfig:
         choices = (
             ("OPTIMIZER", self.OPTIMIZER, OPTIMIZERS),
             ("DISTILL.REGIONS", self.DISTILL.REGIONS, REGIONS),
+            ("DISTILL.REGION", self.DISTILL.REGION, REGION_EMBEDDINGS),
             ("DISTILL.LOSS", self.DISTILL.LOSS, OBJECTIVES),
         )
         for key, value, allowed in choices:

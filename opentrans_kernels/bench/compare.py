@@ -15,8 +15,8 @@ from ..errors import OpenTransError
 from .machines import machine_differences, machine_slug
 from .schema import Result, load_result
 
-#: Results of other scripts, which have a form of their own.
-OTHER_FOLDERS = ("ovs",)
+#: Results of scripts in ``benchmarks/``, which have forms of their own.
+OTHER_FOLDERS = ("alpha", "training", "gpu", "ovs")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def peers(page: Page, results: Sequence[Result]) -> None:
             label = [run_label(dict(r)), name]
             if not peer["available"]:
                 kind = "skipped" if peer.get("skipped", True) else "FAILED"
-                why = f"{kind}: {peer.get('error', 'not run').splitlines()[0]}"
+                why = f"{kind}: {peer.get('error', 'not run').partition(chr(10))[0]}"
                 rows.append([*label, "", "", "", "", "", why])
                 css.append("")
                 continue
