@@ -4,7 +4,7 @@ PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN         := .venv/bin
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
-CXX_SOURCES := $(filter %.h %.inc %.cpp,$(SOURCES))
+CXX_SOURCES := $(filter %.h %.inc %.cpp %.cu,$(SOURCES) $(wildcard benchmarks/gpu/prototype/*) $(wildcard tests/*.h tests/*.cpp))
 THREADS     ?= 1
 
 .DEFAULT_GOAL := help

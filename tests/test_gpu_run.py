@@ -213,20 +213,6 @@ def test_every_section_has_its_place_and_the_trunk_comes_early(run) -> None:
     assert listed.index("trunk bfloat16") < 3
 
 
-def test_a_two_four_split_is_exact_and_has_the_form(run) -> None:
-    import two_four
-
-    weight = torch.randn(24, 20, 3, 3, dtype=torch.float64)
-    weight[torch.rand_like(weight) < 0.6] = 0
-    kept, rest = two_four.split(weight)
-    assert torch.equal(kept + rest, weight) and not (kept * rest).any()
-    groups = two_four.as_matrix(kept).reshape(24, -1, 4)
-    assert int((groups != 0).sum(2).max()) <= 2, "cuSPARSELt takes two of four along K"
-    whole = two_four.as_matrix(weight).reshape(24, -1, 4).abs()
-    best = whole.sort(dim=2).values[:, :, 2:].sum()
-    torch.testing.assert_close(groups.abs().sum(), best)
-
-
 def test_the_two_four_section_runs_in_a_rehearsal_and_says_why_it_measures_nothing(
     tmp_path: Path,
 ) -> None:
@@ -236,4 +222,5 @@ def test_the_two_four_section_runs_in_a_rehearsal_and_says_why_it_measures_nothi
     result = json.loads(path.read_text())["sections"]["two_four"]["result"]
     assert result["not timed"] == "a rehearsal has no GPU" and "not timed" in done.stdout
     assert list(result["layers"]) == ["layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"]
-    assert all(0 <= entry["outside_2_4"] < 0.3 for entry in result["layers"].values())
+    for entry in result["layers"].values():
+        assert 0 < entry["parts"] < entry["parts_of_dense"] and entry["density"] < 0.5

@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_conv_kernel(const Problem 
 template <typename T>
 cudaError_t launch(const Problem& p, cudaStream_t stream) {
   const int bytes = shared_floats(p) * int(sizeof(float));
-  cudaError_t status = cudaFuncSetAttribute(
-      sparse_conv_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t status = cudaFuncSetAttribute(sparse_conv_kernel<T>,
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   sparse_conv_kernel<T><<<dim3(unsigned(blocks(p))), kThreads, size_t(bytes), stream>>>(p);
   return cudaGetLastError();

@@ -1,26 +1,15 @@
-"""Compiles ``csrc/cuda/sparse_conv.cu`` once per GPU generation, and loads it through ctypes.
-
-nvcc is called at first use; the library is kept in the user's cache folder under a name made of
-the sources' hash, the architecture and the compiler's version. No torch headers are involved.
-"""
+"""The CUDA library of ``csrc/cuda/sparse_conv.cu``, loaded through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 from ...errors import KernelUnavailable
+from ..nvcc import build_library, find_nvcc
 
-__all__ = ["Problem", "find_nvcc", "library", "sources", "why_not"]
-
-_FLAGS = ("-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC")
-_TIMEOUT = 300
+__all__ = ["Problem", "library", "sources", "why_not"]
 
 
 class Problem(ctypes.Structure):
@@ -40,15 +29,6 @@ def sources() -> list[Path]:
     return [p for p in (folder / "sparse_conv.cu", folder / "sparse_conv.h") if p.exists()]
 
 
-def find_nvcc() -> str | None:
-    """Path of nvcc: of ``CUDA_HOME``, of ``PATH``, or of the usual place."""
-    home = os.environ.get("CUDA_HOME", "").strip()
-    tried = [Path(home, "bin", "nvcc")] if home else []
-    tried += [Path(found)] if (found := shutil.which("nvcc")) else []
-    tried.append(Path("/usr/local/cuda/bin/nvcc"))
-    return next((str(path) for path in tried if path.exists()), None)
-
-
 def why_not() -> str | None:
     """Why the CUDA kernel cannot be built here; None if it can be tried."""
     if len(sources()) < 2:
@@ -56,10 +36,6 @@ def why_not() -> str | None:
     if find_nvcc() is None:
         return "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda). Install the CUDA toolkit"
     return None
-
-
-def compile_command(nvcc: str, architecture: str, output: str) -> list[str]:
-    return [nvcc, *_FLAGS, f"-arch={architecture}", "-o", output, str(sources()[0])]
 
 
 @cache
@@ -70,17 +46,7 @@ def library(major: int, minor: int) -> ctypes.CDLL:
     """
     if (problem := why_not()) is not None:
         raise KernelUnavailable(f"sparse_conv2d_nhwc: {problem}, or plan without this kernel.")
-    nvcc = str(find_nvcc())
-    architecture = f"sm_{major}{minor}"
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(f"{architecture}{version}{_FLAGS}".encode())
-    for path in sources():
-        digest.update(path.read_bytes())
-    base = os.environ.get("XDG_CACHE_HOME", "").strip() or str(Path.home() / ".cache")
-    folder = Path(base) / "opentrans_kernels" / "cuda"
-    target = folder / f"sparse_conv_{digest.hexdigest()[:24]}.so"
-    if not target.exists():
-        _build(nvcc, architecture, folder, target)
+    target = build_library(str(find_nvcc()), sources(), f"sm_{major}{minor}", "sparse_conv2d_nhwc")
     loaded = ctypes.CDLL(str(target))
     loaded.otk_sparse_conv.argtypes = [
         ctypes.POINTER(Problem), ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p),
@@ -92,28 +58,3 @@ def library(major: int, minor: int) -> ctypes.CDLL:
             f"{ctypes.sizeof(Problem)}. Delete the file; it is built again."
         )
     return loaded
-
-
-def _build(nvcc: str, architecture: str, folder: Path, target: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            part = os.path.join(work, "part.so")
-            done = subprocess.run(
-                compile_command(nvcc, architecture, part),
-                capture_output=True, text=True, timeout=_TIMEOUT,
-            )  # fmt: skip
-            if done.returncode:
-                lines = (done.stderr + done.stdout).splitlines()
-                shown = next((line for line in lines if "error" in line), "no message")
-                raise KernelUnavailable(
-                    f"sparse_conv2d_nhwc: {nvcc} failed for {architecture}: {shown}. Plan without "
-                    "this kernel, or install a CUDA toolkit that knows this GPU and a host "
-                    "compiler that it accepts."
-                )
-            os.replace(part, target)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise KernelUnavailable(
-            f"sparse_conv2d_nhwc: building for {architecture} failed: {error}. Check that "
-            f"{folder} can be written, or set XDG_CACHE_HOME."
-        ) from error
