@@ -133,13 +133,17 @@ def sparse_folded_backward_macs(arguments: Mapping[str, Any], out_shape: tuple[A
 
 
 def implicit_gemm_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
-    """MACs of a dense convolution with both K segments, pixels that a pool drops left out."""
+    """MACs of a dense convolution with both K segments, pixels that a pool drops left out; of the
+    first segment only slices that are given."""
     batch, cout, height, width = out_shape
     taps, cin, _ = arguments["weight"]
-    count = taps * cin * arguments["pool"] ** 2
+    count = taps * cin * cout
+    if arguments.get("steps") is not None:
+        count = (arguments["steps"][0] - 1) * arguments["config"][1] * arguments["config"][2]
+    count *= arguments["pool"] ** 2
     if arguments.get("weight2") is not None:
-        count += arguments["weight2"][1]
-    return count * batch * cout * height * width
+        count += arguments["weight2"][1] * cout
+    return count * batch * height * width
 
 
 def chain_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:

@@ -28,6 +28,7 @@ from opentrans_kernels.gpu.cache import cache_key
 from opentrans_kernels.gpu.kernels import candidates
 from opentrans_kernels.gpu.network import MULTIPLE
 from opentrans_kernels.gpu.warm import jobs_of
+from opentrans_kernels.masks import MaskSet
 
 OURS = {"gemm": 1.0, "gather": 1.5}
 
@@ -119,6 +120,42 @@ def test_compact_widths_are_padded_exact_and_chosen_only_if_faster() -> None:
         plan, _ = plan_trunk(subject, place, timer=timer, network=network)
         assert all(plan.variants[block.name] == name for block in compact)
         cases.check_trunk(program_of(plan, network, place)(x), dense, x, "float32")
+
+
+def crowded_masks(model: nn.Module) -> MaskSet:
+    """The 3x3 of every block lives in half of its rows and columns, scattered over all."""
+    masks = {}
+    for name, conv in nets.convs(model).items():
+        if conv.kernel_size == (3, 3) and name.startswith("layer"):
+            rows, columns = (torch.rand(c).argsort() < c // 2 for c in conv.weight.shape[:2])
+            masks[name] = (rows[:, None] & columns)[:, :, None, None].expand_as(conv.weight)
+    return MaskSet.from_tensors(masks)
+
+
+def test_inner_channels_are_ordered_so_that_slices_run_empty() -> None:
+    model = wide_tower()
+    masks = crowded_masks(model)
+    dense, place = nets.masked(model, masks), cases.place()
+    subject = cases.subject(model, masks)
+    network = describe_network(subject)
+    shares = {}
+    for block in network.blocks:
+        for layer in block.variants["full"]:
+            live = layer.weight != 0
+            if layer.kernel == 3:
+                for dims in ((1, 2, 3), (0, 2, 3)):
+                    counts = live.sum(dims)
+                    assert torch.equal(counts, counts.sort(descending=True).values)
+            found = candidates(layer, place, (1, 8, 8))[0]
+            for candidate in found:
+                if candidate.name.startswith("slices"):
+                    shares[layer.name] = candidate.share
+    assert set(shares) == {"layer3.0.conv2", "layer4.0.conv2"}, "the others are a tile wide"
+    assert all(0.2 < share < 0.7 for share in shares.values())
+    plan, network = plan_trunk(subject, place, timer=cases.Prices(slices=1.0), network=network)
+    assert {row.name for row in plan.rows if row.kernel.startswith("slices")} == set(shares)
+    x = torch.randn(2, 3, 64, 96)
+    cases.check_trunk(program_of(plan, network, place)(nhwc(x, "float32")), dense, x, "float32")
 
 
 def test_chains_are_taken_where_they_are_faster_and_stay_exact() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .. import dispatch
 from ..errors import OpenTransError
-from ..ops.implicit_gemm_conv2d import pack_weight
+from ..ops.implicit_gemm_conv2d import live_slices, pack_weight
 from ..ops.implicit_gemm_conv2d.shapes import fitting
 from ..ops.nhwc import empty_nhwc, nhwc, why_too_old
 from ..ops.sparse_conv2d_nhwc import pack
@@ -26,6 +26,8 @@ __all__ = ["Candidate", "Place", "candidates", "layer_signature", "output_size",
 
 #: Above it a product per word of shared memory loses to dense arithmetic everywhere (arithmetic).
 MOST_DENSE = 0.45
+#: Above these shares of the dense work, zeros left out do not pay for finding the others.
+MOST_GATHERED, MOST_SLICED = 0.75, 0.85
 Run = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
 
@@ -48,13 +50,14 @@ class Candidate:
     """One way to compute a layer. dense: PyTorch's own kernels. pack: layer -> function.
 
     warm: compiles for a layer and an input size, without packing or running; None if there is
-    nothing to compile.
+    nothing to compile. share: of the dense work, on which its time depends; 1 if it skips nothing.
     """
 
     name: str
     dense: bool
     pack: Callable[[Layer], Run]
     warm: Callable[[Layer, tuple[int, int, int]], None] | None = None
+    share: float = 1.0
 
 
 def layer_signature(layer: Layer, size: tuple[int, int, int]) -> tuple[object, ...]:
@@ -220,15 +223,28 @@ def _gemm(layer: Layer, place: Place, size: tuple[int, int, int]) -> list[Candid
     if row.row.backend == "triton":
         pooled = second is not None and second.pool > 1
         tiles = fitting(layer.weight.shape[0], dtype, pooled, layer.residual)
-    live = layer.live_inputs()
-    gathers = [False] + [True] * (live.numel() <= 0.75 * layer.weight.shape[1])
+    cout, cin = layer.weight.shape[:2]
+    gathered = layer.live_inputs().numel() / cin
+    packed = pack_weight(layer.weight)
+    kinds = [("gemm", tile, 1.0) for tile in tiles]
+    if gathered <= MOST_GATHERED:
+        kinds += [("gather", tile, gathered) for tile in tiles[:3]]
+    for tile in tiles if row.row.backend == "triton" else [(64, 64, 64, 4, 4)]:
+        steps = live_slices(packed, tile)[1].numel() - 1
+        share = steps * tile[1] * tile[2] / packed.numel()
+        if share <= MOST_SLICED:
+            kinds.append(("slices", tile, share))
 
-    def packer(tile: tuple[int, ...], gather: bool) -> Callable[[Layer], Run]:
+    def packer(kind: str, tile: tuple[int, ...]) -> Callable[[Layer], Run]:
         def pack(layer: Layer) -> Run:
-            kept = layer.live_inputs()
-            weight = layer.weight[:, kept] if gather else layer.weight
-            channels = kept.to(place.device, torch.int32) if gather else None
+            channels, slices = None, (None, None)
+            weight = layer.weight
+            if kind == "gather":
+                kept = layer.live_inputs()
+                weight, channels = weight[:, kept], kept.to(place.device, torch.int32)
             main = place.precision.operand(pack_weight(weight), place.device)
+            if kind == "slices":
+                slices = tuple(t.to(place.device) for t in live_slices(pack_weight(weight), tile))
             bias = layer.bias.to(place.device, torch.float32)
             second = layer.second
             other = None
@@ -238,19 +254,17 @@ def _gemm(layer: Layer, place: Place, size: tuple[int, int, int]) -> list[Candid
             fixed = (layer.kernel, layer.pool, pool2, layer.relu, place.precision.tf32, tile)
 
             def run(x, residual, x2):
-                return function(x, main, bias, channels, residual, x2, other, *fixed)
+                return function(x, main, bias, channels, residual, x2, other, *fixed, *slices)
 
             return run
 
         return pack
 
     found = []
-    for gather in gathers:
-        for tile in tiles[:3] if gather else tiles:
-            text = "x".join(map(str, tile[:3])) + f"w{tile[3]}s{tile[4]}" if tile else "any"
-            name = f"{'gather' if gather else 'gemm'}:{text}"
-            warm = _warmer(place, tile, gather) if row.row.backend == "triton" else None
-            found.append(Candidate(name, False, packer(tile, gather), warm))
+    for kind, tile, share in kinds:
+        text = "x".join(map(str, tile[:3])) + f"w{tile[3]}s{tile[4]}" if tile else "any"
+        warm = _warmer(place, tile, kind) if row.row.backend == "triton" else None
+        found.append(Candidate(f"{kind}:{text}", False, packer(kind, tile), warm, share))
     return found
 
 
@@ -289,11 +303,11 @@ def _sparse(layer: Layer, place: Place, size: object) -> list[Candidate] | str:
 
         return run
 
-    return [Candidate("sparse", False, make)]
+    return [Candidate("sparse", False, make, None, density)]
 
 
 def _warmer(
-    place: Place, tile: tuple[int, ...], gather: bool
+    place: Place, tile: tuple[int, ...], kind: str
 ) -> Callable[[Layer, tuple[int, int, int]], None]:
     def warm(layer: Layer, size: tuple[int, int, int]) -> None:
         from ..ops.implicit_gemm_conv2d import triton
@@ -302,7 +316,7 @@ def _warmer(
             return torch.empty(shape, dtype=dtype, device="meta")
 
         cout, cin = layer.weight.shape[:2]
-        used = layer.live_inputs().numel() if gather else cin
+        used = layer.live_inputs().numel() if kind == "gather" else cin
         n, h, w = size
         out = output_size(layer, size)
         second = layer.second
@@ -311,12 +325,15 @@ def _warmer(
             c2, step = second.weight.shape[1], second.pool
             x2 = meta(n, c2, out[1] * step, out[2] * step)
             weight2 = meta(1, c2, cout)
+        slices = (None, None)
+        if kind == "slices":
+            slices = (meta(-(-cout // tile[1]) + 1, dtype=torch.int32), meta(1, dtype=torch.int32))
         triton.warm(
             meta(n, cin, h, w), meta(layer.kernel**2, used, cout), meta(cout, dtype=torch.float32),
-            meta(used, dtype=torch.int32) if gather else None,
+            meta(used, dtype=torch.int32) if kind == "gather" else None,
             meta(n, cout, *out[1:]) if layer.residual else None, x2, weight2,
             layer.kernel, layer.pool, 1 if second is None else second.pool, layer.relu,
-            place.precision.tf32, tile,
+            place.precision.tf32, tile, *slices,
         )  # fmt: skip
 
     return warm

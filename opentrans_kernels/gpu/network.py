@@ -3,7 +3,8 @@
 A bottleneck becomes three :class:`Layer` records; the shortcut's convolution is the second K
 segment of the last one, so that both are one GEMM. Every block exists in up to two widths: ``full``
 (all channels, zeros included: what dense arithmetic computes) and ``compact`` (only channels that
-carry information, rounded up to what tensor cores take). Both compute the same function.
+carry information, rounded up to what tensor cores take). Both compute the same function. Inner
+channels are ordered by nonzeros, so that kernels find pieces without any.
 """
 
 from __future__ import annotations
@@ -145,11 +146,11 @@ def describe_network(subject: PlanSubject) -> Network:
         layers = fold_block(node, subject.masks)
         first = trunk.blocks[0].stage
         full = _block_layers(layers.convs, layers.downsample, node.pool, node.down_pool)
-        variants = {"full": full}
+        variants = {"full": _ordered(full)}
         compact = compacted.blocks[node.name]
         narrow = _padded(compact, full)
         if narrow is not None:
-            variants["compact"] = narrow
+            variants["compact"] = _ordered(narrow)
             narrowed += 1
         blocks.append(Block(node.name, node.stage - first, variants))
     notes = (
@@ -215,6 +216,26 @@ def _padded(block: CompactBlock, full: tuple[Layer, ...]) -> tuple[Layer, ...] |
         weight = F.pad(layers[i + 1].weight, (0, 0, 0, 0, 0, columns))
         layers[i + 1] = replace(layers[i + 1], weight=weight)
     return tuple(layers)
+
+
+def _ordered(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The same block, its inner channels by falling nonzeros of the 3x3 around them.
+
+    Crowded rows meet crowded columns in few pieces of a weight, and others run empty. Only channels
+    between two convolutions of the block may move.
+    """
+    found = list(layers)
+    for i in range(len(layers) - 1):
+        before, after = found[i], found[i + 1]
+        live = torch.zeros(before.weight.shape[0], dtype=torch.int64)
+        if before.kernel > 1:
+            live += (before.weight != 0).sum((1, 2, 3))
+        if after.kernel > 1:
+            live += (after.weight != 0).sum((0, 2, 3))
+        order = live.argsort(descending=True, stable=True)
+        found[i] = replace(before, weight=before.weight[order], bias=before.bias[order])
+        found[i + 1] = replace(after, weight=after.weight[:, order])
+    return tuple(found)
 
 
 def stage_counts(network: Network) -> Iterator[int]:

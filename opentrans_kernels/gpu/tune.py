@@ -59,10 +59,9 @@ class Tuner:
     def layer(self, layer: Layer, size: tuple[int, int, int]) -> Choice:
         """The choice for ``layer`` on inputs of ``size`` (batch, height, width)."""
         found, rejected = candidates(layer, self.place, size)
-        gathered = layer.live_inputs().numel() if any("gather" in c.name for c in found) else 0
-        # Times of a kernel that skips zeros depend on how many there are.
-        twentieths = round(20 * layer.main_density) if found[-1].name == "sparse" else None
-        key = (layer_signature(layer, size), gathered, twentieths)
+        # Times of a kernel that skips zeros depend on how many it skips.
+        shares = tuple((c.name, round(20 * c.share)) for c in found if c.share < 1)
+        key = (layer_signature(layer, size), shares)
         if key not in self._known:
             self._known[key] = self._measure(layer, size, found, dict(rejected))
         return self._known[key]

@@ -27,11 +27,12 @@ def jobs_of(network: Network, place: Place, size: tuple[int, int, int]) -> list[
     seen: set[object] = set()
     for layers, start in sequences:
         for layer, at in zip(layers, sizes_of(layers, start), strict=False):
-            key = (layer_signature(layer, at), layer.live_inputs().numel())
+            found = candidates(layer, place, at)[0]
+            key = (layer_signature(layer, at), tuple(c.name for c in found))
             if key in seen:
                 continue
             seen.add(key)
-            for candidate in candidates(layer, place, at)[0]:
+            for candidate in found:
                 if candidate.warm is not None:
                     jobs.append(lambda c=candidate, i=layer, s=at: c.warm(i, s))
     for name in ("full", "compact"):

@@ -145,8 +145,8 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return bits.numpy()
 
 
-def pack(weight: torch.Tensor, swaps: int = 20000) -> TwoFour:
-    """Pack ``weight`` ``[cout, cin, 3, 3]``, rounded to bfloat16 first.
+def pack(weight: torch.Tensor, swaps: int | None = 20000) -> TwoFour:
+    """Pack ``weight`` ``[cout, cin, 3, 3]``, rounded to bfloat16 first; swaps None: channels stay.
 
     ValueError: cout is no multiple of 128, cin none of 64, or the kernel is not 3x3.
     """
@@ -157,7 +157,9 @@ def pack(weight: torch.Tensor, swaps: int = 20000) -> TwoFour:
             f"a multiple of {2 * BLOCK} output and of {CHUNK} input channels."
         )
     rounded = weight.detach().to(torch.bfloat16).float()
-    rows, channels = orders(rounded, swaps)
+    rows, channels = np.arange(cout), np.arange(cin)
+    if swaps is not None:
+        rows, channels = orders(rounded, swaps)
     ordered = rounded.cpu().numpy()[rows][:, channels].reshape(cout, cin, TAPS)
     groups: list[np.ndarray] = []
     begin, used, slices, second = [0], [], 0, 0

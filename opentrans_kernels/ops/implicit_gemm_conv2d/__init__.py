@@ -2,6 +2,8 @@
 
     y = pool(relu(conv(x[channels], W) + conv1x1(pool2(x2), W2) + bias + residual))
 
+Slices of the weight that are all zero can be left out (:func:`live_slices`).
+
 One launch for what a bottleneck does between two activations: batch norm folded into weight and
 bias, the shortcut's convolution as a second K segment, the average pools of CLIP's ResNets on the
 way in or out. Every part is optional. Products are summed in float32 whatever the dtype.
@@ -20,7 +22,7 @@ from ..nhwc import define_nhwc, empty_nhwc, nhwc
 from .reference import unpacked
 from .shapes import check
 
-__all__ = ["implicit_gemm_conv2d", "pack_weight", "reversed_weight"]
+__all__ = ["implicit_gemm_conv2d", "live_slices", "pack_weight", "reversed_weight"]
 
 
 def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -30,21 +32,41 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch
     return packed.to(dtype or weight.dtype).contiguous()
 
 
+def live_slices(weight: torch.Tensor, config: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(begin, steps), int32: where a packed weight has nonzeros, in pieces of a tile.
+
+    A slice is ``config[1]`` output channels x ``config[2]`` input channels of one tap. Column tile
+    t has ``steps[begin[t]:begin[t + 1]]``, each ``tap << 16 | number of the slice in its tap``; one
+    more step follows the last, for a kernel that reads ahead.
+    """
+    taps, cin, cout = weight.shape
+    columns, depth = config[1:3]
+    live = F.pad(weight != 0, (0, -cout % columns, 0, -cin % depth))
+    live = live.unflatten(2, (-1, columns)).any(3).unflatten(1, (-1, depth)).any(2)
+    tile, tap, piece = live.permute(2, 0, 1).nonzero().T  # sorted by tile, tap, channel
+    counts = torch.bincount(tile, minlength=live.shape[2])
+    begin = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    return begin, F.pad(tap << 16 | piece, (0, 1)).to(torch.int32)
+
+
 def reversed_weight(weight: torch.Tensor) -> torch.Tensor:
     """The packed weight of the input gradient: ``[taps, Cout, Cin]``, taps reversed."""
     return weight.flip(0).transpose(1, 2).contiguous()
 
 
 def _fake(
-    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config=()
-):
-    return empty_nhwc(
-        x, *check(x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config)
+    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config=(),
+    begin=None, steps=None,
+):  # fmt: skip
+    size = check(
+        x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config, begin, steps
     )
+    return empty_nhwc(x, *size)
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, channels, residual, x2, weight2, *ctx.rest = inputs
+    x, weight, bias, channels, residual, x2, weight2, *rest = inputs
+    ctx.rest = rest[:5]
     ctx.has_residual = residual is not None
     ctx.save_for_backward(x, weight, bias, channels, x2, weight2, output)
 
@@ -79,7 +101,7 @@ def _wgrad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, kernel: in
 def _backward(ctx, grad):
     once_differentiable("implicit_gemm_conv2d")
     x, weight, bias, channels, x2, weight2, y = ctx.saved_tensors
-    kernel, pool, pool2, relu, tf32, *_ = ctx.rest
+    kernel, pool, pool2, relu, tf32 = ctx.rest
     needs = ctx.needs_input_grad
     h, w = x.shape[2:]
     if relu and pool > 1:  # the pool hides which pixels were cut, so they are computed again
@@ -112,8 +134,8 @@ def _backward(ctx, grad):
 OP = define_nhwc(
     "implicit_gemm_conv2d",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? channels, Tensor? residual, Tensor? x2, "
-    "Tensor? weight2, int kernel, int pool, int pool2, bool relu, bool tf32, int[] config=[]) "
-    "-> Tensor",
+    "Tensor? weight2, int kernel, int pool, int pool2, bool relu, bool tf32, int[] config=[], "
+    "Tensor? begin=None, Tensor? steps=None) -> Tensor",
     fake=_fake,
     backward=_backward,
     setup_context=_setup,
@@ -134,6 +156,7 @@ def implicit_gemm_conv2d(
     relu: bool = False,
     tf32: bool = False,
     config: tuple[int, ...] = (),
+    slices: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The convolution of the module's formula; once differentiable in every floating tensor.
 
@@ -150,6 +173,7 @@ def implicit_gemm_conv2d(
         relu: clamp at zero, NaN stays NaN.
         tf32: allow TF32 products for float32; False: IEEE products.
         config: (rows, columns, K, warps, stages) of the Triton tile; empty: chosen by shape.
+        slices: :func:`live_slices` of this weight and config: the others are not multiplied.
 
     Returns:
         ``[N, Cout, H', W']``, channels_last, in ``x.dtype``.
@@ -159,5 +183,5 @@ def implicit_gemm_conv2d(
     """
     return OP(
         x, weight, bias, channels, residual, x2, weight2, round(weight.shape[0] ** 0.5), pool,
-        pool2, relu, tf32, list(config),
+        pool2, relu, tf32, list(config), *(slices or (None, None)),
     )  # fmt: skip

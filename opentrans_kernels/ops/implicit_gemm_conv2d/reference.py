@@ -17,11 +17,31 @@ def unpacked(weight: torch.Tensor, kernel: int) -> torch.Tensor:
     return weight.reshape(kernel, kernel, cin, cout).permute(3, 2, 0, 1)
 
 
+def _seen(weight, config, begin, steps) -> torch.Tensor:
+    """1 where a slice lies, else 0: ``[taps, Cin, Cout]``."""
+    seen = torch.zeros_like(weight)
+    _, columns, depth, *_ = config
+    bounds = begin.tolist()
+    for tile, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for step in steps[first:last].tolist():
+            tap, piece = step >> 16, step & 0xFFFF
+            seen[
+                tap, piece * depth : (piece + 1) * depth, tile * columns : (tile + 1) * columns
+            ] = 1
+    return seen
+
+
 def implicit_gemm_conv2d(
-    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config=()
-):
-    """``tf32`` and ``config`` are the kernels' own: this computes exactly, in one rounding."""
-    check(x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config)
+    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config=(),
+    begin=None, steps=None,
+):  # fmt: skip
+    """``tf32`` is the kernels' own, and ``config`` but for slices: this computes exactly, in one
+    rounding."""
+    check(
+        x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config, begin, steps
+    )
+    if steps is not None:
+        weight = weight * _seen(weight, config, begin, steps)
     wide = accumulator(x.dtype)
     if channels is not None:
         x = x.index_select(1, channels.long())

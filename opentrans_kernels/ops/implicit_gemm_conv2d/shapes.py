@@ -63,7 +63,7 @@ def default_config(
 
 def check(
     x: torch.Tensor, weight, bias, channels, residual, x2, weight2, kernel: int, pool: int,
-    pool2: int, config: Sequence[int] = (),
+    pool2: int, config: Sequence[int] = (), begin=None, steps=None,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """The output's shape ``[N, Cout, H', W']``. Raises BadArgument."""
     n, c, h, w = image(_OP, x)
@@ -112,4 +112,14 @@ def check(
         raise BadArgument(
             f"{_OP}: config {list(config)} must be (rows, columns, K, warps, stages), or empty."
         )
+    if (begin is None) != (steps is None):
+        raise BadArgument(f"{_OP}: begin and steps come together, from live_slices.")
+    if steps is not None:
+        if not config or channels is not None:
+            raise BadArgument(
+                f"{_OP}: slices belong to one tile and to all channels: pass the config that "
+                "live_slices was given, and no channels."
+            )
+        expect(_OP, "begin", begin, (-(-cout // config[1]) + 1,), torch.int32)
+        expect(_OP, "steps", steps, (steps.numel(),), torch.int32)
     return size

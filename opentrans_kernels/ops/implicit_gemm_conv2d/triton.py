@@ -33,12 +33,12 @@ def nearest_tf32(x):
     do_not_specialize=["rows", "height", "width", "out_height", "out_width", "height2", "width2"]
 )
 def conv_kernel(
-    x, weight, bias, channels, residual, x2, weight2, y,
+    x, weight, bias, channels, residual, x2, weight2, begin, steps, y,
     rows, height, width, out_height, out_width, cin, cout, x_channels,
     height2, width2, cin2,
     TAPS: tl.constexpr, POOL: tl.constexpr, POOL2: tl.constexpr, GATHER: tl.constexpr,
-    RESIDUAL: tl.constexpr, SECOND: tl.constexpr, RELU: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_K2: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    SLICED: tl.constexpr, RESIDUAL: tl.constexpr, SECOND: tl.constexpr, RELU: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_K2: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share rows of x, which are larger than the weights.
@@ -61,10 +61,23 @@ def conv_kernel(
     pixel = ((image * height + h) * width + w).to(tl.int64)
     k = tl.arange(0, BK)
     accumulated = tl.zeros((BM, BN), tl.float32)
-    steps = tl.cdiv(cin, BK)
-    for step in range(0, TAPS * steps):
-        tap = step // steps
-        at = step % steps * BK + k
+    slices = tl.cdiv(cin, BK)
+    place = 0
+    if SLICED:  # only slices of K in which these columns have a nonzero
+        first = tl.load(begin + tl.program_id(0) % tiles)
+        last = tl.load(begin + tl.program_id(0) % tiles + 1)
+        place = tl.load(steps + first)
+    else:
+        first = 0
+        last = TAPS * slices
+    for step in range(first, last):
+        if SLICED:
+            tap = place >> 16
+            at = (place & 0xFFFF) * BK + k  # in this form the compiler sees that it is aligned
+            place = tl.load(steps + step + 1)  # early: the next addresses wait for it
+        else:
+            tap = step // slices
+            at = step % slices * BK + k
         inside = live
         shift = 0
         if TAPS == 9:
@@ -132,8 +145,9 @@ def conv_kernel(
 
 
 def launch_arguments(
-    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config, out
-):
+    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config,
+    begin, steps, out,
+):  # fmt: skip
     """Grid, positional and keyword arguments of one launch."""
     n, c, h, w = x.shape
     taps, cin, cout = weight.shape
@@ -153,12 +167,13 @@ def launch_arguments(
     # Where an operand is absent its constant flag keeps the kernel from reading this.
     positional = (
         x, weight, bias, x if channels is None else channels, x if residual is None else residual,
-        x if x2 is None else x2, weight if weight2 is None else weight2, out,
+        x if x2 is None else x2, weight if weight2 is None else weight2,
+        x if begin is None else begin, x if steps is None else steps, out,
         rows, h, w, out_h, out_w, cin, cout, c, *size2, cin2,
     )  # fmt: skip
     keywords = dict(
         TAPS=taps, POOL=pool, POOL2=pool2, GATHER=channels is not None,
-        RESIDUAL=residual is not None, SECOND=x2 is not None, RELU=relu,
+        SLICED=steps is not None, RESIDUAL=residual is not None, SECOND=x2 is not None, RELU=relu,
         EVEN_K=cin % bk == 0, EVEN_K2=cin2 % bk == 0, EVEN_N=cout % bn == 0,
         PRECISION="tf32" if tf32 else "ieee", BM=bm, BN=bn, BK=bk,
         num_warps=warps, num_stages=stages,
@@ -167,9 +182,12 @@ def launch_arguments(
 
 
 def implicit_gemm_conv2d(
-    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config=()
-):
-    size = check(x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config)
+    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, relu, tf32, config=(),
+    begin=None, steps=None,
+):  # fmt: skip
+    size = check(
+        x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config, begin, steps
+    )
     check_capability("implicit_gemm_conv2d", x)
     out = empty_nhwc(x, *size)
     if out.numel() == 0:
@@ -178,7 +196,7 @@ def implicit_gemm_conv2d(
     grid, positional, keywords = launch_arguments(
         x, weight.contiguous(), bias, channels, residual, x2,
         None if weight2 is None else weight2.contiguous(),
-        kernel, pool, pool2, relu, tf32, config, out,
+        kernel, pool, pool2, relu, tf32, config, begin, steps, out,
     )  # fmt: skip
     on_its_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with on_its_device:  # triton launches on the current device
@@ -188,8 +206,8 @@ def implicit_gemm_conv2d(
 
 def warm(*arguments) -> None:
     """Compile for these arguments without running; tensors may be on the meta device."""
-    x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, _, _, config = arguments
-    size = check(x, weight, bias, channels, residual, x2, weight2, kernel, pool, pool2, config)
-    grid, positional, keywords = launch_arguments(*arguments, empty_nhwc(x, *size))
+    *tensors, kernel, pool, pool2, _, _, config, begin, steps = arguments
+    size = check(*tensors, kernel, pool, pool2, config, begin, steps)
+    grid, positional, keywords = launch_arguments(*arguments, empty_nhwc(tensors[0], *size))
     types = (a.dtype if isinstance(a, torch.Tensor) else a for a in positional)
     conv_kernel.warmup(*types, grid=grid, **keywords)
