@@ -31,7 +31,7 @@ def rows(context: Context) -> dict[str, Any]:
         ("implicit_gemm_conv2d", conv, targets.poisoned_conv, (torch.float32, *half)),
         (
             "implicit_gemm_conv2d sliced",
-            Sliced(conv),
+            Sliced(slices),
             targets.poisoned_conv,
             (torch.float32, *half),
         ),
