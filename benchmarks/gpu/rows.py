@@ -21,6 +21,7 @@ def rows(context: Context) -> dict[str, Any]:
     import test_cuda_sparse as scattered
     import test_triton_chain as chain
     import test_triton_conv as conv
+    import test_triton_slices as slices
     import test_triton_stem as stem
     import triton_targets as targets
 
