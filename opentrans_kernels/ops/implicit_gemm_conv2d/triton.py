@@ -58,71 +58,81 @@ def conv_kernel(
         w = row % out_width
         h = row // out_width % out_height
         image = row // (out_width * out_height)
+    # All that a step does not change lies in front of the loop: addresses of the central tap, and
+    # one bit per tap for pixels inside the image. A step adds one offset and tests one bit.
     pixel = ((image * height + h) * width + w).to(tl.int64)
     k = tl.arange(0, BK)
+    a_rows = x + (pixel * x_channels)[:, None]
+    b_rows = weight + (k.to(tl.int64) * cout)[:, None] + col[None, :]
+    inside = live.to(tl.int32)
+    if TAPS == 9:
+        inside = tl.zeros((BM,), tl.int32)
+        for i in tl.static_range(9):
+            dy = i // 3 - 1
+            dx = i % 3 - 1
+            seen = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
+            inside |= seen.to(tl.int32) << i
     accumulated = tl.zeros((BM, BN), tl.float32)
-    slices = tl.cdiv(cin, BK)
+    first = 0
+    last = TAPS * tl.cdiv(cin, BK)
     place = 0
     if SLICED:  # only slices of K in which these columns have a nonzero
         first = tl.load(begin + tl.program_id(0) % tiles)
         last = tl.load(begin + tl.program_id(0) % tiles + 1)
         place = tl.load(steps + first)
-    else:
-        first = 0
-        last = TAPS * slices
+    tap = 0
+    at = 0
     for step in range(first, last):
         if SLICED:
             tap = place >> 16
-            at = (place & 0xFFFF) * BK + k  # in this form the compiler sees that it is aligned
+            at = (place & 0xFFFF) * BK
             place = tl.load(steps + step + 1)  # early: the next addresses wait for it
-        else:
-            tap = step // slices
-            at = step % slices * BK + k
-        inside = live
+        at = tl.multiple_of(at, BK)
+        a_mask = ((inside >> tap) & 1)[:, None] != 0
+        if not EVEN_K:
+            a_mask = a_mask & (at + k < cin)[None, :]
         shift = 0
         if TAPS == 9:
-            dy = tap // 3 - 1
-            dx = tap % 3 - 1
-            inside = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
-            shift = dy * width + dx
+            shift = ((tap // 3 - 1) * width + tap % 3 - 1) * x_channels
         if GATHER:
-            source = tl.load(channels + at, mask=at < cin, other=0)
+            source = tl.load(channels + at + k, mask=at + k < cin, other=0)
+            a = tl.load(a_rows + shift + source[None, :], mask=a_mask, other=0.0)
         else:
-            source = at
-        a_mask = inside[:, None]
-        if not EVEN_K:
-            a_mask = a_mask & (at < cin)[None, :]
-        a = tl.load(
-            x + ((pixel + shift) * x_channels)[:, None] + source[None, :], mask=a_mask, other=0.0
-        )
-        b_at = weight + ((tap * cin + at).to(tl.int64) * cout)[:, None] + col[None, :]
+            a = tl.load(a_rows + k[None, :] + (shift + at), mask=a_mask, other=0.0)
+        b_at = b_rows + (tap * cin + at).to(tl.int64) * cout
         if EVEN_K and EVEN_N:
             b = tl.load(b_at)
         else:
-            b = tl.load(b_at, mask=(at < cin)[:, None] & (col < cout)[None, :], other=0.0)
+            b = tl.load(b_at, mask=(at + k < cin)[:, None] & (col < cout)[None, :], other=0.0)
         accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
+        if not SLICED:
+            at += BK
+            tap += (at >= cin).to(tl.int32)
+            at = tl.where(at >= cin, 0, at)
     if SECOND:
         start = (image * height2 + POOL2 * h).to(tl.int64) * width2 + POOL2 * w
+        a2_rows = x2 + (start * cin2)[:, None] + k[None, :]
+        b2_rows = weight2 + (k.to(tl.int64) * cout)[:, None] + col[None, :]
+        down = width2 * cin2
         for step in range(0, tl.cdiv(cin2, BK)):
-            at = step * BK + k
+            at2 = step * BK
             a_mask = live[:, None]
             if not EVEN_K2:
-                a_mask = a_mask & (at < cin2)[None, :]
-            a_at = x2 + (start * cin2)[:, None] + at[None, :]
+                a_mask = a_mask & (at2 + k < cin2)[None, :]
+            a_at = a2_rows + at2
             if POOL2 == 2:
-                down = width2 * cin2
                 a = tl.load(a_at, mask=a_mask, other=0.0).to(tl.float32)
                 a += tl.load(a_at + cin2, mask=a_mask, other=0.0).to(tl.float32)
                 a += tl.load(a_at + down, mask=a_mask, other=0.0).to(tl.float32)
-                a += tl.load(a_at + down + cin2, mask=a_mask, other=0.0).to(tl.float32)
+                a += tl.load(a_at + (down + cin2), mask=a_mask, other=0.0).to(tl.float32)
                 a = (a * 0.25).to(x2.dtype.element_ty)
             else:
                 a = tl.load(a_at, mask=a_mask, other=0.0)
-            b_at = weight2 + (at.to(tl.int64) * cout)[:, None] + col[None, :]
+            b_at = b2_rows + at2.to(tl.int64) * cout
             if EVEN_K2 and EVEN_N:
                 b = tl.load(b_at)
             else:
-                b = tl.load(b_at, mask=(at < cin2)[:, None] & (col < cout)[None, :], other=0.0)
+                b = tl.load(b_at, mask=(at2 + k < cin2)[:, None] & (col < cout)[None, :], other=0.0)
             accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
     accumulated += tl.load(bias + col, mask=col < cout, other=0.0)[None, :]
     kept = live[:, None] & (col < cout)[None, :]
