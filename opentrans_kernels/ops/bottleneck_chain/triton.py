@@ -37,35 +37,49 @@ def chain_kernel(
     h = row // width % height
     k = tl.arange(0, BK)
     inner_col = tl.arange(0, INNER)
+    # As in implicit_gemm_conv2d: addresses and one bit per tap in front of the loop.
+    a_rows = x + (row.to(tl.int64) * cin)[:, None] + k[None, :]
+    b_rows = weight2 + (k * INNER)[:, None] + inner_col[None, :]
+    inside = tl.zeros((BM,), tl.int32)
+    for i in tl.static_range(9):
+        dy = i // 3 - 1
+        dx = i % 3 - 1
+        seen = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
+        inside |= seen.to(tl.int32) << i
     inner = tl.zeros((BM, INNER), tl.float32)
-    steps = cin // BK
-    for step in range(0, 9 * steps):
-        tap = step // steps
-        at = step % steps * BK + k
-        dy = tap // 3 - 1
-        dx = tap % 3 - 1
-        inside = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
-        pixel = (row + dy * width + dx).to(tl.int64)
-        a = tl.load(x + (pixel * cin)[:, None] + at[None, :], mask=inside[:, None], other=0.0)
-        b = tl.load(weight2 + ((tap * cin + at) * INNER)[:, None] + inner_col[None, :])
+    tap = 0
+    at = 0
+    for step in range(0, 9 * (cin // BK)):
+        at = tl.multiple_of(at, BK)
+        a_mask = ((inside >> tap) & 1)[:, None] != 0
+        shift = ((tap // 3 - 1) * width + tap % 3 - 1) * cin
+        a = tl.load(a_rows + (shift + at), mask=a_mask, other=0.0)
+        b = tl.load(b_rows + step * (BK * INNER))
         inner = tl.dot(a, b, inner, input_precision=PRECISION)
+        at += BK
+        tap += (at >= cin).to(tl.int32)
+        at = tl.where(at >= cin, 0, at)
     inner += tl.load(bias2 + inner_col)[None, :]
     inner = tl.where(inner < 0, 0.0, inner)
     left = inner.to(x.dtype.element_ty)
     after_col = tl.arange(0, AFTER)
     summed = tl.zeros((BM, AFTER), tl.float32)
+    part = tl.arange(0, BJ)
     base = row.to(tl.int64) * wide
+    residual_rows = residual + base[:, None] + part[None, :]
+    y_rows = y + base[:, None] + part[None, :]
+    b3_rows = weight3 + (inner_col * wide)[:, None] + part[None, :]
+    b1_rows = weight1 + (part * AFTER)[:, None] + after_col[None, :]
     for chunk in range(0, wide // BJ):
-        col = chunk * BJ + tl.arange(0, BJ)
-        b3 = tl.load(weight3 + (inner_col * wide)[:, None] + col[None, :])
-        at_wide = base[:, None] + col[None, :]
-        z = tl.load(residual + at_wide, mask=live[:, None], other=0.0).to(tl.float32)
-        z += tl.load(bias3 + col)[None, :]
-        z += tl.dot(left, b3, input_precision=PRECISION)
-        z = tl.where(z < 0, 0.0, z)
+        col = chunk * BJ
+        b3 = tl.load(b3_rows + col)
+        z = tl.load(residual_rows + col, mask=live[:, None], other=0.0).to(tl.float32)
+        z += tl.load(bias3 + col + part)[None, :]
+        z = tl.dot(left, b3, z, input_precision=PRECISION)
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)  # one instruction a value
         finished = z.to(y.dtype.element_ty)
-        tl.store(y + at_wide, finished, mask=live[:, None])
-        b1 = tl.load(weight1 + (col * AFTER)[:, None] + after_col[None, :])
+        tl.store(y_rows + col, finished, mask=live[:, None])
+        b1 = tl.load(b1_rows + col * AFTER)
         summed = tl.dot(finished, b1, summed, input_precision=PRECISION)
     summed += tl.load(bias1 + after_col)[None, :]
     summed = tl.where(summed < 0, 0.0, summed)
