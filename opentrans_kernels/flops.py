@@ -156,8 +156,8 @@ def chain_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
 
 
 def sparse_nhwc_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
-    """Effective MACs of a sparse convolution with packed (offset, value) pairs."""
-    return effective_macs(arguments["entries"][0], out_shape[2], out_shape[3], out_shape[0])
+    """Effective MACs of a sparse convolution with packed (key, value) pairs, one of them spare."""
+    return effective_macs(arguments["entries"][0] - 1, out_shape[2], out_shape[3], out_shape[0])
 
 
 def stem_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:

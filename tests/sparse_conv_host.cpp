@@ -11,8 +11,8 @@ extern "C" int otk_host_problem_size() { return int(sizeof(Problem)); }
 
 extern "C" int otk_host_shared_floats(const Problem* p) { return shared_floats(*p); }
 
-extern "C" void otk_host_sparse_conv(const Problem* given) {
-  const Problem& p = *given;
+template <int Taps>
+void run(const Problem& p) {
   for (int64_t block = 0; block < blocks(p); ++block) {
     const Where at = where(p, block);
     const float poison = std::numeric_limits<float>::quiet_NaN();
@@ -24,8 +24,10 @@ extern "C" void otk_host_sparse_conv(const Problem* given) {
     std::vector<Sums> sums(kThreads);
     for (int t = 0; t < kThreads; ++t) find_places(p, at, t, place.data());
     for (int chunk = 0; chunk < chunks(p); ++chunk) {
-      for (int t = 0; t < kThreads; ++t) load_tile<float>(p, at, chunk * p.chunk, t, shared.data());
-      for (int t = 0; t < kThreads; ++t) accumulate(p, at, chunk, t, shared.data(), sums[t].of);
+      for (int t = 0; t < kThreads; ++t)
+        load_tile<float, Taps>(p, at, chunk * p.chunk, t, shared.data());
+      for (int t = 0; t < kThreads; ++t)
+        accumulate<Taps>(p, at, chunk, t, shared.data(), sums[t].of);
     }
     for (int line = 0; line < kLines; ++line) {
       for (int t = 0; t < kThreads; ++t) stage(line, t, sums[t].of, shared.data());
@@ -33,3 +35,5 @@ extern "C" void otk_host_sparse_conv(const Problem* given) {
     }
   }
 }
+
+extern "C" void otk_host_sparse_conv(const Problem* p) { p->taps == 1 ? run<1>(*p) : run<9>(*p); }

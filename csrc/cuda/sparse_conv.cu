@@ -9,19 +9,19 @@
 
 namespace otk::sparse {
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) sparse_conv_kernel(const Problem p) {
+template <typename T, int Taps>
+__global__ void __launch_bounds__(kThreads, 3) sparse_conv_kernel(const Problem p) {
   extern __shared__ float shared[];
   __shared__ int place[kRows];
   const Where at = where(p, blockIdx.x);
   const int thread = threadIdx.x;
   float sums[kRowsPerWarp][kLines] = {};
   find_places(p, at, thread, place);
-  for (int chunk = 0; chunk < chunks(p); ++chunk) {
+  for (int chunk = 0, first = 0; first < p.cin; ++chunk, first += p.chunk) {
     __syncthreads();
-    load_tile<T>(p, at, chunk * p.chunk, thread, shared);
+    load_tile<T, Taps>(p, at, first, thread, shared);
     __syncthreads();
-    accumulate(p, at, chunk, thread, shared, sums);
+    accumulate<Taps>(p, at, chunk, thread, shared, sums);
   }
 #pragma unroll
   for (int line = 0; line < kLines; ++line) {
@@ -32,14 +32,19 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_conv_kernel(const Problem 
   }
 }
 
-template <typename T>
+template <typename T, int Taps>
 cudaError_t launch(const Problem& p, cudaStream_t stream) {
   const int bytes = shared_floats(p) * int(sizeof(float));
-  cudaError_t status = cudaFuncSetAttribute(sparse_conv_kernel<T>,
+  cudaError_t status = cudaFuncSetAttribute(sparse_conv_kernel<T, Taps>,
                                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  sparse_conv_kernel<T><<<dim3(unsigned(blocks(p))), kThreads, size_t(bytes), stream>>>(p);
+  sparse_conv_kernel<T, Taps><<<dim3(unsigned(blocks(p))), kThreads, size_t(bytes), stream>>>(p);
   return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch(const Problem& p, cudaStream_t stream) {
+  return p.taps == 1 ? launch<T, 1>(p, stream) : launch<T, 9>(p, stream);
 }
 
 }  // namespace otk::sparse

@@ -24,7 +24,7 @@ from .precision import Precision
 
 __all__ = ["Candidate", "Place", "candidates", "layer_signature", "output_size", "random_inputs"]
 
-#: Above it a product per word of shared memory loses to dense arithmetic everywhere (arithmetic).
+#: Above it, at two fifths of the CUDA cores' peak, zeros cost as much as they save (arithmetic).
 MOST_DENSE = 0.45
 #: Above these shares of the dense work, zeros left out do not pay for finding the others.
 MOST_GATHERED, MOST_SLICED = 0.75, 0.85

@@ -9,6 +9,7 @@ import torch
 from ...errors import KernelUnavailable, PlanError
 from ..nhwc import LIMIT, empty_nhwc, nhwc
 from . import build
+from .pack import LANES, LINES
 from .shapes import check
 
 __all__ = ["sparse_conv2d_nhwc"]
@@ -31,7 +32,7 @@ def sparse_conv2d_nhwc(x, entries, begin, slots, bias, residual, cin, kernel, ch
     y = empty_nhwc(x, *size)
     if y.numel() == 0:
         return y
-    blocks = size[0] * -(-size[2] // 8) * -(-size[3] // 32) * slots.shape[0]
+    blocks = size[0] * -(-size[2] // LINES) * -(-size[3] // LANES) * slots.shape[0]
     if blocks > LIMIT:
         raise PlanError(
             f"sparse_conv2d_nhwc: {blocks} blocks are more than {LIMIT}. Pass a smaller batch."

@@ -1,8 +1,9 @@
 """The nonzeros of a convolution in the order in which the CUDA-core kernel reads them.
 
-Output channels come in groups of 64, input channels in chunks. Inside a group the channels are
-sorted by their number of nonzeros and dealt back and forth to 8 warps of 8 rows, so that warps end
-together. A nonzero is (offset of its activation in the shared tile, value), 8 bytes.
+Output channels come in groups of 32, input channels in chunks. Inside a group the channels are
+sorted by their number of nonzeros and dealt back and forth to 4 warps of 8 rows, so that warps end
+together. A warp's nonzeros of a chunk are sorted by column: input channel and horizontal tap. A
+nonzero is (key, value), 8 bytes; see ``Entry`` in ``csrc/cuda/sparse_conv.h``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 
 from ...errors import PlanError
 
-__all__ = ["GROUP", "Geometry", "SparsePack", "chunk_of", "geometry", "pack"]
+__all__ = ["GROUP", "LANES", "LINES", "ROWS", "WARPS", "Geometry", "SparsePack", "geometry", "pack"]
 
-GROUP = 64
-_WARPS, _ROWS = 8, 8
-_LANES, _LINES = 32, 8
+WARPS, ROWS = 4, 8  # of a block, of a warp
+GROUP = WARPS * ROWS
+LANES, LINES = 32, 16  # pixels of a tile
+CHUNK = 16  # input channels in shared memory at a time: 33 to 39 KB, so two blocks fit everywhere
+_FRESH = 1 << 7
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,15 @@ class Geometry:
 def geometry(kernel: int) -> Geometry:
     """As ``tile_width`` and ``plane`` in ``csrc/cuda/sparse_conv.h``."""
     halo = kernel // 2
-    across = _LANES + 2 * halo
-    return Geometry(across, (across * (_LINES + 2 * halo)) | 1)
-
-
-def chunk_of(kernel: int) -> int:
-    """Input channels in shared memory at a time: 44 to 49 KB, so two blocks fit everywhere."""
-    return 32 if kernel == 3 else 48
+    across = LANES + 2 * halo
+    return Geometry(across, (across * (LINES + 2 * halo)) | 1)
 
 
 @dataclass(frozen=True)
 class SparsePack:
-    """``entries`` int32 [nnz, 2] (offset, bits of a float32), ``begin`` int32 [groups, chunks, 65],
-    ``slots`` int32 [groups, 64] (output channel, -1: none); sizes of the convolution."""
+    """``entries`` int32 [nnz + 1, 2] (key, bits of a float32; the last is read ahead only),
+    ``begin`` int32 [groups, chunks, 5], ``slots`` int32 [groups, 32] (output channel, -1: none);
+    sizes of the convolution."""
 
     entries: torch.Tensor
     begin: torch.Tensor
@@ -56,7 +55,7 @@ class SparsePack:
 
     @property
     def nnz(self) -> int:
-        return self.entries.shape[0]
+        return self.entries.shape[0] - 1
 
     def to(self, device: torch.device | str) -> SparsePack:
         """The same pack on another device."""
@@ -75,7 +74,7 @@ def pack(weight: torch.Tensor, chunk: int | None = None) -> SparsePack:
             f"{list(weight.shape)}. Leave other convolutions with PyTorch."
         )
     cout, cin, kernel, _ = weight.shape
-    chunk = chunk_of(kernel) if chunk is None else chunk
+    chunk = CHUNK if chunk is None else chunk
     if chunk < 1:
         raise PlanError(f"chunk={chunk} must be at least 1 input channel; leave it out.")
     values = weight.detach().cpu().to(torch.float32).numpy()
@@ -83,18 +82,23 @@ def pack(weight: torch.Tensor, chunk: int | None = None) -> SparsePack:
     slot_of, slots = _deal(np.count_nonzero(values.reshape(cout, -1), axis=1), groups)
     co, ci, ky, kx = np.nonzero(values)
     shape = geometry(kernel)
-    offset = (ci % chunk) * shape.plane + ky * shape.across + kx
-    where = ((co // GROUP) * chunks + ci // chunk) * GROUP + slot_of[co]
-    order = np.lexsort((offset, where))
-    entries = np.empty((co.size, 2), np.int32)
-    entries[:, 0] = offset[order]
-    entries[:, 1] = values[co, ci, ky, kx][order].view(np.int32)
-    ends = np.cumsum(np.bincount(where, minlength=groups * chunks * GROUP))
-    begin = np.zeros((groups * chunks, GROUP + 1), np.int32)
-    begin[:, 1:] = ends.reshape(groups * chunks, GROUP)
+    column = (ci % chunk) * shape.plane + kx
+    warp, row = slot_of[co] // ROWS, slot_of[co] % ROWS
+    where = ((co // GROUP) * chunks + ci // chunk) * WARPS + warp
+    order = np.lexsort((ky, row, column, where))
+    column, where = column[order], where[order]
+    fresh = np.ones(co.size, bool)
+    fresh[1:] = (column[1:] != column[:-1]) | (where[1:] != where[:-1])
+    code = row * kernel + ky
+    entries = np.zeros((co.size + 1, 2), np.int32)
+    entries[:-1, 0] = column << 8 | fresh * _FRESH | code[order]
+    entries[:-1, 1] = values[co, ci, ky, kx][order].view(np.int32)
+    ends = np.cumsum(np.bincount(where, minlength=groups * chunks * WARPS))
+    begin = np.zeros((groups * chunks, WARPS + 1), np.int32)
+    begin[:, 1:] = ends.reshape(groups * chunks, WARPS)
     begin[1:, 0] = begin[:-1, -1]
     return SparsePack(
-        torch.from_numpy(entries), torch.from_numpy(begin.reshape(groups, chunks, GROUP + 1)),
+        torch.from_numpy(entries), torch.from_numpy(begin.reshape(groups, chunks, WARPS + 1)),
         torch.from_numpy(slots), cin, cout, kernel, chunk,
     )  # fmt: skip
 
@@ -107,8 +111,8 @@ def _deal(counts: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
         channels = np.arange(group * GROUP, min(counts.size, (group + 1) * GROUP))
         ranked = channels[np.argsort(-counts[channels], kind="stable")]
         place = np.arange(ranked.size)
-        turn, warp = place // _WARPS, place % _WARPS
-        slot = np.where(turn % 2 == 0, warp, _WARPS - 1 - warp) * _ROWS + turn
+        turn, warp = place // WARPS, place % WARPS
+        slot = np.where(turn % 2 == 0, warp, WARPS - 1 - warp) * ROWS + turn
         slots[group, slot] = ranked
         slot_of[ranked] = slot
     return slot_of, slots

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..nhwc import accumulator, nhwc
-from .pack import GROUP, geometry
+from .pack import ROWS, WARPS, geometry
 from .shapes import check
 
 __all__ = ["decode", "sparse_conv2d_nhwc"]
@@ -17,14 +17,15 @@ def decode(entries, begin, slots, cin: int, cout: int, kernel: int, chunk: int) 
     groups, chunks = begin.shape[:2]
     count = (begin[:, :, 1:] - begin[:, :, :-1]).reshape(-1).long()
     where = torch.repeat_interleave(torch.arange(count.numel(), device=count.device), count)
-    slot, part, group = where % GROUP, where // GROUP % chunks, where // GROUP // chunks
-    channel = slots.long()[group, slot]
-    shape = geometry(kernel)
-    offset = entries[:, 0].long()
-    local, tap = offset // shape.plane, offset % shape.plane
+    warp, part, group = where % WARPS, where // WARPS % chunks, where // WARPS // chunks
+    key = entries[: count.sum(), 0].long()
+    row, dy = key % 32 // kernel, key % 32 % kernel
+    channel = slots.long()[group, warp * ROWS + row]
+    plane = geometry(kernel).plane
+    local, dx = (key >> 8) // plane, (key >> 8) % plane
     weight = torch.zeros(cout, cin, kernel, kernel, device=entries.device)
-    at = (channel, part * chunk + local, tap // shape.across, tap % shape.across)
-    weight[at] = entries[:, 1].contiguous().view(torch.float32)
+    values = entries[: count.sum(), 1].contiguous().view(torch.float32)
+    weight[channel, part * chunk + local, dy, dx] = values
     return weight
 
 

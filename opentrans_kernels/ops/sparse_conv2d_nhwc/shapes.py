@@ -6,7 +6,7 @@ import torch
 
 from ..arguments import BadArgument, image
 from ..nhwc import expect
-from .pack import GROUP
+from .pack import GROUP, WARPS
 
 __all__ = ["check"]
 
@@ -25,7 +25,7 @@ def check(
     cout = bias.shape[0]
     groups, chunks = -(-cout // GROUP), max(1, -(-cin // chunk))
     expect(_OP, "entries", entries, (entries.shape[0], 2), torch.int32)
-    expect(_OP, "begin", begin, (groups, chunks, GROUP + 1), torch.int32)
+    expect(_OP, "begin", begin, (groups, chunks, WARPS + 1), torch.int32)
     expect(_OP, "slots", slots, (groups, GROUP), torch.int32)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     expect(_OP, "bias", bias, (cout,), wide)
