@@ -62,6 +62,13 @@ def test_names_kinds_and_sizes_of_cases() -> None:
     assert kinds == {"3x3", "1x1 expand", "1x1 reduce", "1x1 same"}
 
 
+def test_no_case_comes_twice() -> None:
+    """Two rows of one name could not be compared with those of another run."""
+    cases = ops.build_cases((64, 64), ops=("avg_pool2d",))
+    names = [case.name for case in cases]
+    assert len(names) > 5 and len(names) == len(set(names))
+
+
 @pytest.mark.parametrize("op", sorted(ops.BUILDERS))
 @pytest.mark.parametrize("batch", [1, 2])
 def test_every_row_is_exact_and_counted(op: str, batch: int) -> None:

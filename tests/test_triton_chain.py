@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from triton_tools import CAPABILITIES, Interpreter, compile_for, why_no_triton
+from triton_tools import CAPABILITIES, Compiled, Interpreter, compile_for, why_no_triton
 
 from opentrans_kernels.ops import bottleneck_chain
 from opentrans_kernels.ops.arguments import BadArgument
@@ -151,25 +151,32 @@ COMPILED = [
 ]
 
 
+def compiled_chain(
+    capability: int, cin: int, inner: int, after: int, config: tuple[int, ...]
+) -> Compiled:
+    from opentrans_kernels.ops.bottleneck_chain.triton import chain_kernel
+
+    bm, bj, bk, warps, stages = config
+    pointers = {name: "*bf16" for name in "x weight2 weight3 residual weight1 y after".split()}
+    biases = dict.fromkeys(("bias2", "bias3", "bias1"), "*fp32")
+    integers = dict.fromkeys(("rows", "height", "width", "cin", "wide", "after_channels"), "i32")
+    return compile_for(
+        chain_kernel, capability, pointers | biases | integers,
+        dict(INNER=inner, AFTER=after, PRECISION="ieee", BM=bm, BJ=bj, BK=bk),
+        num_warps=warps, num_stages=stages, aligned=("cin", "wide", "after_channels"),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("cin", "inner", "after", "capability"), COMPILED)
 def test_it_compiles_without_spills_and_on_tensor_cores(cin, inner, after, capability) -> None:
     if (reason := why_no_triton()) is not None:
         pytest.skip(reason)
-    from opentrans_kernels.ops.bottleneck_chain.triton import chain_kernel
-
-    pointers = {name: "*bf16" for name in "x weight2 weight3 residual weight1 y after".split()}
-    biases = dict.fromkeys(("bias2", "bias3", "bias1"), "*fp32")
-    integers = dict.fromkeys(("rows", "height", "width", "cin", "wide", "after_channels"), "i32")
-    for bm, bj, bk, warps, stages in configs(cin, inner, after, torch.bfloat16)[:1]:
-        one = compile_for(
-            chain_kernel, capability, pointers | biases | integers,
-            dict(INNER=inner, AFTER=after, PRECISION="ieee", BM=bm, BJ=bj, BK=bk),
-            num_warps=warps, num_stages=stages, aligned=("cin", "wide", "after_channels"),
-        )  # fmt: skip
-        assert one.stack == 0, f"{(bm, bj, bk, warps, stages)} spills {one.stack} bytes"
-        assert one.shared <= SHARED[capability]
-        assert one.count(r"wgmma\.mma_async" if capability == 90 else r"mma\.sync") > 0
-        assert one.count(r"atom\.") == 0
+    config = configs(cin, inner, after, torch.bfloat16)[0]
+    one = compiled_chain(capability, cin, inner, after, config)
+    assert one.stack == 0, f"{config} spills {one.stack} bytes"
+    assert one.shared <= SHARED[capability]
+    assert one.count(r"wgmma\.mma_async" if capability == 90 else r"mma\.sync") > 0
+    assert one.count(r"atom\.") == 0
 
 
 @pytest.mark.gpu

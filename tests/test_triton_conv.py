@@ -291,8 +291,9 @@ def compiled(dtype: str, capability: int, config: tuple[int, ...], **flags: Any)
 
     bm, bn, bk, warps, stages = config
     constants = dict(
-        TAPS=9, POOL=1, POOL2=1, GATHER=False, SLICED=False, RESIDUAL=False, SECOND=False,
-        RELU=True, EVEN_K=True, EVEN_K2=True, EVEN_N=True, PRECISION="ieee", BM=bm, BN=bn, BK=bk,
+        TAPS=9, POOL=1, POOL2=1, GATHER=False, SLICED=False, TURNED=False, RESIDUAL=False,
+        SECOND=False, RELU=True, EVEN_K=True, EVEN_K2=True, EVEN_N=True, PRECISION="ieee",
+        BM=bm, BN=bn, BK=bk,
     ) | flags  # fmt: skip
     return compile_for(
         conv_kernel, capability,
@@ -312,7 +313,7 @@ VARIANTS: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("bf16", CONFIGS[2], dict(POOL=2)),
     ("fp16", CONFIGS[4], dict(TAPS=1, GATHER=True)),
     ("fp16", CONFIGS[5], dict(EVEN_K=False, EVEN_N=False)),
-    ("fp32", CONFIGS_FLOAT32[0], dict(PRECISION="tf32")),
+    ("fp32", CONFIGS_FLOAT32[0], dict(PRECISION="tf32", TURNED=True)),
     ("fp32", CONFIGS_FLOAT32[1], dict(PRECISION="ieee")),
     ("bf16", CONFIGS[1], dict(SLICED=True, POOL=2)),
     ("fp16", CONFIGS[3], dict(SLICED=True)),

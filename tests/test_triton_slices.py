@@ -13,7 +13,7 @@ from triton_tools import Interpreter, why_no_triton
 from opentrans_kernels.ops import implicit_gemm_conv2d
 from opentrans_kernels.ops.arguments import BadArgument
 from opentrans_kernels.ops.implicit_gemm_conv2d import live_slices, reference
-from opentrans_kernels.ops.implicit_gemm_conv2d.shapes import CONFIGS
+from opentrans_kernels.ops.implicit_gemm_conv2d.shapes import CONFIGS, k_major
 
 SLICED: dict[str, dict[str, Any]] = {
     "3x3": dict(kernel=3, c=48, cout=40),
@@ -51,6 +51,15 @@ def test_slices_without_nonzeros_are_left_out(
     assert steps.numel() - 1 == {0.0: 0, 1.0: total}.get(density, steps.numel() - 1)
     close(interpreter(TARGET, *arguments), arguments[:-3])
     close(reference.implicit_gemm_conv2d(*arguments), arguments[:-3])
+
+
+@pytest.mark.parametrize("name", ["3x3, odd widths", "pointwise, second segment"])
+def test_weights_with_k_innermost(interpreter: Interpreter, name: str) -> None:
+    arguments = list(sliced(torch.float32, 1.0, **SLICED[name]))
+    arguments[1] = k_major(arguments[1])
+    assert arguments[1].stride(1) == 1
+    close(interpreter(TARGET, *arguments), tuple(arguments[:-3]))
+    close(interpreter(TARGET, *arguments[:-3], SMALL), tuple(arguments[:-3]))
 
 
 def test_only_given_slices_are_read(interpreter: Interpreter) -> None:

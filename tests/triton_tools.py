@@ -135,10 +135,31 @@ class Compiled:
     stack: int
     shared: int
     ptx: str
+    cubin: bytes = b""
 
     def count(self, pattern: str) -> int:
         """Instructions of the PTX that match a regular expression."""
         return len(re.findall(pattern, self.ptx))
+
+    def steps(self) -> list[int]:
+        """Machine instructions of each loop that holds a tensor-core instruction, in order."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            text = subprocess.run(
+                [_cuobjdump(), "-sass", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        line = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", re.M)
+        code = [(int(at, 16), words) for at, words in line.findall(text)]
+        found = []
+        for at, words in code:
+            back = re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", words)
+            if back is None or int(back[1], 16) >= at:
+                continue
+            body = [other for place, other in code if int(back[1], 16) <= place <= at]
+            if any(re.search(r"\bH(G)?MMA", other) for other in body):
+                found.append(len(body))
+        return found
 
 
 def compile_for(
@@ -181,7 +202,8 @@ def compile_for(
         options={"num_warps": num_warps, **options},
     )
     registers, stack = _resources(done.asm["cubin"])
-    return Compiled(registers, stack, int(done.metadata.shared), str(done.asm["ptx"]))
+    ptx, cubin = str(done.asm["ptx"]), bytes(done.asm["cubin"])
+    return Compiled(registers, stack, int(done.metadata.shared), ptx, cubin)
 
 
 @cache

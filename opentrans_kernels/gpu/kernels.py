@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .. import dispatch
 from ..errors import OpenTransError
 from ..ops.implicit_gemm_conv2d import live_slices, pack_weight
-from ..ops.implicit_gemm_conv2d.shapes import fitting
+from ..ops.implicit_gemm_conv2d.shapes import fitting, k_major
 from ..ops.nhwc import empty_nhwc, nhwc, why_too_old
 from ..ops.sparse_conv2d_nhwc import pack
 from .network import Layer
@@ -242,7 +242,8 @@ def _gemm(layer: Layer, place: Place, size: tuple[int, int, int]) -> list[Candid
             if kind == "gather":
                 kept = layer.live_inputs()
                 weight, channels = weight[:, kept], kept.to(place.device, torch.int32)
-            main = place.precision.operand(pack_weight(weight), place.device)
+            laid_out = k_major if place.precision.tf32 else torch.Tensor.contiguous
+            main = laid_out(place.precision.operand(pack_weight(weight), place.device))
             if kind == "slices":
                 slices = tuple(t.to(place.device) for t in live_slices(pack_weight(weight), tile))
             bias = layer.bias.to(place.device, torch.float32)
@@ -250,6 +251,7 @@ def _gemm(layer: Layer, place: Place, size: tuple[int, int, int]) -> list[Candid
             other = None
             if second is not None:
                 other = place.precision.operand(pack_weight(second.weight), place.device)
+                other = laid_out(other)
             pool2 = 1 if second is None else second.pool
             fixed = (layer.kernel, layer.pool, pool2, layer.relu, place.precision.tf32, tile)
 
@@ -328,8 +330,11 @@ def _warmer(
         slices = (None, None)
         if kind == "slices":
             slices = (meta(-(-cout // tile[1]) + 1, dtype=torch.int32), meta(1, dtype=torch.int32))
+        weight = meta(layer.kernel**2, used, cout)
+        if place.precision.tf32:
+            weight = k_major(weight)
         triton.warm(
-            meta(n, cin, h, w), meta(layer.kernel**2, used, cout), meta(cout, dtype=torch.float32),
+            meta(n, cin, h, w), weight, meta(cout, dtype=torch.float32),
             meta(used, dtype=torch.int32) if kind == "gather" else None,
             meta(n, cout, *out[1:]) if layer.residual else None, x2, weight2,
             layer.kernel, layer.pool, 1 if second is None else second.pool, layer.relu,

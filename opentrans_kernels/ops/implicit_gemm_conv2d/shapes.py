@@ -9,7 +9,15 @@ import torch
 from ..arguments import BadArgument, image
 from ..nhwc import expect
 
-__all__ = ["CONFIGS", "CONFIGS_FLOAT32", "CONFIGS_POOLED", "check", "default_config", "fitting"]
+__all__ = [
+    "CONFIGS",
+    "CONFIGS_FLOAT32",
+    "CONFIGS_POOLED",
+    "check",
+    "default_config",
+    "fitting",
+    "k_major",
+]
 
 _OP = "implicit_gemm_conv2d"
 #: (rows, columns, K, warps, stages) of a tile in half precision, the largest first.
@@ -32,6 +40,11 @@ CONFIGS_FLOAT32 = (
     (64, 32, 32, 4, 3),
 )
 _MULTIPROCESSORS = 132
+
+
+def k_major(weight: torch.Tensor) -> torch.Tensor:
+    """A packed weight ``[taps, Cin, Cout]`` whose memory is ``[taps, Cout, Cin]``: for TF32."""
+    return weight.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def fitting(

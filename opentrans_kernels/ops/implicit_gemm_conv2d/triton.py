@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ...errors import PlanError
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
-from .shapes import check, default_config
+from .shapes import check, default_config, k_major
 
 __all__ = ["conv_kernel", "implicit_gemm_conv2d", "launch_arguments", "nearest_tf32", "warm"]
 
@@ -37,9 +37,9 @@ def conv_kernel(
     rows, height, width, out_height, out_width, cin, cout, x_channels,
     height2, width2, cin2,
     TAPS: tl.constexpr, POOL: tl.constexpr, POOL2: tl.constexpr, GATHER: tl.constexpr,
-    SLICED: tl.constexpr, RESIDUAL: tl.constexpr, SECOND: tl.constexpr, RELU: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_K2: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SLICED: tl.constexpr, TURNED: tl.constexpr, RESIDUAL: tl.constexpr, SECOND: tl.constexpr,
+    RELU: tl.constexpr, EVEN_K: tl.constexpr, EVEN_K2: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share rows of x, which are larger than the weights.
     tiles = tl.cdiv(cout, BN)
@@ -63,7 +63,12 @@ def conv_kernel(
     pixel = ((image * height + h) * width + w).to(tl.int64)
     k = tl.arange(0, BK)
     a_rows = x + (pixel * x_channels)[:, None]
-    b_rows = weight + (k.to(tl.int64) * cout)[:, None] + col[None, :]
+    # TURNED: weights lie with K innermost, as tensor cores want it of 32-bit values; else they are
+    # copied word by word into shared memory, four lanes to a bank.
+    if TURNED:
+        b_rows = weight + (col.to(tl.int64) * cin)[:, None] + k[None, :]
+    else:
+        b_rows = weight + (k.to(tl.int64) * cout)[:, None] + col[None, :]
     inside = live.to(tl.int32)
     if TAPS == 9:
         inside = tl.zeros((BM,), tl.int32)
@@ -99,11 +104,18 @@ def conv_kernel(
             a = tl.load(a_rows + shift + source[None, :], mask=a_mask, other=0.0)
         else:
             a = tl.load(a_rows + k[None, :] + (shift + at), mask=a_mask, other=0.0)
-        b_at = b_rows + (tap * cin + at).to(tl.int64) * cout
+        if TURNED:
+            b_at = b_rows + ((tap * cin).to(tl.int64) * cout + at)
+            b_mask = (col < cout)[:, None] & (at + k < cin)[None, :]
+        else:
+            b_at = b_rows + (tap * cin + at).to(tl.int64) * cout
+            b_mask = (at + k < cin)[:, None] & (col < cout)[None, :]
         if EVEN_K and EVEN_N:
             b = tl.load(b_at)
         else:
-            b = tl.load(b_at, mask=(at + k < cin)[:, None] & (col < cout)[None, :], other=0.0)
+            b = tl.load(b_at, mask=b_mask, other=0.0)
+        if TURNED:
+            b = tl.trans(b)
         accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
         if not SLICED:
             at += BK
@@ -112,7 +124,10 @@ def conv_kernel(
     if SECOND:
         start = (image * height2 + POOL2 * h).to(tl.int64) * width2 + POOL2 * w
         a2_rows = x2 + (start * cin2)[:, None] + k[None, :]
-        b2_rows = weight2 + (k.to(tl.int64) * cout)[:, None] + col[None, :]
+        if TURNED:
+            b2_rows = weight2 + (col.to(tl.int64) * cin2)[:, None] + k[None, :]
+        else:
+            b2_rows = weight2 + (k.to(tl.int64) * cout)[:, None] + col[None, :]
         down = width2 * cin2
         for step in range(0, tl.cdiv(cin2, BK)):
             at2 = step * BK
@@ -128,11 +143,18 @@ def conv_kernel(
                 a = (a * 0.25).to(x2.dtype.element_ty)
             else:
                 a = tl.load(a_at, mask=a_mask, other=0.0)
-            b_at = b2_rows + at2.to(tl.int64) * cout
+            if TURNED:
+                b_at = b2_rows + at2
+                b_mask = (col < cout)[:, None] & (at2 + k < cin2)[None, :]
+            else:
+                b_at = b2_rows + at2.to(tl.int64) * cout
+                b_mask = (at2 + k < cin2)[:, None] & (col < cout)[None, :]
             if EVEN_K2 and EVEN_N:
                 b = tl.load(b_at)
             else:
-                b = tl.load(b_at, mask=(at2 + k < cin2)[:, None] & (col < cout)[None, :], other=0.0)
+                b = tl.load(b_at, mask=b_mask, other=0.0)
+            if TURNED:
+                b = tl.trans(b)
             accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
     accumulated += tl.load(bias + col, mask=col < cout, other=0.0)[None, :]
     kept = live[:, None] & (col < cout)[None, :]
@@ -152,6 +174,15 @@ def conv_kernel(
         accumulated.to(y.dtype.element_ty),
         mask=kept,
     )
+
+
+def _k_innermost(weight: torch.Tensor) -> bool:
+    return not weight.is_contiguous() and weight.transpose(1, 2).is_contiguous()
+
+
+def _laid_out(weight: torch.Tensor, k_innermost: bool) -> torch.Tensor:
+    """``weight`` in one of the two layouts; a copy only where it has another one."""
+    return k_major(weight) if k_innermost else weight.contiguous()
 
 
 def launch_arguments(
@@ -183,7 +214,8 @@ def launch_arguments(
     )  # fmt: skip
     keywords = dict(
         TAPS=taps, POOL=pool, POOL2=pool2, GATHER=channels is not None,
-        SLICED=steps is not None, RESIDUAL=residual is not None, SECOND=x2 is not None, RELU=relu,
+        SLICED=steps is not None, TURNED=_k_innermost(weight), RESIDUAL=residual is not None,
+        SECOND=x2 is not None, RELU=relu,
         EVEN_K=cin % bk == 0, EVEN_K2=cin2 % bk == 0, EVEN_N=cout % bn == 0,
         PRECISION="tf32" if tf32 else "ieee", BM=bm, BN=bn, BK=bk,
         num_warps=warps, num_stages=stages,
@@ -203,9 +235,10 @@ def implicit_gemm_conv2d(
     if out.numel() == 0:
         return out
     x, residual, x2 = (None if t is None else nhwc(t) for t in (x, residual, x2))
+    turned = _k_innermost(weight)
     grid, positional, keywords = launch_arguments(
-        x, weight.contiguous(), bias, channels, residual, x2,
-        None if weight2 is None else weight2.contiguous(),
+        x, _laid_out(weight, turned), bias, channels, residual, x2,
+        None if weight2 is None else _laid_out(weight2, turned),
         kernel, pool, pool2, relu, tf32, config, begin, steps, out,
     )  # fmt: skip
     on_its_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
