@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opentrans_kernels.audit import audit, predicted_rate, predicted_speedup
 from opentrans_kernels.audit.network import infer_network
-from opentrans_kernels.audit.rows import k_union, outside_two_four
+from opentrans_kernels.audit.rows import k_union, live_slices, outside_two_four
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.topology import conv_shapes, find_trunk, forward_trunk
@@ -177,6 +177,17 @@ def test_structure_counts_against_loops(shape, density):
     for group, share in k_union(mask).items():
         parts = [mask[i : i + group].reshape(-1, columns).any(0) for i in range(0, cout, group)]
         assert share == pytest.approx(sum(int(p.sum()) for p in parts) / (columns * len(parts)))
+
+
+def test_live_slices_of_crowded_channels():
+    mask = torch.zeros(130, 128, 3, 3, dtype=torch.bool)
+    rows, columns = torch.randperm(130)[:64], torch.randperm(128)[:60]
+    mask[rows[:, None], columns] = True
+    assert live_slices(mask) == pytest.approx(9 / (9 * 3 * 2)), "one piece of 3 x 2 per tap"
+    mask[:, :, 1, 1] = True
+    assert live_slices(mask) == pytest.approx((8 + 6) / 54)
+    assert live_slices(mask[:, :, :1, :1]) is None
+    assert live_slices(torch.zeros(5, 7, 3, 3, dtype=torch.bool)) == 0
 
 
 def test_prediction_follows_the_measurements():

@@ -55,7 +55,7 @@ class AuditReport:
     def __str__(self) -> str:
         header = (
             "layer", "conv", "out", "density", "nnz", "MMAC", "eff.", "dead", "unread", "width",
-            "2:4 out", "K32", "K64", "pred.",
+            "2:4 out", "K32", "K64", "S64", "pred.",
         )  # fmt: skip
         table = [header, *(self._cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
@@ -107,6 +107,7 @@ class AuditReport:
             f"{row.outside_24 / max(1, row.nnz):.1%}",
             f"{row.k_union[32]:.0%}",
             f"{row.k_union[64]:.0%}",
+            "-" if row.live_slices is None else f"{row.live_slices:.0%}",
             f"{row.predicted_speedup:.1f}x" if row.engine == "sparse" else "dense",
         )
 

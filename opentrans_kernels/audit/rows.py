@@ -14,6 +14,7 @@ from opentrans_kernels.audit.predict import predicted_speedup
 from opentrans_kernels.compact import ChannelSets, any_along, rounded
 
 GROUPS = (8, 16, 32, 64)  # rows per group of the K-union curve
+SLICE = 64  # output and input channels of one tap that a tensor core's tile takes at a time
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class AuditRow:
     ones_channel: this layer emits the channel of ones that carries constants through zero padding.
     outside_24: nonzeros beyond two per group of four input channels of one row and tap.
     k_union: rows per group -> mean share of the Cin*k*k columns with a nonzero in the group.
+    live_slices: share of 64 x 64 slices of a tap that have a nonzero once rows and columns are
+        sorted by theirs, as tensor cores' tiles need it; None for 1x1, whose order is not free.
     predicted_speedup, engine: first prediction, see ``predict``; a losing layer stays dense (1.0).
     predicted_cost: nominal MACs / predicted speed-up.
     """
@@ -72,6 +75,7 @@ class AuditRow:
     ones_channel: bool
     outside_24: int
     k_union: Mapping[int, float]
+    live_slices: float | None
     predicted_speedup: float
     engine: str
     predicted_cost: float
@@ -106,6 +110,22 @@ def k_union(mask: torch.Tensor) -> dict[int, float]:
         rows = group
         curve[group] = int(torch.count_nonzero(live)) / max(1, live.numel())
     return curve
+
+
+def live_slices(mask: torch.Tensor) -> float | None:
+    """Share of slices with a nonzero, rows and columns sorted by nonzeros. mask: bool 4-D."""
+    cout, cin = mask.shape[:2]
+    bits = mask.reshape(cout, cin, -1)
+    if bits.shape[2] == 1:
+        return None
+    rows, columns = (
+        bits.sum(dims).argsort(descending=True, stable=True) for dims in ((1, 2), (0, 2))
+    )
+    bits = torch.nn.functional.pad(
+        bits[rows][:, columns].view(torch.uint8), (0, 0, 0, -cin % SLICE, 0, -cout % SLICE)
+    )
+    live = bits.unflatten(1, (-1, SLICE)).amax(2).unflatten(0, (-1, SLICE)).amax(1)
+    return int(torch.count_nonzero(live)) / max(1, live.numel())
 
 
 def make_row(
@@ -156,6 +176,7 @@ def make_row(
         ones_channel=ones_channel,
         outside_24=outside_two_four(bits),
         k_union=k_union(bits),
+        live_slices=live_slices(bits),
         predicted_speedup=speed if wins else 1.0,
         engine="sparse" if wins else "dense",
         predicted_cost=nominal / (speed if wins else 1.0),

@@ -20,7 +20,7 @@ SUMMARY = "audit a mask file, layer by layer"
 
 _COLUMNS = (
     "layer", "conv", "output", "density", "nnz", "MMAC", "effective", "dead", "unread", "width",
-    "out of 2:4", "K32", "K64", "predicted",
+    "out of 2:4", "K32", "K64", "S64", "predicted",
 )  # fmt: skip
 
 
@@ -106,5 +106,6 @@ def _cells(row: AuditRow) -> list[Cell]:
         f"{row.outside_24 / max(1, row.nnz):.1%}",
         f"{row.k_union[32]:.0%}",
         f"{row.k_union[64]:.0%}",
+        "-" if row.live_slices is None else f"{row.live_slices:.0%}",
         predicted if row.engine == "sparse" else "dense",
     ]
