@@ -123,64 +123,61 @@ OTK_BOTH Entry entry_at(const Entry* entries) {
 #ifdef __CUDA_ARCH__
 // sums[row] += value * words[dy ...], by a table of branches. In the text, s<row>_<line> and
 // w<line> name registers; the copies from and to operands cost nothing once they are allocated.
+// clang-format off
 #define OTK_F(r, l, k) "fma.rn.f32 s" #r "_" #l ", w" #k ", v, s" #r "_" #l ";\n"
 #define OTK_0(r)                                                                            \
-  OTK_F(r, 0, 0)                                                                            \
-  OTK_F(r, 1, 1)                                                                            \
-  OTK_F(r, 2, 2) OTK_F(r, 3, 3) OTK_F(r, 4, 4) OTK_F(r, 5, 5) OTK_F(r, 6, 6) OTK_F(r, 7, 7) \
-      OTK_F(r, 8, 8) OTK_F(r, 9, 9) OTK_F(r, 10, 10) OTK_F(r, 11, 11) OTK_F(r, 12, 12)      \
-          OTK_F(r, 13, 13) OTK_F(r, 14, 14) OTK_F(r, 15, 15)
+  OTK_F(r, 0, 0) OTK_F(r, 1, 1) OTK_F(r, 2, 2) OTK_F(r, 3, 3) OTK_F(r, 4, 4)                \
+  OTK_F(r, 5, 5) OTK_F(r, 6, 6) OTK_F(r, 7, 7) OTK_F(r, 8, 8) OTK_F(r, 9, 9)                \
+  OTK_F(r, 10, 10) OTK_F(r, 11, 11) OTK_F(r, 12, 12) OTK_F(r, 13, 13) OTK_F(r, 14, 14)      \
+  OTK_F(r, 15, 15)
 #define OTK_1(r)                                                                            \
-  OTK_F(r, 0, 1)                                                                            \
-  OTK_F(r, 1, 2)                                                                            \
-  OTK_F(r, 2, 3) OTK_F(r, 3, 4) OTK_F(r, 4, 5) OTK_F(r, 5, 6) OTK_F(r, 6, 7) OTK_F(r, 7, 8) \
-      OTK_F(r, 8, 9) OTK_F(r, 9, 10) OTK_F(r, 10, 11) OTK_F(r, 11, 12) OTK_F(r, 12, 13)     \
-          OTK_F(r, 13, 14) OTK_F(r, 14, 15) OTK_F(r, 15, 16)
+  OTK_F(r, 0, 1) OTK_F(r, 1, 2) OTK_F(r, 2, 3) OTK_F(r, 3, 4) OTK_F(r, 4, 5)                \
+  OTK_F(r, 5, 6) OTK_F(r, 6, 7) OTK_F(r, 7, 8) OTK_F(r, 8, 9) OTK_F(r, 9, 10)               \
+  OTK_F(r, 10, 11) OTK_F(r, 11, 12) OTK_F(r, 12, 13) OTK_F(r, 13, 14) OTK_F(r, 14, 15)      \
+  OTK_F(r, 15, 16)
 #define OTK_2(r)                                                                            \
-  OTK_F(r, 0, 2)                                                                            \
-  OTK_F(r, 1, 3)                                                                            \
-  OTK_F(r, 2, 4) OTK_F(r, 3, 5) OTK_F(r, 4, 6) OTK_F(r, 5, 7) OTK_F(r, 6, 8) OTK_F(r, 7, 9) \
-      OTK_F(r, 8, 10) OTK_F(r, 9, 11) OTK_F(r, 10, 12) OTK_F(r, 11, 13) OTK_F(r, 12, 14)    \
-          OTK_F(r, 13, 15) OTK_F(r, 14, 16) OTK_F(r, 15, 17)
+  OTK_F(r, 0, 2) OTK_F(r, 1, 3) OTK_F(r, 2, 4) OTK_F(r, 3, 5) OTK_F(r, 4, 6)                \
+  OTK_F(r, 5, 7) OTK_F(r, 6, 8) OTK_F(r, 7, 9) OTK_F(r, 8, 10) OTK_F(r, 9, 11)              \
+  OTK_F(r, 10, 12) OTK_F(r, 11, 13) OTK_F(r, 12, 14) OTK_F(r, 13, 15) OTK_F(r, 14, 16)      \
+  OTK_F(r, 15, 17)
 #define OTK_END "bra.uni done;\n"
 #define OTK_ROW1(r) "c" #r "_0:\n" OTK_0(r) OTK_END
 #define OTK_ROW3(r) OTK_ROW1(r) "c" #r "_1:\n" OTK_1(r) OTK_END "c" #r "_2:\n" OTK_2(r) OTK_END
 #define OTK_ALL(each) each(0) each(1) each(2) each(3) each(4) each(5) each(6) each(7)
+#define OTK_NAME(r, l, n) ".reg .f32 s" #r "_" #l ";\n"
 #define OTK_IN(r, l, n) "mov.f32 s" #r "_" #l ", %" #n ";\n"
 #define OTK_OUT(r, l, n) "mov.f32 %" #n ", s" #r "_" #l ";\n"
-#define OTK_COPY(to, r, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                           \
-  to(r, 0, a) to(r, 1, b) to(r, 2, c) to(r, 3, d) to(r, 4, e) to(r, 5, f) to(r, 6, g) to(r, 7, h) \
-      to(r, 8, i) to(r, 9, j) to(r, 10, k) to(r, 11, l) to(r, 12, m) to(r, 13, n) to(r, 14, o)    \
-          to(r, 15, p)
-#define OTK_COPIES(to)                                                                        \
-  OTK_COPY(to, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)                       \
-  OTK_COPY(to, 1, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)             \
-  OTK_COPY(to, 2, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47)             \
-  OTK_COPY(to, 3, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63)             \
-  OTK_COPY(to, 4, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76, 77, 78, 79)             \
-  OTK_COPY(to, 5, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 92, 93, 94, 95)             \
-  OTK_COPY(to, 6, 96, 97, 98, 99, 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111) \
-  OTK_COPY(to, 7, 112, 113, 114, 115, 116, 117, 118, 119, 120, 121, 122, 123, 124, 125, 126, 127)
-#define OTK_NAME(r, l, n) ".reg .f32 s" #r "_" #l ";\n"
+#define OTK_ROW(to, r, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                      \
+  to(r, 0, a) to(r, 1, b) to(r, 2, c) to(r, 3, d) to(r, 4, e) to(r, 5, f) to(r, 6, g)       \
+  to(r, 7, h) to(r, 8, i) to(r, 9, j) to(r, 10, k) to(r, 11, l) to(r, 12, m) to(r, 13, n)   \
+  to(r, 14, o) to(r, 15, p)
+#define OTK_ROWS(to)                                                                        \
+  OTK_ROW(to, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)                      \
+  OTK_ROW(to, 1, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)            \
+  OTK_ROW(to, 2, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47)            \
+  OTK_ROW(to, 3, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63)            \
+  OTK_ROW(to, 4, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76, 77, 78, 79)            \
+  OTK_ROW(to, 5, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 92, 93, 94, 95)            \
+  OTK_ROW(to, 6, 96, 97, 98, 99, 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111) \
+  OTK_ROW(to, 7, 112, 113, 114, 115, 116, 117, 118, 119, 120, 121, 122, 123, 124, 125, 126, 127)
 #define OTK_WORD(k, n) "mov.f32 w" #k ", %" #n ";\n"
-#define OTK_WORDS                                                                            \
-  OTK_WORD(0, 128)                                                                           \
-  OTK_WORD(1, 129)                                                                           \
-  OTK_WORD(2, 130) OTK_WORD(3, 131) OTK_WORD(4, 132) OTK_WORD(5, 133) OTK_WORD(6, 134)       \
-      OTK_WORD(7, 135) OTK_WORD(8, 136) OTK_WORD(9, 137) OTK_WORD(10, 138) OTK_WORD(11, 139) \
-          OTK_WORD(12, 140) OTK_WORD(13, 141) OTK_WORD(14, 142) OTK_WORD(15, 143)            \
-              OTK_WORD(16, 144) OTK_WORD(17, 145)
+#define OTK_WORDS                                                                           \
+  OTK_WORD(0, 128) OTK_WORD(1, 129) OTK_WORD(2, 130) OTK_WORD(3, 131) OTK_WORD(4, 132)      \
+  OTK_WORD(5, 133) OTK_WORD(6, 134) OTK_WORD(7, 135) OTK_WORD(8, 136) OTK_WORD(9, 137)      \
+  OTK_WORD(10, 138) OTK_WORD(11, 139) OTK_WORD(12, 140) OTK_WORD(13, 141)                   \
+  OTK_WORD(14, 142) OTK_WORD(15, 143) OTK_WORD(16, 144) OTK_WORD(17, 145)
 #define OTK_S4(r, l) "+f"(s[r][l]), "+f"(s[r][l + 1]), "+f"(s[r][l + 2]), "+f"(s[r][l + 3])
 #define OTK_S16(r) OTK_S4(r, 0), OTK_S4(r, 4), OTK_S4(r, 8), OTK_S4(r, 12)
 #define OTK_W3(k) "f"(w[k]), "f"(w[k + 1]), "f"(w[k + 2])
-#define OTK_JUMP(table, code_of_rows)                                                            \
-  asm volatile("{\n.reg .f32 v, w<18>;\n" OTK_COPIES(OTK_NAME) OTK_COPIES(OTK_IN) OTK_WORDS      \
-               "mov.f32 v, %146;\n" table "brx.idx.uni %147, go;\n" code_of_rows                 \
-               "done:\n" OTK_COPIES(OTK_OUT) "}\n"                                               \
-               : OTK_S16(0), OTK_S16(1), OTK_S16(2), OTK_S16(3), OTK_S16(4), OTK_S16(5),         \
-                 OTK_S16(6), OTK_S16(7)                                                          \
-               : OTK_W3(0), OTK_W3(3), OTK_W3(6), OTK_W3(9), OTK_W3(12), OTK_W3(15), "f"(value), \
-                 "r"(code))
+#define OTK_JUMP(table, code_of_rows)                                                       \
+  asm volatile("{\n.reg .f32 v, w<18>;\n" OTK_ROWS(OTK_NAME) OTK_ROWS(OTK_IN) OTK_WORDS      \
+               "mov.f32 v, %146;\n" table "brx.idx.uni %147, go;\n" code_of_rows "done:\n"   \
+               OTK_ROWS(OTK_OUT) "}\n"                                                       \
+               : OTK_S16(0), OTK_S16(1), OTK_S16(2), OTK_S16(3), OTK_S16(4), OTK_S16(5),     \
+                 OTK_S16(6), OTK_S16(7)                                                      \
+               : OTK_W3(0), OTK_W3(3), OTK_W3(6), OTK_W3(9), OTK_W3(12), OTK_W3(15),         \
+                 "f"(value), "r"(code))
+// clang-format on
 
 template <int Taps>
 OTK_BOTH void multiply(int code, float value, const float (&w)[kLines + 2],

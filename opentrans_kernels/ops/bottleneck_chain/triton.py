@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...errors import PlanError
+from ..implicit_gemm_conv2d.triton import taps_inside
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
 from .shapes import check, default_config, padded_weights, power
 
@@ -40,12 +41,7 @@ def chain_kernel(
     # As in implicit_gemm_conv2d: addresses and one bit per tap in front of the loop.
     a_rows = x + (row.to(tl.int64) * cin)[:, None] + k[None, :]
     b_rows = weight2 + (k * INNER)[:, None] + inner_col[None, :]
-    inside = tl.zeros((BM,), tl.int32)
-    for i in tl.static_range(9):
-        dy = i // 3 - 1
-        dx = i % 3 - 1
-        seen = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
-        inside |= seen.to(tl.int32) << i
+    inside = taps_inside(live, h, w, height, width)
     inner = tl.zeros((BM, INNER), tl.float32)
     tap = 0
     at = 0

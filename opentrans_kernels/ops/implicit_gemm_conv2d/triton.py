@@ -18,7 +18,14 @@ from ...errors import PlanError
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
 from .shapes import check, default_config, k_major
 
-__all__ = ["conv_kernel", "implicit_gemm_conv2d", "launch_arguments", "nearest_tf32", "warm"]
+__all__ = [
+    "conv_kernel",
+    "implicit_gemm_conv2d",
+    "launch_arguments",
+    "nearest_tf32",
+    "taps_inside",
+    "warm",
+]
 
 
 @triton.jit
@@ -26,6 +33,18 @@ def nearest_tf32(x):
     """``x`` rounded to TF32: what reads it next would cut the bits off, always towards zero."""
     bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def taps_inside(live, h, w, height, width):
+    """Nine bits a pixel: whether each tap of a 3x3 around (h, w) lies inside the image."""
+    inside = tl.zeros_like(h)
+    for i in tl.static_range(9):
+        dy = i // 3 - 1
+        dx = i % 3 - 1
+        seen = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
+        inside |= seen.to(tl.int32) << i
+    return inside
 
 
 # Sizes of the image are not specialised on, or every feature map would compile anew.
@@ -71,12 +90,7 @@ def conv_kernel(
         b_rows = weight + (k.to(tl.int64) * cout)[:, None] + col[None, :]
     inside = live.to(tl.int32)
     if TAPS == 9:
-        inside = tl.zeros((BM,), tl.int32)
-        for i in tl.static_range(9):
-            dy = i // 3 - 1
-            dx = i % 3 - 1
-            seen = live & (h + dy >= 0) & (h + dy < height) & (w + dx >= 0) & (w + dx < width)
-            inside |= seen.to(tl.int32) << i
+        inside = taps_inside(live, h, w, height, width)
     accumulated = tl.zeros((BM, BN), tl.float32)
     first = 0
     last = TAPS * tl.cdiv(cin, BK)
