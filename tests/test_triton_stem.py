@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from triton_tools import CAPABILITIES, Interpreter, compile_for, why_no_triton
+from triton_tools import CAPABILITIES, Compiled, Interpreter, compile_for, why_no_triton
 
 from opentrans_kernels.ops import fused_stem
 from opentrans_kernels.ops.arguments import BadArgument
 from opentrans_kernels.ops.fused_stem import reference
-from opentrans_kernels.ops.fused_stem.shapes import PATCH, configs
+from opentrans_kernels.ops.fused_stem.shapes import CONFIGS, PATCH
 from opentrans_kernels.ops.implicit_gemm_conv2d import pack_weight
 
 TARGET = "triton_targets:poisoned_stem"
@@ -110,25 +110,28 @@ def test_bad_arguments(position: int, value: torch.Tensor, words: str) -> None:
     assert words in str(caught.value)
 
 
+def compiled_stem(capability: int, dtype: str, config: tuple[int, ...]) -> Compiled:
+    from opentrans_kernels.ops.fused_stem.triton import stem_kernel
+
+    bm, warps, stages = config
+    sizes = ("rows", "height", "width", "out_height", "out_width", "cout")
+    return compile_for(
+        stem_kernel, capability,
+        {name: f"*{dtype}" for name in ("x", "weight1", "weight2", "y")}
+        | dict.fromkeys(("bias1", "bias2"), "*fp32") | dict.fromkeys(sizes, "i32"),
+        dict(MIDDLE=32, OUT=32, PRECISION="ieee", BM=bm, PATCH=PATCH),
+        num_warps=warps, num_stages=stages, aligned=("cout",),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_it_compiles_without_spills(capability: int, dtype: str) -> None:
     if (reason := why_no_triton()) is not None:
         pytest.skip(reason)
-    from opentrans_kernels.ops.fused_stem.triton import stem_kernel
-
-    for bm, warps, stages in configs(torch.float32 if dtype == "fp32" else torch.bfloat16):
-        one = compile_for(
-            stem_kernel, capability,
-            {name: f"*{dtype}" for name in ("x", "weight1", "weight2", "y")}
-            | dict.fromkeys(("bias1", "bias2"), "*fp32")
-            | dict.fromkeys(
-                ("rows", "height", "width", "out_height", "out_width", "cout"), "i32"
-            ),
-            dict(MIDDLE=32, OUT=32, PRECISION="ieee", BM=bm, PATCH=PATCH),
-            num_warps=warps, num_stages=stages, aligned=("cout",),
-        )  # fmt: skip
-        assert one.stack == 0, f"{(bm, warps, stages)} spills {one.stack} bytes"
+    for config in CONFIGS:
+        one = compiled_stem(capability, dtype, config)
+        assert one.stack == 0, f"{config} spills {one.stack} bytes"
         assert one.shared <= 100 << 10 and one.count(r"atom\.") == 0
         if dtype == "bf16":
             assert one.count(r"wgmma\.mma_async|mma\.sync") > 0, "no tensor cores"

@@ -12,9 +12,11 @@ import pytest
 import torch
 from test_triton_chain import compiled_chain
 from test_triton_conv import CONFIGS, compiled
+from test_triton_stem import compiled_stem
 from triton_tools import why_no_triton
 
 from opentrans_kernels.ops.bottleneck_chain.shapes import configs
+from opentrans_kernels.ops.fused_stem.shapes import CONFIGS as STEM_CONFIGS
 
 #: Half-precision multiply-adds of an sm_90 multiprocessor a cycle.
 PRODUCTS = 2048
@@ -46,6 +48,22 @@ def chain_steps(inner: int) -> list[tuple[int, float, float]]:
         (first, first * warps / 4, rows * inner * depth / PRODUCTS),
         (second, second * warps / 4, 2 * rows * inner * chunk / PRODUCTS),
     ]
+
+
+def stem_step() -> tuple[int, float, float]:
+    """Of one tap of the stem's second convolution, with the first one computed for it."""
+    rows, warps, stages = STEM_CONFIGS[0]
+    one = compiled_stem(90, "bf16", (rows, warps, stages))
+    (count,) = one.steps()
+    return count, count * warps / 4, 2 * rows * 32 * 32 / PRODUCTS
+
+
+def test_the_stem_loads_with_few_instructions() -> None:
+    """Its 27 values a pixel and tap are loaded one by one: that is what its time is."""
+    if (reason := why_no_triton()) is not None:
+        pytest.skip(reason)
+    count, *_ = stem_step()
+    assert count <= 300
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -22,6 +22,7 @@ def main() -> None:
     for inner in (64, 128, 256):
         for name, found in zip(("3x3", "1x1, 1x1"), steps.chain_steps(inner), strict=True):
             rows.append((f"chain, {inner} inner channels, {name}", found))
+    rows.append(("stem, one tap (64 pixels)", steps.stem_step()))
     for name, (count, issue, products) in rows:
         print(f"| {name} | {count} | {issue:.0f} | {products:.0f} |")
 

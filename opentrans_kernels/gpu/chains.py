@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .. import dispatch
 from ..errors import OpenTransError
 from ..ops.bottleneck_chain.shapes import configs, power, why_not
-from ..ops.fused_stem.shapes import configs as stem_configs
+from ..ops.fused_stem.shapes import CONFIGS as STEM_CONFIGS
 from ..ops.fused_stem.shapes import why_not as stem_why_not
 from ..ops.implicit_gemm_conv2d import pack_weight
 from ..ops.nhwc import why_too_old
@@ -227,7 +227,7 @@ class Stem:
 
     def tiles(self, place: Place) -> list[tuple[int, ...]]:
         """Tiles to try; one empty tile where the kernel has none."""
-        return list(stem_configs(place.precision.dtype)) if place.device.type == "cuda" else [()]
+        return list(STEM_CONFIGS) if place.device.type == "cuda" else [()]
 
     def pack(self, place: Place, tile: tuple[int, ...]) -> Run:
         """Both convolutions as one function of the image."""

@@ -9,21 +9,14 @@ import torch
 from ..arguments import BadArgument, image
 from ..nhwc import expect
 
-__all__ = ["CONFIGS", "PATCH", "check", "configs", "output_size", "why_not"]
+__all__ = ["CONFIGS", "PATCH", "check", "output_size", "why_not"]
 
 _OP = "fused_stem"
 #: 27 values of a 3x3 window of a colour image, padded to what tensor cores take.
 PATCH = 32
-#: (pixels, warps, stages) of a program.
-CONFIGS = ((128, 4, 2), (64, 4, 2), (128, 8, 2))
-#: In float32 sums and operands of 128 pixels spill with 4 warps.
-CONFIGS_FLOAT32 = ((64, 4, 2), (128, 8, 2))
+#: (pixels, warps, stages) of a program, the default first. 128 pixels spill with 4 warps.
+CONFIGS = ((64, 4, 2), (128, 8, 2))
 WIDEST = 64
-
-
-def configs(dtype: torch.dtype) -> tuple[tuple[int, int, int], ...]:
-    """Tiles for a dtype, the default first."""
-    return CONFIGS_FLOAT32 if dtype == torch.float32 else CONFIGS
 
 
 def output_size(h: int, w: int) -> tuple[int, int]:

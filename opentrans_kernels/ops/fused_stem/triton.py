@@ -16,9 +16,9 @@ import triton.language as tl
 
 from ...errors import PlanError
 from ..bottleneck_chain.shapes import power
-from ..implicit_gemm_conv2d.triton import nearest_tf32
+from ..implicit_gemm_conv2d.triton import nearest_tf32, taps_inside
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
-from .shapes import PATCH, check, configs
+from .shapes import CONFIGS, PATCH, check
 
 __all__ = ["fused_stem", "stem_kernel"]
 
@@ -45,17 +45,24 @@ def stem_kernel(
     w1 = tl.load(
         weight1 + k[:, None] * MIDDLE + middle_col[None, :], mask=(k < 27)[:, None], other=0.0
     )
+    # In front of the loop: the address of each value for the central tap, one bit per tap for
+    # values inside the image, and one per tap for pixels of the first convolution that exist.
+    ih = 2 * h[:, None] + ky[None, :]
+    iw = 2 * w[:, None] + kx[None, :]
+    values = x + (((image[:, None] * height + ih).to(tl.int64) * width + iw) * 3 + colour[None, :])
+    read = tl.zeros_like(ih)
+    for i in tl.static_range(9):
+        above = ih + (2 * (i // 3) - 2)
+        left = iw + (2 * (i % 3) - 2)
+        seen = (above >= 0) & (above < height) & (left >= 0) & (left < width)
+        read |= seen.to(tl.int32) << i
+    read = tl.where(live[:, None] & (k < 27)[None, :], read, 0)
+    exists = taps_inside(live, h, w, out_height, out_width)
     summed = tl.zeros((BM, OUT), tl.float32)
     for tap in range(0, 9):
-        at_h = h + tap // 3 - 1
-        at_w = w + tap % 3 - 1
-        inside = live & (at_h >= 0) & (at_h < out_height) & (at_w >= 0) & (at_w < out_width)
-        ih = 2 * at_h[:, None] + ky[None, :]
-        iw = 2 * at_w[:, None] + kx[None, :]
-        read = inside[:, None] & (k < 27)[None, :]
-        read = read & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
-        at = ((image[:, None] * height + ih).to(tl.int64) * width + iw) * 3 + colour[None, :]
-        patch = tl.load(x + at, mask=read, other=0.0)
+        inside = ((exists >> tap) & 1) != 0
+        shift = ((2 * (tap // 3) - 2) * width + 2 * (tap % 3) - 2) * 3
+        patch = tl.load(values + shift, mask=((read >> tap) & 1) != 0, other=0.0)
         middle = tl.dot(patch, w1, input_precision=PRECISION) + b1[None, :]
         middle = tl.where(middle < 0, 0.0, middle)
         if PRECISION == "tf32":
@@ -84,7 +91,7 @@ def fused_stem(x, weight1, bias1, weight2, bias2, tf32, config=()):
         return y
     if 4 * rows > LIMIT:
         raise PlanError(f"fused_stem: {4 * rows} pixels are more than {LIMIT}. Pass fewer images.")
-    bm, warps, stages = config or configs(x.dtype)[0]
+    bm, warps, stages = config or CONFIGS[0]
     middle, out = power(weight1.shape[2]), power(cout)
     more, last = middle - weight1.shape[2], out - cout
     if more or last:  # not for CLIP's widths: each of these would be a launch of its own
