@@ -211,3 +211,16 @@ def test_it_compiles_for_hopper_without_spills_or_waits_between_products(tmp_pat
     code = subprocess.run([str(tool), "-sass", str(target)], capture_output=True, text=True).stdout
     for n in (128, 200, 256):
         assert f"HGMMA.SP.64x{n}x32.F32.BF16" in code
+
+
+def test_the_library_is_built_as_a_gpu_machine_builds_it(
+    prototype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if find_nvcc() is None:
+        pytest.skip("nvcc was not found: no library was built")
+    library, _ = prototype
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.library.cache_clear()
+    loaded = library.library()
+    assert loaded.otk_two_four_problem_size() == ctypes.sizeof(library.Problem)
+    library.library.cache_clear()

@@ -37,8 +37,10 @@ def build_library(nvcc: str, sources: Sequence[Path], architecture: str, op: str
     ``architecture`` is nvcc's (``"sm_90"``); ``op`` names the kernel in errors. Raises
     KernelUnavailable with the compiler's first error, or if the cache folder cannot be written.
     """
+    # Machine code alone: -arch would add PTX for a compiler to come, of a less able architecture.
+    target_flags = ("-gencode", f"arch={architecture.replace('sm', 'compute')},code={architecture}")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(f"{architecture}{version}{_FLAGS}".encode())
+    digest = hashlib.sha256(f"{target_flags}{version}{_FLAGS}".encode())
     for path in sources:
         digest.update(path.read_bytes())
     base = os.environ.get("XDG_CACHE_HOME", "").strip() or str(Path.home() / ".cache")
@@ -51,7 +53,7 @@ def build_library(nvcc: str, sources: Sequence[Path], architecture: str, op: str
         with tempfile.TemporaryDirectory(dir=folder) as work:
             part = os.path.join(work, "part.so")
             done = subprocess.run(
-                [nvcc, *_FLAGS, f"-arch={architecture}", "-o", part, str(sources[0])],
+                [nvcc, *_FLAGS, *target_flags, "-o", part, str(sources[0])],
                 capture_output=True, text=True, timeout=_TIMEOUT,
             )  # fmt: skip
             if done.returncode:
