@@ -118,7 +118,7 @@ def test_an_interrupt_is_recorded_and_ends_the_suite(
 
 
 def test_a_recorded_command_names_no_place_of_one_machine() -> None:
-    words = ["--peer-envs", "/home/me/peers", "--json=/home/me/a.json", "--size", "64x96", "a/b"]
+    words = ["--peer-envs", "/srv/me/peers", "--json=/srv/me/a.json", "--size", "64x96", "a/b"]
     want = ["--peer-envs", "peers", "--json=a.json", "--size", "64x96", "a/b"]
     assert portable_words(words) == want
 

@@ -20,7 +20,7 @@ from opentrans_kernels.ops import sparse_conv2d_nhwc
 from opentrans_kernels.ops.arguments import BadArgument
 from opentrans_kernels.ops.sparse_conv2d_nhwc import build, pack, reference
 from opentrans_kernels.ops.sparse_conv2d_nhwc.cuda import problem_of
-from opentrans_kernels.ops.sparse_conv2d_nhwc.pack import GROUP, LINES, ROWS, WARPS, geometry
+from opentrans_kernels.ops.sparse_conv2d_nhwc.pack import GROUP, LINES, ROWS, WARPS, plane
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -135,7 +135,7 @@ def test_two_blocks_fit_into_shared_memory(host: ctypes.CDLL, kernel: int) -> No
         packed.chunk, False,
     )  # fmt: skip
     floats = host.otk_host_shared_floats(ctypes.byref(problem))
-    assert floats >= packed.chunk * geometry(kernel).plane
+    assert floats >= packed.chunk * plane(kernel)
     assert 2 * (4 * floats + 1024 + 256) <= 100 << 10, "sm_86 and sm_89 have 100 KB"
 
 

@@ -12,7 +12,7 @@ from triton_tools import Interpreter, why_no_triton
 
 from opentrans_kernels.ops import implicit_gemm_conv2d
 from opentrans_kernels.ops.arguments import BadArgument
-from opentrans_kernels.ops.implicit_gemm_conv2d import live_slices, reference
+from opentrans_kernels.ops.implicit_gemm_conv2d import live_pieces, live_slices, reference
 from opentrans_kernels.ops.implicit_gemm_conv2d.shapes import CONFIGS, k_major
 
 SLICED: dict[str, dict[str, Any]] = {
@@ -51,6 +51,16 @@ def test_slices_without_nonzeros_are_left_out(
     assert steps.numel() - 1 == {0.0: 0, 1.0: total}.get(density, steps.numel() - 1)
     close(interpreter(TARGET, *arguments), arguments[:-3])
     close(reference.implicit_gemm_conv2d(*arguments), arguments[:-3])
+
+
+def test_coarse_pieces_come_from_fine_ones() -> None:
+    weight = torch.randn(9, 200, 150) * (torch.rand(9, 200, 150) < 1e-3)
+    fine = live_pieces(weight, 32, 32)
+    assert fine.shape == (9, 7, 5) and 0 < fine.sum() < fine.numel()
+    for columns, depth in ((32, 32), (64, 32), (64, 64), (128, 64)):
+        found = live_pieces(fine, columns // 32, depth // 32)
+        assert torch.equal(found, live_pieces(weight, columns, depth))
+        assert live_slices(weight, (0, columns, depth))[1].numel() - 1 == found.sum()
 
 
 @pytest.mark.parametrize("name", ["3x3, odd widths", "pointwise, second segment"])

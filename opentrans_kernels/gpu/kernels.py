@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .. import dispatch
 from ..errors import OpenTransError
-from ..ops.implicit_gemm_conv2d import live_slices, pack_weight
+from ..ops.implicit_gemm_conv2d import live_pieces, live_slices, pack_weight
 from ..ops.implicit_gemm_conv2d.shapes import fitting, k_major
 from ..ops.nhwc import empty_nhwc, nhwc, why_too_old
 from ..ops.sparse_conv2d_nhwc import pack
@@ -28,6 +28,7 @@ __all__ = ["Candidate", "Place", "candidates", "layer_signature", "output_size",
 MOST_DENSE = 0.45
 #: Above these shares of the dense work, zeros left out do not pay for finding the others.
 MOST_GATHERED, MOST_SLICED = 0.75, 0.85
+_PIECE = 32  # divides the columns and the depth of every tile
 Run = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
 
@@ -225,13 +226,13 @@ def _gemm(layer: Layer, place: Place, size: tuple[int, int, int]) -> list[Candid
         tiles = fitting(layer.weight.shape[0], dtype, pooled, layer.residual)
     cout, cin = layer.weight.shape[:2]
     gathered = layer.live_inputs().numel() / cin
-    packed = pack_weight(layer.weight)
+    pieces = live_pieces(pack_weight(layer.weight != 0), _PIECE, _PIECE)
     kinds = [("gemm", tile, 1.0) for tile in tiles]
     if gathered <= MOST_GATHERED:
         kinds += [("gather", tile, gathered) for tile in tiles[:3]]
     for tile in tiles if row.row.backend == "triton" else [(64, 64, 64, 4, 4)]:
-        steps = live_slices(packed, tile)[1].numel() - 1
-        share = steps * tile[1] * tile[2] / packed.numel()
+        live = live_pieces(pieces, tile[1] // _PIECE, tile[2] // _PIECE)
+        share = int(live.sum()) * tile[1] * tile[2] / layer.weight.numel()
         if share <= MOST_SLICED:
             kinds.append(("slices", tile, share))
 
@@ -243,9 +244,10 @@ def _gemm(layer: Layer, place: Place, size: tuple[int, int, int]) -> list[Candid
                 kept = layer.live_inputs()
                 weight, channels = weight[:, kept], kept.to(place.device, torch.int32)
             laid_out = k_major if place.precision.tf32 else torch.Tensor.contiguous
-            main = laid_out(place.precision.operand(pack_weight(weight), place.device))
+            packed = pack_weight(weight)
+            main = laid_out(place.precision.operand(packed, place.device))
             if kind == "slices":
-                slices = tuple(t.to(place.device) for t in live_slices(pack_weight(weight), tile))
+                slices = tuple(t.to(place.device) for t in live_slices(packed, tile))
             bias = layer.bias.to(place.device, torch.float32)
             second = layer.second
             other = None

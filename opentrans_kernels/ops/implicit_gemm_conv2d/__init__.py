@@ -22,7 +22,7 @@ from ..nhwc import define_nhwc, empty_nhwc, nhwc
 from .reference import unpacked
 from .shapes import check
 
-__all__ = ["implicit_gemm_conv2d", "live_slices", "pack_weight", "reversed_weight"]
+__all__ = ["implicit_gemm_conv2d", "live_pieces", "live_slices", "pack_weight", "reversed_weight"]
 
 
 def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -32,6 +32,16 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch
     return packed.to(dtype or weight.dtype).contiguous()
 
 
+def live_pieces(weight: torch.Tensor, columns: int, depth: int) -> torch.Tensor:
+    """Where a packed weight has nonzeros, bool ``[taps, ceil(Cin / depth), ceil(Cout / columns)]``.
+
+    Of its own result it takes coarser pieces.
+    """
+    _, cin, cout = weight.shape
+    live = F.pad(weight != 0, (0, -cout % columns, 0, -cin % depth))
+    return live.unflatten(2, (-1, columns)).any(3).unflatten(1, (-1, depth)).any(2)
+
+
 def live_slices(weight: torch.Tensor, config: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """(begin, steps), int32: where a packed weight has nonzeros, in pieces of a tile.
 
@@ -39,10 +49,7 @@ def live_slices(weight: torch.Tensor, config: tuple[int, ...]) -> tuple[torch.Te
     t has ``steps[begin[t]:begin[t + 1]]``, each ``tap << 16 | number of the slice in its tap``; one
     more step follows the last, for a kernel that reads ahead.
     """
-    taps, cin, cout = weight.shape
-    columns, depth = config[1:3]
-    live = F.pad(weight != 0, (0, -cout % columns, 0, -cin % depth))
-    live = live.unflatten(2, (-1, columns)).any(3).unflatten(1, (-1, depth)).any(2)
+    live = live_pieces(weight, *config[1:3])
     tile, tap, piece = live.permute(2, 0, 1).nonzero().T  # sorted by tile, tap, channel
     counts = torch.bincount(tile, minlength=live.shape[2])
     begin = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)

@@ -15,7 +15,7 @@ import torch
 
 from ...errors import PlanError
 
-__all__ = ["GROUP", "LANES", "LINES", "ROWS", "WARPS", "Geometry", "SparsePack", "geometry", "pack"]
+__all__ = ["GROUP", "LANES", "LINES", "ROWS", "WARPS", "SparsePack", "pack", "plane"]
 
 WARPS, ROWS = 4, 8  # of a block, of a warp
 GROUP = WARPS * ROWS
@@ -24,19 +24,10 @@ CHUNK = 16  # input channels in shared memory at a time: 33 to 39 KB, so two blo
 _FRESH = 1 << 7
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The shared tile of a ``k x k`` convolution: floats per row and per channel."""
-
-    across: int
-    plane: int
-
-
-def geometry(kernel: int) -> Geometry:
-    """As ``tile_width`` and ``plane`` in ``csrc/cuda/sparse_conv.h``."""
+def plane(kernel: int) -> int:
+    """Floats of a channel of the shared tile: ``plane`` in ``csrc/cuda/sparse_conv.h``."""
     halo = kernel // 2
-    across = LANES + 2 * halo
-    return Geometry(across, (across * (LINES + 2 * halo)) | 1)
+    return ((LANES + 2 * halo) * (LINES + 2 * halo)) | 1
 
 
 @dataclass(frozen=True)
@@ -81,8 +72,7 @@ def pack(weight: torch.Tensor, chunk: int | None = None) -> SparsePack:
     groups, chunks = -(-cout // GROUP), max(1, -(-cin // chunk))
     slot_of, slots = _deal(np.count_nonzero(values.reshape(cout, -1), axis=1), groups)
     co, ci, ky, kx = np.nonzero(values)
-    shape = geometry(kernel)
-    column = (ci % chunk) * shape.plane + kx
+    column = (ci % chunk) * plane(kernel) + kx
     warp, row = slot_of[co] // ROWS, slot_of[co] % ROWS
     where = ((co // GROUP) * chunks + ci // chunk) * WARPS + warp
     order = np.lexsort((ky, row, column, where))

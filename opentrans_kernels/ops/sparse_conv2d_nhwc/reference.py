@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..nhwc import accumulator, nhwc
-from .pack import ROWS, WARPS, geometry
+from .pack import ROWS, WARPS, plane
 from .shapes import check
 
 __all__ = ["decode", "sparse_conv2d_nhwc"]
@@ -18,13 +18,12 @@ def decode(entries, begin, slots, cin: int, cout: int, kernel: int, chunk: int) 
     count = (begin[:, :, 1:] - begin[:, :, :-1]).reshape(-1).long()
     where = torch.repeat_interleave(torch.arange(count.numel(), device=count.device), count)
     warp, part, group = where % WARPS, where // WARPS % chunks, where // WARPS // chunks
-    key = entries[: count.sum(), 0].long()
+    key = entries[:-1, 0].long()
     row, dy = key % 32 // kernel, key % 32 % kernel
     channel = slots.long()[group, warp * ROWS + row]
-    plane = geometry(kernel).plane
-    local, dx = (key >> 8) // plane, (key >> 8) % plane
+    local, dx = (key >> 8) // plane(kernel), (key >> 8) % plane(kernel)
     weight = torch.zeros(cout, cin, kernel, kernel, device=entries.device)
-    values = entries[: count.sum(), 1].contiguous().view(torch.float32)
+    values = entries[:-1, 1].contiguous().view(torch.float32)
     weight[channel, part * chunk + local, dy, dx] = values
     return weight
 

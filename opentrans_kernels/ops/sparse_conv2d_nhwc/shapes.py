@@ -24,7 +24,7 @@ def check(
         raise BadArgument(f"{_OP}: x has {c} channels, the pack expects {cin}.")
     cout = bias.shape[0]
     groups, chunks = -(-cout // GROUP), max(1, -(-cin // chunk))
-    expect(_OP, "entries", entries, (entries.shape[0], 2), torch.int32)
+    expect(_OP, "entries", entries, (max(1, entries.shape[0]), 2), torch.int32)
     expect(_OP, "begin", begin, (groups, chunks, WARPS + 1), torch.int32)
     expect(_OP, "slots", slots, (groups, GROUP), torch.int32)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
