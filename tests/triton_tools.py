@@ -184,6 +184,8 @@ def compile_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from opentrans_kernels.ops.launch import OPTIONS
+
     missing = set(kernel.arg_names) ^ (set(types) | set(constants))
     assert not missing, f"{kernel.__name__}: not the arguments of the kernel: {sorted(missing)}"
     source = ASTSource(
@@ -199,7 +201,7 @@ def compile_for(
     done = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, **options},
+        options={"num_warps": num_warps, **OPTIONS, **options},
     )
     registers, stack = _resources(done.asm["cubin"])
     ptx, cubin = str(done.asm["ptx"]), bytes(done.asm["cubin"])

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ...errors import PlanError
 from ..implicit_gemm_conv2d.triton import taps_inside
+from ..launch import OPTIONS
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
 from .shapes import check, default_config, padded_weights, power
 
@@ -116,7 +117,7 @@ def _constants(inner: int, after: int, tf32: bool, config: tuple[int, ...]) -> d
     bm, bj, bk, warps, stages = config
     return dict(
         INNER=inner, AFTER=after, PRECISION="tf32" if tf32 else "ieee",
-        BM=bm, BJ=bj, BK=bk, num_warps=warps, num_stages=stages,
+        BM=bm, BJ=bj, BK=bk, num_warps=warps, num_stages=stages, **OPTIONS,
     )  # fmt: skip
 
 

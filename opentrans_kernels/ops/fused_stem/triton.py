@@ -17,6 +17,7 @@ import triton.language as tl
 from ...errors import PlanError
 from ..bottleneck_chain.shapes import power
 from ..implicit_gemm_conv2d.triton import nearest_tf32, taps_inside
+from ..launch import OPTIONS
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
 from .shapes import CONFIGS, PATCH, check
 
@@ -105,6 +106,6 @@ def fused_stem(x, weight1, bias1, weight2, bias2, tf32, config=()):
             x, weight1, bias1, weight2, bias2, y,
             rows, *x.shape[2:], out_h, out_w, cout,
             MIDDLE=middle, OUT=out, PRECISION="tf32" if tf32 else "ieee", BM=bm, PATCH=PATCH,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **OPTIONS,
         )  # fmt: skip
     return y

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ...errors import PlanError
+from ..launch import OPTIONS
 from ..nhwc import LIMIT, check_capability, empty_nhwc, nhwc
 from .shapes import check, default_config, k_major
 
@@ -232,7 +233,7 @@ def launch_arguments(
         SECOND=x2 is not None, RELU=relu,
         EVEN_K=cin % bk == 0, EVEN_K2=cin2 % bk == 0, EVEN_N=cout % bn == 0,
         PRECISION="tf32" if tf32 else "ieee", BM=bm, BN=bn, BK=bk,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **OPTIONS,
     )  # fmt: skip
     return grid, positional, keywords
 

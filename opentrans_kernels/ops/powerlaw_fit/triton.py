@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import OPTIONS
+
 __all__ = ["best_kernel", "distances_kernel", "powerlaw_fit", "starts_kernel"]
 
 _STARTS = 16  # per program of distances_kernel
@@ -183,13 +185,13 @@ def powerlaw_fit(
     best_start = torch.empty(blocks, dtype=torch.int64, device=x.device)
     on_its_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with on_its_device:  # triton launches on the current device
-        starts_kernel[(spectra,)](x, offsets, logs, slopes, CHUNK=_CHUNK, num_warps=4)
+        starts_kernel[(spectra,)](x, offsets, logs, slopes, CHUNK=_CHUNK, num_warps=4, **OPTIONS)
         distances_kernel[(blocks,)](
             logs, slopes, offsets, first, last, ends, spectra, best, best_start,
-            STARTS=_STARTS, VALUES=_VALUES, SEARCH=128, num_warps=4,
+            STARTS=_STARTS, VALUES=_VALUES, SEARCH=128, num_warps=4, **OPTIONS,
         )  # fmt: skip
         best_kernel[(spectra,)](
             slopes, offsets, first, last, ends, best, best_start, out,
-            STARTS=_STARTS, CHUNK=_CHUNK, num_warps=4,
+            STARTS=_STARTS, CHUNK=_CHUNK, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return out

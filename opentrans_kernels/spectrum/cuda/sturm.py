@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...ops.launch import OPTIONS
+
 __all__ = ["STEPS", "bisect", "bisect_kernel"]
 
 STEPS = 55  # halvings of an interval of width 2, down to half an ulp of the norm
@@ -117,6 +119,7 @@ def bisect(
         UNROLL=_UNROLL,
         LANES=_LANES,
         num_warps=1,
+        **OPTIONS,
     )
     found, start = {}, 0
     for n, d in diagonals.items():

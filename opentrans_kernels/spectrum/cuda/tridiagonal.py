@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...ops.launch import OPTIONS
+
 __all__ = ["SMALL", "WARPS", "column_kernel", "small_kernel", "tridiagonalise"]
 
 SMALL = 64  # the largest order whose matrix one program keeps in registers without spilling
@@ -182,7 +184,9 @@ def tridiagonalise(
     for n, m in matrices.items():
         if n <= SMALL and m.numel():
             size = max(16, triton.next_power_of_2(n))
-            small_kernel[(len(m),)](m, diagonals[n], offs[n], n, N=size, num_warps=WARPS[size])
+            small_kernel[(len(m),)](
+                m, diagonals[n], offs[n], n, N=size, num_warps=WARPS[size], **OPTIONS
+            )
     return diagonals, offs
 
 
@@ -220,7 +224,7 @@ class _ByColumns:
             column_kernel[(programs,)](
                 self.table, self.work, self.columns, self.reflectors, self.products, self.taus,
                 self.diagonal, self.off, self.total, self.count, k,
-                ROWS=_ROWS, WIDTH=_WIDTH, num_warps=4,
+                ROWS=_ROWS, WIDTH=_WIDTH, num_warps=4, **OPTIONS,
             )  # fmt: skip
         found, start = {}, 0
         for n, batch in self.orders.items():
