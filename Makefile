@@ -8,13 +8,14 @@ CXX_SOURCES := $(filter %.h %.inc %.cpp %.cu,$(SOURCES) $(wildcard benchmarks/gp
 THREADS     ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test test-all test-isa demo bench bench-quick bench-all bench-ops peers readme-tables gpu lint format clang-format type wheel clean clean-venv
+.PHONY: help dev test test-all test-isa test-torch demo bench bench-quick bench-all bench-ops peers readme-tables gpu lint format clang-format type wheel clean clean-venv
 
 help:
 	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
 	@echo "make test          install, build, then every test that is not slow"
 	@echo "make test-all      the slow tests too"
 	@echo "make test-isa      the suite once per instruction set of this CPU (ISA=avx2 ...)"
+	@echo "make test-torch    the suite on another torch, in build/torch-VERSION (VERSION=2.15.0)"
 	@echo "make dev           install and build only (editable)"
 	@echo "make bench         time the RN50 trunk: dense variants against accelerated (THREADS=1)"
 	@echo "make bench-quick   a first look at this machine, < 3 minutes -> bench-results/"
@@ -53,6 +54,9 @@ test-all: .venv/.built
 
 test-isa: .venv/.built
 	$(BIN)/python tests/run_isa.py $(ISA)
+
+test-torch:
+	$(PYTHON) tests/run_torch.py $(VERSION)
 
 demo: .venv/.built
 	$(BIN)/opentrans demo

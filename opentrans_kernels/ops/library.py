@@ -28,6 +28,7 @@ __all__ = [
     "plane_padded",
     "plane_stride",
     "release_memory",
+    "schemas",
     "scratch_bytes",
 ]
 
@@ -57,6 +58,17 @@ def release_memory() -> None:
     """
     if native.load():
         torch.ops.opentrans_kernels.release_memory()
+
+
+def schemas() -> list[str]:
+    """The schema of every operator, for a process that loads the compiled kernels without Python.
+
+    Such a process defines them in the namespace ``opentrans_kernels`` before it loads the library;
+    see ``docs/deploy.md``.
+    """
+    names = torch._C._dispatch_get_all_op_names()
+    own = sorted(name for name in names if name.startswith(f"{NAMESPACE}::"))
+    return [str(torch._C._get_schema(*name.partition(".")[::2])) for name in own]
 
 
 def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:

@@ -1,0 +1,56 @@
+"""The suite on another release of torch, in an environment of its own: ``run_torch.py VERSION``.
+
+The tree is copied to ``build/torch-VERSION``, compiled there against that torch and tested with
+``make test``; the environment stays for the next run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def copy_tree(to: Path) -> None:
+    """Tracked files and new ones that git does not ignore, as they are now."""
+    to.mkdir(parents=True, exist_ok=True)
+    for old in to.iterdir():
+        if old.name != ".venv":
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    for name in filter(None, listing.stdout.split("\0")):
+        if (ROOT / name).is_file():  # not what was deleted and is still tracked
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
+def install(to: Path, version: str) -> None:
+    python = to / ".venv" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", to / ".venv"], check=True)
+    # Without constraints.txt: torchvision follows the torch that is asked for.
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-r", "requirements.txt", f"torch=={version}"],
+        cwd=to, check=True,
+    )  # fmt: skip
+
+
+def main(version: str) -> int:
+    to = ROOT / "build" / f"torch-{version}"
+    copy_tree(to)
+    install(to, version)
+    (to / ".venv" / ".deps").touch()
+    print(f"== torch {version}: make test in {to}", flush=True)
+    return subprocess.run(["make", "test"], cwd=to).returncode
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("Name one release of torch: make test-torch VERSION=2.15.0")
+    sys.exit(main(sys.argv[1]))
