@@ -1,4 +1,4 @@
-"""The ways of ``docs/deploy.md``: an AOTInductor package, run from Python and from a C++ program."""
+"""The ways of ``docs/deploy.md``: an AOTInductor package, from Python and from a C++ program."""
 
 from __future__ import annotations
 
