@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from sysconfig import get_path
 
 from native_build import ROOT, compile_all, compiler, kernel_sources
 from test_isa import supported
