@@ -8,7 +8,7 @@ CXX_SOURCES := $(filter %.h %.inc %.cpp %.cu,$(SOURCES) $(wildcard benchmarks/gp
 THREADS     ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test test-all test-isa test-torch demo bench bench-quick bench-all bench-ops peers readme-tables gpu lint format clang-format type wheel clean clean-venv
+.PHONY: help dev test test-all test-isa test-torch demo bench bench-quick bench-all bench-ops peers readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
 
 help:
 	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
@@ -23,6 +23,8 @@ help:
 	@echo "make peers         environments of the other engines, pinned (PEERS=onnxruntime ...)"
 	@echo "make readme-tables rewrite the generated tables of README.md and docs/"
 	@echo "make gpu           check and time everything for a GPU, < 9 minutes; needs torch and triton only"
+	@echo "make sanitize      the native code under address and undefined-behaviour sanitizers, < 6 minutes"
+	@echo "make fuzz          damaged packs, arguments and files, SECONDS=600 each, SEED=1"
 	@echo "make lint          ruff check, ruff format --check, clang-format --dry-run if present"
 	@echo "make format        ruff and clang-format, in place"
 	@echo "make type          mypy, if installed"
@@ -86,6 +88,16 @@ readme-tables: .venv/.built
 GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu/run.py $(GPU_ARGS)
+
+# g++ alone: the sanitized build goes to build/sanitize and is loaded beside the package.
+sanitize: .venv/.built
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py
+
+SECONDS ?= 600
+SEED    ?= 1
+fuzz: .venv/.built
+	$(BIN)/python tests/fuzz_ops.py --seconds $(SECONDS) --seed $(SEED)
+	$(BIN)/python tests/fuzz_files.py --seconds $(SECONDS) --seed $(SEED)
 
 lint: .venv/.deps
 	$(BIN)/ruff check .

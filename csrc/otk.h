@@ -36,6 +36,15 @@ struct SparseWeight {
   int n_chunks, n_row_blocks;
 };
 
+// Reads a structure tensor (opentrans_kernels/pack/layout.py writes it; `words` int32) into `out`,
+// whose values and bias are left to the caller. Checks its header and its list of blocks. Returns
+// null, or what is wrong with it. `out` points into it.
+const char* read_pack(const int32_t* structure, int64_t words, SparseWeight* out);
+
+// What the kernels throw where an entry or a code points out of its block. They look at each of
+// them when they decode it, so no pack that read_pack took makes them touch foreign memory.
+struct PackError {};
+
 constexpr uint32_t kEntryFirst = 1u << 30;
 constexpr uint32_t kEntryLast = 1u << 31;
 constexpr int kEntryCountShift = 16;
@@ -59,6 +68,8 @@ inline int64_t plane_stride(int64_t pixels) {
   const int64_t lines = (pixels + 15) / 16;
   return (lines + 1 - lines % 2) * 16;
 }
+
+// The kernels on packs throw PackError, and std::bad_alloc where scratch memory is not to be had.
 
 // out = act(conv(x) + bias [+ residual]). out and residual have the convolution's output shape;
 // out.plane_stride must be plane_stride(h * w) with dense rows. residual may be out itself.

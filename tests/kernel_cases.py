@@ -99,6 +99,13 @@ def bottleneck_parts(cin: int, width: int, cout: int, density: float, down: bool
     return convs + missing, packs + missing
 
 
+def unchecked(packed: SparseWeight, **changes: object) -> SparseWeight:
+    """``packed`` with other attributes, past the checks of its constructor."""
+    made = object.__new__(SparseWeight)
+    made.__dict__.update(vars(packed) | changes)
+    return made
+
+
 def layouts(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The same ``[N, C, H, W]`` through other strides."""
     n, c, h, w = x.shape

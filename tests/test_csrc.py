@@ -1,125 +1,70 @@
-"""csrc/cpu with a C++ compiler alone: no torch on the include path, numpy as the oracle."""
+"""csrc/cpu with a C++ compiler alone: no torch on the include path, numpy as the oracle.
+
+``make sanitize`` runs it on a library built with sanitizers, named by ``OTK_TEST_LIBRARY``.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from native_build import ROOT, compile_all, compiler, kernel_sources
 
 from opentrans_kernels.ops.library import plane_stride
 from opentrans_kernels.pack import SparseWeight
 
-ROOT = Path(__file__).resolve().parents[1]
 Float = np.ctypeslib.ndpointer(np.float32, flags="C")
-Int = np.ctypeslib.ndpointer(np.int32, flags="C")
+Sizes = ctypes.c_int
 
-SHIM = r"""
-#include "otk.h"
-using namespace otk;
 
-namespace {
-// Ranges one by one, last first: an order that no result may depend on.
-void backwards(int64_t n, void* ctx, RangeBody body) {
-  for (int64_t i = n; i-- > 0;) body(ctx, i, i + 1);
-}
-void once(int64_t n, void* ctx, RangeBody body) { body(ctx, 0, n); }
-Parallel parallel(int threads) { return {threads > 1 ? backwards : once, threads}; }
+class Pack(ctypes.Structure):
+    """``Pack`` of csrc_shim.cpp."""
 
-SparseWeight weight(const int32_t* s, const float* values, const float* bias) {
-  SparseWeight w{};
-  w.cin = s[2], w.cout = s[3], w.kernel = s[4], w.stride = s[5], w.padding = s[6];
-  w.chunk = s[7], w.row_block = s[8], w.n_chunks = s[9], w.n_row_blocks = s[10], w.nnz = s[11];
-  w.blocks = s + 13;
-  w.entries = reinterpret_cast<const uint32_t*>(w.blocks + 2 * (w.n_chunks * w.n_row_blocks + 1));
-  w.codes = reinterpret_cast<const uint16_t*>(w.entries + s[12]);
-  w.values = values, w.bias = bias;
-  return w;
-}
-// Contiguous images of exactly n * c * h * w floats.
-Planes dense(float* data, int n, int c, int h, int w) {
-  const int64_t plane = int64_t{h} * w;
-  return {data, c * plane, plane, w, 1, n, c, h, w, n * c * plane};
-}
-Planes padded(float* data, int n, int c, int h, int w) {
-  const int64_t plane = plane_stride(int64_t{h} * w);
-  return {data, c * plane, plane, w, 1, n, c, h, w, n * c * plane + 16};
-}
-}  // namespace
+    _fields_ = [
+        ("structure", ctypes.c_void_p), ("words", ctypes.c_int64),
+        ("values", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+    ]  # fmt: skip
 
-extern "C" {
-const char* isa(const char** why) { return cpu_capability(why); }
-int64_t plane(int64_t pixels) { return plane_stride(pixels); }
-int64_t memory() { return scratch_bytes() + pool_bytes(); }
 
-void conv(const int32_t* s, const float* values, const float* bias, float* x, float* residual,
-          float* out, int n, int h, int w, int oh, int ow, int relu, int threads) {
-  const SparseWeight sw = weight(s, values, bias);
-  const Planes extra = dense(residual, n, sw.cout, oh, ow);
-  sparse_conv2d(sw, dense(x, n, sw.cin, h, w), padded(out, n, sw.cout, oh, ow),
-                residual ? &extra : nullptr, relu, parallel(threads));
-}
-
-void bottleneck(const int32_t** s, const float** values, const float** bias, float* x, float* out,
-                int n, int h, int w, int pool, int threads) {
-  Bottleneck b{};
-  b.c1 = weight(s[0], values[0], bias[0]);
-  b.c2 = weight(s[1], values[1], bias[1]);
-  b.c3 = weight(s[2], values[2], bias[2]);
-  b.has_down = s[3] != nullptr;
-  if (b.has_down) b.down = weight(s[3], values[3], bias[3]);
-  b.pool = b.down_pool = pool;
-  sparse_bottleneck(b, padded(x, n, b.c1.cin, h, w),
-                    padded(out, n, b.c3.cout, h / pool, w / pool), parallel(threads));
-}
-
-int pool_round_trip(int64_t bytes) {
-  void* first = pool_take(bytes);
-  if (reinterpret_cast<uintptr_t>(first) % 64) return 1;
-  for (int64_t i = 0; i < bytes; ++i) static_cast<char*>(first)[i] = 1;
-  const int64_t used = pool_bytes();
-  if (used < bytes) return 2;
-  pool_give(first);
-  pool_trim();
-  return pool_bytes() > used - bytes ? 3 : 0;
-}
-}
-"""
+def pack(structure: np.ndarray, values: np.ndarray, bias: np.ndarray) -> Pack:
+    """Pointers into the three arrays, which must outlive it."""
+    return Pack(structure.ctypes.data, len(structure), values.ctypes.data, bias.ctypes.data)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = os.environ.get("CXX", "").strip() or shutil.which("g++") or shutil.which("c++")
-    if not compiler or shutil.which(compiler.split()[0]) is None:
-        pytest.skip("no C++ compiler (g++) was found; on Debian: apt install g++")
-    folder = tmp_path_factory.mktemp("csrc")
-    (folder / "shim.cpp").write_text(SHIM)
-    objects = []
-    flags = [*compiler.split(), "-std=c++20", "-O1", "-fPIC", "-Wall", f"-I{ROOT / 'csrc'}"]
-    for source in [folder / "shim.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
-        objects.append(folder / f"{source.stem}.o")
-        done = subprocess.run(
-            [*flags, "-c", source, "-o", objects[-1]], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "warning" not in done.stderr, done.stderr[-3000:]
-    shared = folder / "libotk.so"
-    subprocess.run(
-        [*compiler.split(), "-shared", *objects, "-o", shared, "-Wl,-z,defs", "-pthread"],
-        check=True,
-    )
+    shared = Path(os.environ.get("OTK_TEST_LIBRARY", "")).resolve()
+    if not shared.is_file():
+        shared = build(tmp_path_factory.mktemp("csrc"))
     loaded = ctypes.CDLL(str(shared))
     loaded.isa.restype = ctypes.c_char_p
     loaded.plane.restype = loaded.memory.restype = ctypes.c_int64
     loaded.plane.argtypes = loaded.pool_round_trip.argtypes = (ctypes.c_int64,)
-    loaded.conv.argtypes = (Int, Float, Float, Float, ctypes.c_void_p, Float, *[ctypes.c_int] * 7)
+    packs = ctypes.POINTER(Pack)
+    loaded.conv.argtypes = (packs, Float, ctypes.c_void_p, Float, *[Sizes] * 7)
+    loaded.wgrad.argtypes = (packs, Float, Float, Float, *[Sizes] * 6)
+    loaded.bottleneck.argtypes = (packs, Float, Float, *[Sizes] * 6)
     return loaded
+
+
+def build(folder: Path) -> Path:
+    command = compiler()
+    if command is None:
+        pytest.skip("no C++ compiler (g++) was found; on Debian: apt install g++")
+    flags = [*command, "-std=c++20", "-O1", "-fPIC", "-Wall", f"-I{ROOT / 'csrc'}"]
+    objects, said = compile_all(flags, kernel_sources(), folder)
+    assert "warning" not in said, said[-3000:]
+    shared = folder / "libotk.so"
+    subprocess.run(
+        [*command, "-shared", *objects, "-o", shared, "-Wl,-z,defs", "-pthread"], check=True
+    )
+    return shared
 
 
 def numpy_conv(x, weight, bias, stride: int, padding: int) -> np.ndarray:
@@ -189,8 +134,8 @@ def test_a_convolution_matches_numpy(library: ctypes.CDLL, geometry) -> None:
             for extra, relu in ((None, 0), (residual, 1)):
                 out = Output(library, *exact.shape)
                 address = None if extra is None else extra.ctypes.data
-                library.conv(
-                    structure, values, bias, x, address, out.data,
+                assert not library.conv(
+                    pack(structure, values, bias), x, address, out.data,
                     n, h, w, *exact.shape[2:], relu, threads,
                 )  # fmt: skip
                 expected = exact if extra is None else np.maximum(exact + residual, 0)
@@ -205,10 +150,7 @@ def test_a_bottleneck_matches_numpy(library: ctypes.CDLL, pool: int, down: bool)
     shapes = [(6, 10, 1, 1, 0), (6, 6, 3, 1, 1), (10, 6, 1, 1, 0), (10, 10, 1, 1, 0)]
     convs = [random_conv(generator, *shape) for shape in (shapes if down else shapes[:3])]
 
-    def pointers(index: int) -> ctypes.Array:
-        found = [conv[index].ctypes.data for conv in convs] + [None] * (not down)
-        return (ctypes.c_void_p * 4)(*found)
-
+    packs = (Pack * 4)(*(pack(structure, values, bias) for _, bias, structure, values in convs))
     for n, h, w in ((1, 3, 3), (2, 8, 6), (2, 17, 13)):
         source = Output(library, n, 10, h, w)
         source.data[:] = 0
@@ -218,16 +160,65 @@ def test_a_bottleneck_matches_numpy(library: ctypes.CDLL, pool: int, down: bool)
         shortcut = numpy_conv(numpy_pool(x, pool), *convs[3][:2], 1, 0) if down else x
         exact = np.maximum(numpy_conv(y, *convs[2][:2], 1, 0) + shortcut, 0)
         results = []
-        for threads in (1, 3):
+        for threads, stage in ((1, 0), (3, 0), (1, 1)):
             out = Output(library, *exact.shape)
-            library.bottleneck(
-                pointers(2), pointers(3), pointers(1),
-                ctypes.c_void_p(source.data.ctypes.data), ctypes.c_void_p(out.data.ctypes.data),
-                n, h, w, pool, threads,
-            )  # fmt: skip
-            assert close(out.pixels(), exact), (n, h, w, threads)
+            assert not library.bottleneck(
+                packs, source.data, out.data, n, h, w, pool, threads, stage
+            )
+            assert close(out.pixels(), exact), (n, h, w, threads, stage)
             results.append(out.pixels())
-        assert np.array_equal(*results)
+        assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("geometry", [(1, 1, 0), (3, 1, 1), (3, 2, 1), (5, 3, 0)], ids=str)
+def test_a_weight_gradient_matches_numpy(library: ctypes.CDLL, geometry) -> None:
+    kernel, stride, padding = geometry
+    generator = np.random.default_rng(2)
+    dense, bias, structure, values = random_conv(generator, 9, 7, kernel, stride, padding)
+    flat = np.flatnonzero(dense)
+    order = np.argsort(SparseWeight.from_dense(torch.from_numpy(dense), chunk=4, row_block=5)
+                       .indices().numpy())  # fmt: skip
+    for n, h, w in ((1, 5, 5), (2, 7, 9), (3, 16, 5)):
+        x = generator.standard_normal((n, 7, h, w)).astype(np.float32)
+        grad = generator.standard_normal(numpy_conv(x, dense, bias, stride, padding).shape)
+        grad = grad.astype(np.float32)
+        exact = np.zeros(dense.shape)
+        wide = np.pad(x.astype(np.float64), [(0, 0), (0, 0), (padding,) * 2, (padding,) * 2])
+        for ky, kx in np.ndindex(kernel, kernel):
+            seen = wide[:, :, ky::stride, kx::stride][:, :, : grad.shape[2], : grad.shape[3]]
+            exact[:, :, ky, kx] = np.einsum("nohw,nchw->oc", grad.astype(np.float64), seen)
+        for threads in (1, 3):
+            found = np.full(len(values), np.nan, np.float32)
+            assert not library.wgrad(
+                pack(structure, values, bias), x, grad, found, n, h, w, *grad.shape[2:], threads
+            )
+            assert close(found[order], exact.flat[flat]), (n, h, w, threads)
+
+
+def test_damaged_structures_are_refused_or_read_within_bounds(library: ctypes.CDLL) -> None:
+    """Every word of a pack, changed; all buffers end where the sizes say."""
+    generator = np.random.default_rng(3)
+    refused = ran = 0
+    for kernel in (1, 3):
+        dense, bias, structure, values = random_conv(generator, 9, 7, kernel, 1, kernel // 2)
+        x = generator.standard_normal((1, 7, 5, 6)).astype(np.float32)
+        grad = generator.standard_normal((1, 9, 5, 6)).astype(np.float32)
+        for position in range(len(structure)):
+            for change in (1, -1, 1 << 14, 1 << 16, -(1 << 31), 7 << 29):
+                words = structure.copy()
+                words.view(np.uint32)[position : position + 1] += np.uint32(change % 2**32)
+                # What a caller checks itself: the sizes of the tensors against the header.
+                if any(words[i] != structure[i] for i in (2, 3, 4, 5, 6, 11)):
+                    continue
+                out = Output(library, 1, 9, 5, 6)
+                made = pack(words, values, bias)
+                for threads in (1, 3):
+                    code = library.conv(made, x, None, out.data, 1, 5, 6, 5, 6, 1, threads)
+                out.pixels()
+                found = np.zeros(len(values), np.float32)
+                library.wgrad(made, x, grad, found, 1, 5, 6, 5, 6, 1)
+                refused, ran = refused + code, ran + (not code)
+    assert refused > 500 and ran > 100, "codes that stay inside are another weight, not damage"
 
 
 def test_the_capability_and_the_plane_rule(library: ctypes.CDLL) -> None:

@@ -45,7 +45,7 @@ void avg_pool2d_backward(const Rows& grad, const Rows& out, int width, int k, co
   if (isa && std::strncmp(isa->name, "avx", 3) == 0) spread = spread_avx2;
 #endif
   const int64_t w = width / k, h = w ? grad.length / w : 0;
-  const float share = 1.f / static_cast<float>(k * k);
+  const float share = 1.f / (static_cast<float>(k) * static_cast<float>(k));
   parallel_for(par, out.outer * out.inner, [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t i = plane / out.inner, j = plane % out.inner;

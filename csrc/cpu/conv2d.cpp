@@ -116,8 +116,10 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
   parallel_for(par, int64_t{w.n_row_blocks} * w.n_chunks, [&](int64_t begin, int64_t end) {
     Arena& local = thread_scratch().local;
     for (int64_t i = begin; i < end; ++i) {
-      const int32_t* block = w.blocks + 2 * i;
+      const int b = static_cast<int>(i / w.n_chunks), chunk = static_cast<int>(i % w.n_chunks);
+      const int32_t* block = block_of(w, b, chunk);
       const int64_t nnz = block[3] - block[1];
+      check_entries(w, b, chunk, isa);
       if (nnz == 0) continue;
       local.reset(Arena::rounded(nnz) + Arena::rounded(int64_t{w.chunk} * w.kernel * w.kernel) +
                   Arena::rounded(stage_floats) + Arena::rounded(grad_floats));
@@ -126,7 +128,7 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
       float* stage = local.take(stage_floats);
       float* grad = local.take(grad_floats);
       window.tap_bytes(w.chunk, table);
-      isa.decode(w.codes + block[1], nnz, table, 0, offsets);
+      decode_block(w, b, chunk, isa, table, 0, offsets);
       GradArgs a{};
       a.x = stage;
       a.offsets = offsets;
@@ -135,8 +137,7 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
       a.grad_values = grad_values + block[1];
       a.grad_out = grad;
       a.grad_stride = grad_window.channel_floats();
-      const int c = static_cast<int>(i % w.n_chunks) * w.chunk;
-      const int row0 = static_cast<int>(i / w.n_chunks) * w.row_block;
+      const int c = chunk * w.chunk, row0 = b * w.row_block;
       for (int n = 0; n < x.n; ++n)
         for (int64_t t = 0; t < window.tiles(); ++t) {
           const Window::Tile tile = window.tile(t);

@@ -58,15 +58,24 @@ struct GradArgs {
   int32_t vectors;
 };
 
+// What the entries of one block add up to.
+struct EntrySums {
+  uint32_t nonzeros, largest_row;
+  uint32_t begun, finished;  // rows
+};
+
 struct Isa {
   const char* name;
   int lanes;        // floats per vector
   int max_vectors;  // largest sub-tile
   void (*tile)(const TileArgs&);
   void (*grad)(const GradArgs&);
-  // offsets[i] = tap_bytes[codes[i]], or codes[i] * channel_bytes if tap_bytes is null.
-  void (*decode)(const uint16_t* codes, int64_t n, const uint32_t* tap_bytes,
+  // offsets[i] = tap_bytes[codes[i]], or codes[i] * channel_bytes if tap_bytes is null. False if a
+  // code is `limit`, the size of the table, or more.
+  bool (*decode)(const uint16_t* codes, int64_t n, uint32_t limit, const uint32_t* tap_bytes,
                  uint32_t channel_bytes, uint32_t* offsets);
+  // n: at most 65535, so that no sum overflows.
+  EntrySums (*sum_entries)(const uint32_t* entries, int64_t n);
   // Copies neighbouring sub-tiles of each channel: sub-tile i has vectors[i] vectors and goes to
   // dst + i * dst_tile.
   void (*gather)(const float* src, int64_t src_stride, int channels, const int* vectors, int tiles,

@@ -15,7 +15,7 @@ inline void pool_plane(const float* src, int64_t src_row, float* dst, int rows, 
       isa.pool2(src + 2 * r * src_row, src + (2 * r + 1) * src_row, dst + int64_t{r} * cols, cols);
     return;
   }
-  const float scale = 1.f / static_cast<float>(k * k);
+  const float scale = 1.f / (static_cast<float>(k) * static_cast<float>(k));
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < cols; ++c) {
       float sum = 0.f;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../otk.h"
+#include "run.h"
 
 namespace otk {
 namespace {
@@ -146,18 +147,11 @@ void fit_one(const double* x, int64_t count, int64_t first, int64_t last, int sa
 void powerlaw_fit(const double* x, const int64_t* offsets, const int64_t* first,
                   const int64_t* last, int64_t layers, int samples, int block, double* out,
                   const Parallel& par) {
-  struct Work {
-    const double* x;
-    const int64_t *offsets, *first, *last;
-    int samples, block;
-    double* out;
-  } work{x, offsets, first, last, samples, block, out};
-  par.run(layers, &work, [](void* ctx, int64_t begin, int64_t end) {
-    const Work& w = *static_cast<const Work*>(ctx);
+  parallel_for(par, layers, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t i = begin; i < end; ++i)
-      fit_one(w.x + w.offsets[i], w.offsets[i + 1] - w.offsets[i], w.first[i], w.last[i], w.samples,
-              w.block, scratch, w.out + 3 * i);
+      fit_one(x + offsets[i], offsets[i + 1] - offsets[i], first[i], last[i], samples, block,
+              scratch, out + 3 * i);
   });
 }
 

@@ -21,12 +21,23 @@ constexpr int64_t kUnitsPerThread = 2;
 
 // Most nonzeros a (row block, chunk) can have.
 int64_t block_nnz(const SparseWeight& w) {
-  return int64_t{w.row_block} * w.chunk * w.kernel * w.kernel;
+  return std::min(w.nnz, int64_t{w.row_block} * w.chunk * w.kernel * w.kernel);
 }
 
-// First word of (row block, chunk): its first entry and first nonzero, then those of the next one.
-const int32_t* block_of(const SparseWeight& w, int b, int c) {
-  return w.blocks + 2 * (int64_t{b} * w.n_chunks + c);
+// Throws PackError unless the entries of row block b can be run: also where each row begins with
+// its own sum and is written as often as it should be. Without partial sums no entry may ask for
+// them.
+void check_rows(const SparseWeight& w, int b, const Isa& isa) {
+  uint32_t begun = 0, finished = 0;
+  for (int c = 0; c < w.n_chunks; ++c) {
+    const EntrySums sums = check_entries(w, b, c, isa);
+    begun += sums.begun;
+    finished += sums.finished;
+  }
+  const auto rows = static_cast<uint32_t>(std::min(w.row_block, w.cout - b * w.row_block));
+  const int32_t* block = block_of(w, b, 0);
+  const bool alone = w.n_chunks > 1 || block[2] - block[0] == static_cast<int32_t>(rows);
+  if (begun != rows || finished != rows || !alone) throw PackError{};
 }
 
 TileArgs block_args(const Run& run, int b) {
@@ -100,6 +111,7 @@ void run_pointwise(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const
                  w.cin * channel);
     for (int b = b0; b < b1; ++b) {
       const TileArgs block_a = block_args(run, b);
+      if (s0 == 0) check_rows(w, b, isa);
       for (int c = 0; c < w.n_chunks; ++c) {
         const int32_t* block = block_of(w, b, c);
         if (block[2] == block[0]) continue;
@@ -107,8 +119,7 @@ void run_pointwise(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const
         a.entries = w.entries + block[0];
         a.n_entries = block[2] - block[0];
         a.values = w.values + block[1];
-        isa.decode(w.codes + block[1], block[3] - block[1], nullptr,
-                   static_cast<uint32_t>(channel * 4), offsets);
+        decode_block(w, b, c, isa, nullptr, static_cast<uint32_t>(channel * 4), offsets);
         a.offsets = offsets;
         for (int i = 0; i < n; ++i) {
           a.x = x[i] + int64_t{c} * w.chunk * channel;
@@ -155,7 +166,11 @@ void run_window(const Run& run, int64_t t0, int64_t t1, int b0, int b1, const Is
   auto* offsets = reinterpret_cast<uint32_t*>(local.take(end_nnz - first_nnz));
   auto* table = reinterpret_cast<uint32_t*>(local.take(int64_t{w.chunk} * taps));
   g.tap_bytes(w.chunk, table);
-  isa.decode(w.codes + first_nnz, end_nnz - first_nnz, table, 0, offsets);
+  for (int b = b0; b < b1; ++b) {
+    check_rows(w, b, isa);
+    for (int c = 0; c < w.n_chunks; ++c)
+      decode_block(w, b, c, isa, table, 0, offsets + (block_of(w, b, c)[1] - first_nnz));
+  }
   const int64_t chunk_floats = w.chunk * g.channel_floats();
   const int64_t row_floats = int64_t{g.pitch} * g.lanes;
   float *stage[kGroup] = {}, *partial[kGroup] = {};
@@ -188,7 +203,7 @@ void run_window(const Run& run, int64_t t0, int64_t t1, int b0, int b1, const Is
           const Window::Tile& t = tiles[i];
           const int64_t at = (t.row - g.row0) * g.out_row + t.col;
           a.x = stage[i];
-          a.partial = partial[i] + int64_t{b - b0} * w.row_block * row_floats;
+          if (w.n_chunks > 1) a.partial = partial[i] + int64_t{b - b0} * w.row_block * row_floats;
           a.vectors = t.vectors;
           a.rows = t.rows;
           a.cols = t.cols;
@@ -202,6 +217,25 @@ void run_window(const Run& run, int64_t t0, int64_t t1, int b0, int b1, const Is
 }
 
 }  // namespace
+
+EntrySums check_entries(const SparseWeight& w, int b, int c, const Isa& isa) {
+  const int32_t* block = block_of(w, b, c);
+  const EntrySums sums = isa.sum_entries(w.entries + block[0], block[2] - block[0]);
+  const auto rows = static_cast<uint32_t>(std::min(w.row_block, w.cout - b * w.row_block));
+  const auto nonzeros = static_cast<uint32_t>(block[3] - block[1]);
+  if (sums.nonzeros != nonzeros || sums.largest_row >= rows) throw PackError{};
+  return sums;
+}
+
+void decode_block(const SparseWeight& w, int b, int c, const Isa& isa, const uint32_t* tap_bytes,
+                  uint32_t channel_bytes, uint32_t* offsets) {
+  const int32_t* block = block_of(w, b, c);
+  const int channels = std::min(w.chunk, w.cin - c * w.chunk);
+  const auto limit = static_cast<uint32_t>(channels * w.kernel * w.kernel);
+  if (!isa.decode(w.codes + block[1], block[3] - block[1], limit, tap_bytes, channel_bytes,
+                  offsets))
+    throw PackError{};
+}
 
 int64_t units_of(const Run& run, const Isa& isa) {
   return run.window ? run.window->tiles() : (run.positions + isa.lanes - 1) / isa.lanes;

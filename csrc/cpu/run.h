@@ -42,8 +42,22 @@ void run_range(const Run& run, int64_t u0, int64_t u1, int b0, int b1, const Isa
 // All of it, split over row blocks and units.
 void run_parallel(const Run& run, const Isa& isa, const Parallel& par);
 
-// Calls body(begin, end) over [0, n) through `par`. No exception crosses the callback: running out
-// of memory in a unit of work is reported once all of them have stopped.
+// First word of block (b, c): its first entry and first nonzero, then those of the next block.
+inline const int32_t* block_of(const SparseWeight& w, int b, int c) {
+  return w.blocks + 2 * (int64_t{b} * w.n_chunks + c);
+}
+
+// What the entries of block (b, c) add up to. Throws PackError unless their rows lie in the block
+// and they count its nonzeros.
+EntrySums check_entries(const SparseWeight& w, int b, int c, const Isa& isa);
+
+// Byte offsets of the nonzeros of block (b, c), see Isa::decode. Throws PackError for a code
+// outside the chunk's channels.
+void decode_block(const SparseWeight& w, int b, int c, const Isa& isa, const uint32_t* tap_bytes,
+                  uint32_t channel_bytes, uint32_t* offsets);
+
+// Calls body(begin, end) over [0, n) through `par`. No exception crosses the callback: a damaged
+// pack, or running out of memory, is reported once all units of work have stopped.
 template <class Body>
 void parallel_for(const Parallel& par, int64_t n, Body&& body) {
   if (n <= 0) return;
@@ -53,16 +67,19 @@ void parallel_for(const Parallel& par, int64_t n, Body&& body) {
   }
   struct Context {
     std::remove_reference_t<Body>* body;
-    std::atomic<bool> failed;
-  } context{&body, {false}};
+    std::atomic<bool> failed, damaged;
+  } context{&body, {false}, {false}};
   par.run(n, &context, [](void* p, int64_t begin, int64_t end) {
     auto* c = static_cast<Context*>(p);
     try {
       (*c->body)(begin, end);
+    } catch (const PackError&) {
+      c->damaged = true;
     } catch (...) {
       c->failed = true;
     }
   });
+  if (context.damaged) throw PackError{};
   if (context.failed) throw std::bad_alloc();
 }
 

@@ -19,7 +19,7 @@ class Arena {
   float* take(int64_t floats);
   // Takes back what was handed out after used() was `mark`.
   int64_t used() const { return used_; }
-  void rewind(int64_t mark) { used_ = mark; }
+  void rewind(int64_t mark);
   static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
  private:

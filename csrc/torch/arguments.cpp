@@ -13,28 +13,17 @@ using torch::headeronly::ScalarType;
 namespace otk_torch {
 namespace {
 
-// Layout of the structure tensor (int32); opentrans_kernels/pack/layout.py writes it.
-enum Header {
-  kMagic,
-  kVersion,
-  kCin,
-  kCout,
-  kKernel,
-  kStride,
-  kPadding,
-  kChunk,
-  kRowBlock,
-  kChunks,
-  kRowBlocks,
-  kNnz,
-  kEntries,
-  kHeaderSize
-};  // clang-format off
-constexpr int32_t kMagicValue = 0x4b544f50;
-constexpr int32_t kVersionValue = 1;
-// clang-format on
-
+// Coordinates are int in the kernels, with the padding around an image and steps past its end.
+constexpr int64_t kMaxSize = int64_t{1} << 30;
+// Floats of a tensor: their bytes are counted in int64, with room for what rounding adds.
+constexpr int64_t kMaxFloats = int64_t{1} << 56;
 constexpr int64_t kPoolBytes = 256 * 1024;  // smaller outputs come from torch's allocator
+
+void* pool_memory(const char* op, int64_t bytes) {
+  void* block = nullptr;
+  run_kernel(op, [&] { block = otk::pool_take(bytes); });
+  return block;
+}
 
 }  // namespace
 
@@ -47,31 +36,12 @@ void check_isa() {
 otk::SparseWeight read_weight(const char* op, const Tensor& structure, const Tensor& values,
                               const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(structure.is_cpu() && structure.scalar_type() == ScalarType::Int &&
-                      structure.dim() == 1 && structure.is_contiguous() &&
-                      structure.numel() >= kHeaderSize,
+                      structure.dim() == 1 && structure.is_contiguous(),
                   op, ": structure must be a contiguous 1-d int32 CPU tensor made by SparseWeight");
-  const int32_t* h = structure.const_data_ptr<int32_t>();
-  STD_TORCH_CHECK(
-      h[kMagic] == kMagicValue && h[kVersion] == kVersionValue, op,
-      ": structure was not made by this version of SparseWeight; pack the weight again");
   otk::SparseWeight w{};
-  w.cin = h[kCin];
-  w.cout = h[kCout];
-  w.kernel = h[kKernel];
-  w.stride = h[kStride];
-  w.padding = h[kPadding];
-  w.chunk = h[kChunk];
-  w.row_block = h[kRowBlock];
-  w.n_chunks = h[kChunks];
-  w.n_row_blocks = h[kRowBlocks];
-  w.nnz = h[kNnz];
-  const int64_t blocks = 2 * (int64_t{w.n_chunks} * w.n_row_blocks + 1);
-  const int64_t size = kHeaderSize + blocks + h[kEntries] + (w.nnz + 1) / 2;
-  STD_TORCH_CHECK(structure.numel() == size, op, ": structure has ", structure.numel(),
-                  " elements but its header describes ", size, "; pack the weight again");
-  w.blocks = h + kHeaderSize;
-  w.entries = reinterpret_cast<const uint32_t*>(w.blocks + blocks);
-  w.codes = reinterpret_cast<const uint16_t*>(w.entries + h[kEntries]);
+  const char* why = otk::read_pack(structure.const_data_ptr<int32_t>(), structure.numel(), &w);
+  STD_TORCH_CHECK(!why, op, ": structure ", why, " (", structure.numel(),
+                  " words); pack the weight again");
   STD_TORCH_CHECK(values.is_cpu() && values.scalar_type() == ScalarType::Float &&
                       values.is_contiguous() && values.numel() == w.nnz,
                   op, ": values must be a contiguous float32 CPU tensor of ", w.nnz,
@@ -91,32 +61,45 @@ otk::Planes planes(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 4, op, ": ",
                   name, " must be a float32 CPU tensor [N, C, H, W], got dim ", t.dim(),
                   ". Convert it with .float() first");
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(t.size(i) <= kMaxSize, op, ": ", name, " has size ", t.size(i),
+                    " in dimension ", i, ", but the kernels take at most ", kMaxSize,
+                    "; split it into parts");
   otk::Planes p{};
   p.data = const_cast<float*>(t.const_data_ptr<float>());
   p.n = static_cast<int>(t.size(0));
   p.c = static_cast<int>(t.size(1));
   p.h = static_cast<int>(t.size(2));
   p.w = static_cast<int>(t.size(3));
-  p.batch_stride = t.stride(0);
-  p.plane_stride = t.stride(1);
-  p.row_stride = t.stride(2);
-  p.col_stride = t.stride(3);
+  // The storage bounds a stride, unless its dimension has one element: that may have any.
+  const auto stride = [&](int i) {
+    return t.size(i) > 1 ? t.stride(i) : std::min(t.stride(i), kMaxSize);
+  };
+  p.batch_stride = stride(0);
+  p.plane_stride = stride(1);
+  p.row_stride = stride(2);
+  p.col_stride = stride(3);
   int64_t bytes = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   p.readable = bytes / 4 - t.storage_offset();
   return p;
 }
 
-Tensor new_planes(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
+Tensor new_planes(const char* op, const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
   const int64_t plane = otk::plane_stride(h * w);
+  int64_t floats = 0;
+  STD_TORCH_CHECK(h <= kMaxSize && w <= kMaxSize &&
+                      !__builtin_mul_overflow(n * c, plane, &floats) && floats < kMaxFloats,
+                  op, ": a result [", n, ", ", c, ", ", h, ", ", w,
+                  "] is larger than memory can be; split the input into parts");
   // One cache line more than the planes: the last vector of the last plane is written whole.
   // Four dimensions, because the shim's as_strided takes as many as its input has.
-  const std::array<int64_t, 4> size{1, 1, 1, n * c * plane + 16};
+  const std::array<int64_t, 4> size{1, 1, 1, floats + 16};
   const int64_t bytes = size[3] * 4;
   Tensor flat =
       bytes < kPoolBytes
           ? torch::stable::new_empty(like, size)
-          : torch::stable::from_blob(otk::pool_take(bytes), size, {size[3], size[3], size[3], 1},
+          : torch::stable::from_blob(pool_memory(op, bytes), size, {size[3], size[3], size[3], 1},
                                      torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                      ScalarType::Float, &otk::pool_give);
   const std::array<int64_t, 4> sizes{n, c, h, w}, strides{c * plane, plane, w, 1};
@@ -142,8 +125,8 @@ bool whole_vectors(const otk::Planes& p) {
                                     (int64_t{p.h} * p.w + 15) / 16 * 16 <=
                                 p.readable;
 }
-Tensor repacked(const Tensor& t) {
-  Tensor copy = new_planes(t, t.size(0), t.size(1), t.size(2), t.size(3));
+Tensor repacked(const char* op, const Tensor& t) {
+  Tensor copy = new_planes(op, t, t.size(0), t.size(1), t.size(2), t.size(3));
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -151,7 +134,21 @@ Tensor repacked(const Tensor& t) {
 bool reachable(const otk::Planes& p, const otk::SparseWeight& w) {
   const int64_t border = 2 * w.padding + w.kernel;
   const int64_t floats = std::max(p.plane_stride, (p.h + border) * (p.w + border));
-  return floats * w.chunk < int64_t{1} << 30;
+  return floats < (int64_t{1} << 30) / w.chunk;
 }
+
+otk::Planes reachable_planes(const char* op, const Tensor& x, const otk::SparseWeight& w,
+                             std::optional<Tensor>& copy) {
+  const otk::Planes in = planes(op, "x", x);
+  if (reachable(in, w)) return in;
+  otk::Planes dense = in;
+  dense.plane_stride = otk::plane_stride(int64_t{in.h} * in.w);
+  STD_TORCH_CHECK(reachable(dense, w), op, ": an image of ", in.h, "x", in.w,
+                  " is too large; split it into tiles");
+  copy = repacked(op, x);
+  return planes(op, "x", *copy);
+}
+
+void refuse(const char* op, const char* why) { STD_TORCH_CHECK(false, op, ": ", why); }
 
 }  // namespace otk_torch

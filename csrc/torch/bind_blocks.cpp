@@ -14,17 +14,17 @@ using namespace otk_torch;
 
 namespace {
 
-// The packed convolutions of one block, checked against its input of `in` channels.
-otk::Bottleneck read_block(const char* op, const std::array<otk::SparseWeight, 4>& w, bool has_down,
-                           int64_t in, int64_t cout, int64_t pool, int64_t down_pool) {
+// The packed convolutions of one block, checked against its input of `in` channels
+// and h x w pixels.
+otk::Bottleneck read_block(const char* op, const std::array<otk::SparseWeight, 4>& packs,
+                           bool has_down, int64_t in, int64_t h, int64_t w, int64_t cout,
+                           int64_t pool, int64_t down_pool) {
   otk::Bottleneck block{};
-  block.c1 = w[0];
-  block.c2 = w[1];
-  block.c3 = w[2];
-  block.down = w[3];
+  block.c1 = packs[0];
+  block.c2 = packs[1];
+  block.c3 = packs[2];
+  block.down = packs[3];
   block.has_down = has_down;
-  block.pool = static_cast<int>(pool);
-  block.down_pool = static_cast<int>(down_pool);
   const auto pointwise = [](const otk::SparseWeight& c) {
     return c.kernel == 1 && c.stride == 1 && c.padding == 0;
   };
@@ -38,25 +38,34 @@ otk::Bottleneck read_block(const char* op, const std::array<otk::SparseWeight, 4
                   op, ": channel counts of x and the convolutions do not chain");
   STD_TORCH_CHECK(pool >= 1 && down_pool >= 1 && (has_down ? pool == down_pool : pool == 1), op,
                   ": pool ", pool, " and down_pool ", down_pool, " give different output sizes");
+  STD_TORCH_CHECK(h >= pool && w >= pool, op, ": the image ", h, "x", w, " is too small for a ",
+                  pool, "x", pool, " window");
+  block.pool = static_cast<int>(pool);
+  block.down_pool = static_cast<int>(down_pool);
   return block;
 }
 
-void check_pool(const char* op, int64_t h, int64_t w, int64_t pool) {
-  STD_TORCH_CHECK(h >= pool && w >= pool, op, ": the image ", h, "x", w, " is too small for a ",
-                  pool, "x", pool, " window");
+// Whether every convolution of a block reaches the channels it reads. Intermediates are no larger
+// than a plane of the input.
+bool block_reaches(const otk::Bottleneck& block, const otk::Planes& in) {
+  return reachable(in, block.c1) && reachable(in, block.c2) && reachable(in, block.c3) &&
+         (!block.has_down || reachable(in, block.down));
 }
 
 Tensor run_block(const char* op, const otk::Bottleneck& block, const Tensor& x) {
   otk::Planes in = planes(op, "x", x);
-  Tensor out = new_planes(x, in.n, block.c3.cout, in.h / block.pool, in.w / block.pool);
+  otk::Planes dense = in;
+  dense.plane_stride = otk::plane_stride(int64_t{in.h} * in.w);
+  STD_TORCH_CHECK(block_reaches(block, dense), op, ": an image of ", in.h, "x", in.w,
+                  " is too large; split it into tiles");
   std::optional<Tensor> copy;
-  if (!whole_vectors(in) || !reachable(in, block.c1)) {
-    copy = repacked(x);
+  if (!whole_vectors(in) || !block_reaches(block, in)) {
+    copy = repacked(op, x);
     in = planes(op, "x", *copy);
   }
-  STD_TORCH_CHECK(reachable(in, block.c1) && reachable(in, block.c2), op, ": an image of ", in.h,
-                  "x", in.w, " is too large; split it into tiles");
-  otk::sparse_bottleneck(block, in, planes(op, "out", out), torch_threads());
+  Tensor out = new_planes(op, x, in.n, block.c3.cout, in.h / block.pool, in.w / block.pool);
+  const otk::Planes made = planes(op, "out", out);
+  run_kernel(op, [&] { otk::sparse_bottleneck(block, in, made, torch_threads()); });
   return out;
 }
 
@@ -74,8 +83,7 @@ Tensor sparse_bottleneck(const Tensor& x, const Tensor& s1, const Tensor& v1, co
       sd ? read_weight(op, *sd, *vd, bd) : otk::SparseWeight{}};
   const otk::Planes in = planes(op, "x", x);
   const otk::Bottleneck block =
-      read_block(op, weights, sd.has_value(), in.c, cout, pool, down_pool);
-  check_pool(op, in.h, in.w, pool);
+      read_block(op, weights, sd.has_value(), in.c, in.h, in.w, cout, pool, down_pool);
   return run_block(op, block, x);
 }
 
@@ -99,27 +107,27 @@ Tensor sparse_stage(const Tensor& x, std::vector<Tensor> weights, std::vector<in
     for (size_t i = 0; i < (down[b] ? 4 : 3); ++i, at += 3)
       packs[i] = read_weight(op, weights[at], weights[at + 1], weights[at + 2]);
     blocks.push_back(
-        read_block(op, packs, down[b] != 0, c, cout[b], pool[b], down[b] ? pool[b] : 1));
-    check_pool(op, h, w, pool[b]);
+        read_block(op, packs, down[b] != 0, c, h, w, cout[b], pool[b], down[b] ? pool[b] : 1));
     c = cout[b];
     h /= pool[b];
     w /= pool[b];
   }
-  Tensor out = new_planes(x, in.n, c, h, w);
-  std::optional<Tensor> copy;
-  if (!whole_vectors(in)) {
-    copy = repacked(x);
-    in = planes(op, "x", *copy);
-  }
   bool fits = true;
-  for (const otk::Bottleneck& block : blocks)
-    fits = fits && reachable(in, block.c1) && reachable(in, block.c2);
-  const otk::Planes made = planes(op, "out", out);
-  const int n_blocks = static_cast<int>(count);
-  const otk::Parallel par = torch_threads();
-  if (fits && otk::stage_pays(blocks.data(), n_blocks, in, made, par)) {
-    otk::sparse_stage(blocks.data(), n_blocks, in, made, par);
-    return out;
+  for (const otk::Bottleneck& block : blocks) fits = fits && block_reaches(block, in);
+  if (fits) {
+    std::optional<Tensor> copy;
+    if (!whole_vectors(in)) {
+      copy = repacked(op, x);
+      in = planes(op, "x", *copy);
+    }
+    Tensor out = new_planes(op, x, in.n, c, h, w);
+    const otk::Planes made = planes(op, "out", out);
+    const int n_blocks = static_cast<int>(count);
+    const otk::Parallel par = torch_threads();
+    if (otk::stage_pays(blocks.data(), n_blocks, in, made, par)) {
+      run_kernel(op, [&] { otk::sparse_stage(blocks.data(), n_blocks, in, made, par); });
+      return out;
+    }
   }
   Tensor y = x;
   for (const otk::Bottleneck& block : blocks) y = run_block(op, block, y);

@@ -21,6 +21,22 @@ using torch::headeronly::ScalarType;
 
 namespace {
 
+// The input of a convolution, and its output's height and width. `copy`: of x, where one is needed.
+struct ConvInput {
+  otk::Planes planes;
+  int64_t h, w;
+};
+ConvInput conv_input(const char* op, const Tensor& x, const otk::SparseWeight& w,
+                     std::optional<Tensor>& copy) {
+  const otk::Planes in = planes(op, "x", x);
+  STD_TORCH_CHECK(in.c == w.cin, op, ": x has ", in.c, " channels, the weight expects ", w.cin);
+  const int64_t h = int64_t{in.h} + 2 * w.padding - w.kernel;
+  const int64_t width = int64_t{in.w} + 2 * w.padding - w.kernel;
+  STD_TORCH_CHECK(h >= 0 && width >= 0, op, ": input ", in.h, "x", in.w, " is smaller than the ",
+                  w.kernel, "x", w.kernel, " kernel");
+  return {reachable_planes(op, x, w, copy), h / w.stride + 1, width / w.stride + 1};
+}
+
 Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& values,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                      int64_t cout, int64_t kernel, int64_t stride, int64_t padding, bool relu) {
@@ -30,20 +46,11 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& val
   STD_TORCH_CHECK(
       w.cout == cout && w.kernel == kernel && w.stride == stride && w.padding == padding, op,
       ": cout, kernel, stride, padding do not match the packed structure");
-  otk::Planes in = planes(op, "x", x);
-  STD_TORCH_CHECK(in.c == w.cin, op, ": x has ", in.c, " channels, the weight expects ", w.cin);
-  const int64_t h = (in.h + 2 * padding - kernel) / stride + 1;
-  const int64_t width = (in.w + 2 * padding - kernel) / stride + 1;
-  STD_TORCH_CHECK(in.h + 2 * padding >= kernel && in.w + 2 * padding >= kernel, op, ": input ",
-                  in.h, "x", in.w, " is smaller than the ", kernel, "x", kernel, " kernel");
   std::optional<Tensor> packed;
-  if (!reachable(in, w)) {  // a view with far-apart planes, unless the image itself is too large
-    packed = repacked(x);
-    in = planes(op, "x", *packed);
-    STD_TORCH_CHECK(reachable(in, w), op, ": an image of ", in.h, "x", in.w,
-                    " is too large; split it into tiles");
-  }
-  Tensor out = new_planes(x, in.n, cout, h, width);
+  const ConvInput input = conv_input(op, x, w, packed);
+  const otk::Planes& in = input.planes;
+  const int64_t h = input.h, width = input.w;
+  Tensor out = new_planes(op, x, in.n, cout, h, width);
   const otk::Planes result = planes(op, "out", out);
   otk::Planes extra{};
   std::optional<Tensor> copy;
@@ -53,11 +60,13 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& val
                     ": residual must have the output's shape [", in.n, ", ", cout, ", ", h, ", ",
                     width, "]");
     if (!dense_planes(extra)) {
-      copy = repacked(*residual);
+      copy = repacked(op, *residual);
       extra = planes(op, "residual", *copy);
     }
   }
-  otk::sparse_conv2d(w, in, result, residual ? &extra : nullptr, relu, torch_threads());
+  run_kernel(op, [&] {
+    otk::sparse_conv2d(w, in, result, residual ? &extra : nullptr, relu, torch_threads());
+  });
   return out;
 }
 
@@ -66,15 +75,14 @@ Tensor sparse_conv2d_wgrad(const Tensor& x, const Tensor& grad_out, const Tensor
   const char* op = "sparse_conv2d_wgrad";
   check_isa();
   const otk::SparseWeight w = read_weight(op, structure, values, std::nullopt);
-  const otk::Planes in = planes(op, "x", x), grad = planes(op, "grad_out", grad_out);
-  STD_TORCH_CHECK(in.c == w.cin && grad.c == w.cout && in.n == grad.n &&
-                      grad.h == (in.h + 2 * w.padding - w.kernel) / w.stride + 1 &&
-                      grad.w == (in.w + 2 * w.padding - w.kernel) / w.stride + 1,
-                  op, ": x and grad_out do not fit the packed convolution");
-  STD_TORCH_CHECK(reachable(in, w), op, ": an image of ", in.h, "x", in.w,
-                  " is too large; split it into tiles");
+  std::optional<Tensor> packed;
+  const ConvInput input = conv_input(op, x, w, packed);
+  const otk::Planes &in = input.planes, grad = planes(op, "grad_out", grad_out);
+  STD_TORCH_CHECK(grad.c == w.cout && in.n == grad.n && grad.h == input.h && grad.w == input.w, op,
+                  ": x and grad_out do not fit the packed convolution");
   Tensor out = torch::stable::empty_like(values);
-  otk::sparse_conv2d_wgrad(w, in, grad, out.mutable_data_ptr<float>(), torch_threads());
+  float* to = out.mutable_data_ptr<float>();
+  run_kernel(op, [&] { otk::sparse_conv2d_wgrad(w, in, grad, to, torch_threads()); });
   return out;
 }
 
@@ -85,12 +93,12 @@ Tensor avg_pool2d(const Tensor& x, int64_t k) {
   otk::Planes in = planes(op, "x", x);
   std::optional<Tensor> copy;
   if (in.col_stride != 1) {
-    copy = repacked(x);
+    copy = repacked(op, x);
     in = planes(op, "x", *copy);
   }
   STD_TORCH_CHECK(in.h >= k && in.w >= k, op, ": the image ", in.h, "x", in.w,
                   " is too small for a ", k, "x", k, " window");
-  Tensor out = new_planes(x, in.n, in.c, in.h / k, in.w / k);
+  Tensor out = new_planes(op, x, in.n, in.c, in.h / k, in.w / k);
   otk::avg_pool2d(in, planes(op, "out", out), static_cast<int>(k), torch_threads());
   return out;
 }

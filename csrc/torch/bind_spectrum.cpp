@@ -7,15 +7,29 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <cmath>
 #include <tuple>
 
-#include "../otk.h"
+#include "arguments.h"
 #include "parallel.h"
 
+using namespace otk_torch;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace {
+
+// Rows of a matrix: the number of doubles in its triangle is far from an int64's end.
+constexpr int64_t kMaxRows = int64_t{1} << 24;
+
+// Whether a fit can order all values and their logarithms.
+bool fits_powerlaw(const double* x, int64_t count) {
+  double before = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(x[i] > 0 && x[i] >= before && std::isfinite(x[i]))) return false;
+    before = x[i];
+  }
+  return true;
+}
 
 const int64_t* int64_list(const char* op, const char* name, const Tensor& t, int64_t size) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.dim() == 1 &&
@@ -45,9 +59,17 @@ Tensor powerlaw_fit(const Tensor& x, const Tensor& offsets, const Tensor& first,
     STD_TORCH_CHECK(at[i] <= at[i + 1] && from[i] >= 0 && to[i] <= at[i + 1] - at[i], op,
                     ": spectrum ", i, " has ", at[i + 1] - at[i], " values, but its window is ",
                     from[i], " to ", to[i]);
+  const double* values = x.const_data_ptr<double>();
+  for (int64_t i = 0; i < layers; ++i)
+    STD_TORCH_CHECK(from[i] >= to[i] || fits_powerlaw(values + at[i], at[i + 1] - at[i]), op,
+                    ": the values of spectrum ", i,
+                    " must be positive, finite and ascending; drop zeros and sort them first");
   Tensor out = torch::stable::new_empty(x, std::array<int64_t, 2>{layers, 3});
-  otk::powerlaw_fit(x.const_data_ptr<double>(), at, from, to, layers, static_cast<int>(samples),
-                    static_cast<int>(block), out.mutable_data_ptr<double>(), torch_threads());
+  double* fits = out.mutable_data_ptr<double>();
+  run_kernel(op, [&] {
+    otk::powerlaw_fit(values, at, from, to, layers, static_cast<int>(samples),
+                      static_cast<int>(block), fits, torch_threads());
+  });
   return out;
 }
 
@@ -58,6 +80,8 @@ std::tuple<Tensor, Tensor> gram_eigenvalues(const Tensor& matrices, double scale
   STD_TORCH_CHECK(matrices.is_cpu() && matrices.dim() == 3 &&
                       (is_double || matrices.scalar_type() == ScalarType::Float),
                   op, ": matrices must be a 3-d float32 or float64 CPU tensor");
+  STD_TORCH_CHECK(matrices.size(1) <= kMaxRows, op, ": matrices have ", matrices.size(1),
+                  " rows, but at most ", kMaxRows, " can be reduced; transpose wide ones");
   STD_TORCH_CHECK(scale >= 0 && relative >= 0, op, ": scale and relative must be at least 0, got ",
                   scale, " and ", relative);
   const otk::StridedMatrices a{matrices.const_data_ptr(), is_double,         matrices.size(0),
@@ -67,8 +91,11 @@ std::tuple<Tensor, Tensor> gram_eigenvalues(const Tensor& matrices, double scale
                                            ScalarType::Double);
   Tensor redone =
       torch::stable::new_empty(matrices, std::array<int64_t, 1>{a.count}, ScalarType::Long);
-  otk::gram_eigenvalues(a, scale, threshold, relative, values.mutable_data_ptr<double>(),
-                        redone.mutable_data_ptr<int64_t>(), torch_threads());
+  double* found = values.mutable_data_ptr<double>();
+  int64_t* again = redone.mutable_data_ptr<int64_t>();
+  run_kernel(op, [&] {
+    otk::gram_eigenvalues(a, scale, threshold, relative, found, again, torch_threads());
+  });
   return {values, redone};
 }
 

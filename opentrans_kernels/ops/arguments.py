@@ -1,6 +1,6 @@
 """What the ops take: checks shared by the front functions, the fake kernels and the reference.
 
-The compiled kernels make the same checks in C++ (csrc/torch/bind_cpu.cpp), so a call that reaches
+The compiled kernels make the same checks in C++ (csrc/torch), so a call that reaches
 them pays for nothing twice.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import PlanError
-from ..pack import Header, read_header
+from ..pack import Header, checked_header
 
 __all__ = [
     "BadArgument",
@@ -21,6 +21,7 @@ __all__ = [
     "convolution",
     "gradient",
     "image",
+    "packed_header",
     "pooled_size",
 ]
 
@@ -61,16 +62,21 @@ def pooled_size(op: str, size: Sequence[int], k: int) -> tuple[int, int]:
     return size[-2] // k, size[-1] // k
 
 
-def _weight(op: str, x: torch.Tensor, structure, values, bias) -> Header:
+def packed_header(op: str, structure: torch.Tensor) -> Header:
+    """The header of a valid structure tensor."""
     if structure.dim() != 1 or structure.dtype != torch.int32:
         raise BadArgument(
             f"{op}: structure must be a 1-d int32 tensor made by SparseWeight, got "
             f"{structure.dtype} {list(structure.shape)}."
         )
     try:
-        header = read_header(structure.detach().cpu().numpy())
+        return checked_header(structure)
     except PlanError as error:
         raise BadArgument(f"{op}: {error}") from error
+
+
+def _weight(op: str, x: torch.Tensor, structure, values, bias) -> Header:
+    header = packed_header(op, structure)
     for name, tensor, size in (("values", values, header.nnz), ("bias", bias, header.cout)):
         if tensor is None:
             continue

@@ -7,33 +7,93 @@ rows have equal loop counts) > code. ``csrc/otk.h`` documents the structure tens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import PlanError
-from .layout import Header, assemble, check_content, damaged, indices, read_header
+from .layout import LARGEST_STEP, Header, assemble, check_content, damaged, indices, read_header
 
 __all__ = [
     "Header",
     "SparseWeight",
+    "checked_header",
     "dense_weight",
     "packed_indices",
     "read_header",
     "transposed_structure",
+    "version_of",
 ]
+
+_CHECKED = WeakTensorKeyDictionary()  # structure -> (version, header)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Changes whenever torch writes to the tensor; inference tensors have one version."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _words(structure: torch.Tensor) -> np.ndarray:
+    plain = isinstance(structure, torch.Tensor) and structure.layout == torch.strided
+    if not plain or structure.dtype != torch.int32 or not structure.is_contiguous():
+        raise PlanError(
+            "structure must be a contiguous int32 tensor made by SparseWeight; pack the weight "
+            "again."
+        )
+    return structure.detach().cpu().numpy()
+
+
+def checked_header(structure: torch.Tensor) -> Header:
+    """The header of a structure tensor of which every word is valid.
+
+    All of it is read once, and again after torch wrote to it. (What is written through ``.data`` or
+    NumPy moves no version counter; the compiled kernels check again what they read.)
+
+    Raises:
+        PlanError: it is none, or is damaged.
+    """
+    found = _CHECKED.get(structure) if isinstance(structure, torch.Tensor) else None
+    if found is not None and found[0] == version_of(structure):
+        return found[1]
+    return _check(structure)
+
+
+def _check(structure: torch.Tensor) -> Header:
+    words = _words(structure)
+    header = read_header(words)
+    check_content(words, header)
+    _CHECKED[structure] = (version_of(structure), header)
+    return header
+
+
+def _readable(structure: Any) -> bool:
+    """Whether there are numbers to look at: a compiler's stand-ins have none."""
+    if torch.compiler.is_compiling():
+        return False
+    if not isinstance(structure, torch.Tensor):
+        return True
+    return type(structure) in (torch.Tensor, torch.nn.Parameter) and structure.device.type != "meta"
 
 
 @dataclass(frozen=True)
 class SparseWeight:
     """A convolution weight packed for the sparse kernels.
 
+    Made by :meth:`from_dense`. One that is made from tensors, unpickled or copied is checked as
+    :meth:`validate` does, but that values and bias may have another dtype (the reference kernels
+    take float64).
+
     Attributes:
         structure: int32 ``[words]``; where the nonzeros are (about 2 bytes per nonzero).
         values: float32 ``[nnz]`` in packed order; differentiable.
         bias: float32 ``[cout]``.
         cin, cout: channels. kernel: side of the square window. stride, padding: in pixels.
+
+    Raises:
+        PlanError: the structure contradicts itself, the values, the bias or the attributes.
     """
 
     structure: torch.Tensor
@@ -44,6 +104,34 @@ class SparseWeight:
     kernel: int
     stride: int
     padding: int
+
+    def __post_init__(self) -> None:
+        if _readable(self.structure):
+            self._check_fit(checked_header(self.structure))
+
+    def __setstate__(self, state: Any) -> None:
+        """Of a pickle or a copy, which may come from anywhere."""
+        names = {field.name for field in fields(self)}
+        if not isinstance(state, dict) or set(state) != names:
+            raise damaged(f"its state must be a dict of {', '.join(sorted(names))}")
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def _check_fit(self, header: Header) -> None:
+        own = (self.cin, self.cout, self.kernel, self.stride, self.padding)
+        if own != header[:5]:
+            raise damaged(
+                f"it was packed for (cin, cout, kernel, stride, padding) {header[:5]}, the "
+                f"attributes say {own}"
+            )
+        parts = (("values", self.values, header.nnz), ("bias", self.bias, self.cout))
+        for name, tensor, size in parts:
+            if not isinstance(tensor, torch.Tensor):
+                raise damaged(f"{name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.shape != (size,):
+                raise damaged(
+                    f"{name} must be float32 [{size}], got {tensor.dtype} {list(tensor.shape)}"
+                )
 
     @property
     def nnz(self) -> int:
@@ -96,6 +184,11 @@ class SparseWeight:
             )
         if stride < 1 or padding < 0:
             raise PlanError(f"stride {stride} must be >= 1 and padding {padding} >= 0.")
+        if max(stride, padding) > LARGEST_STEP:
+            raise PlanError(
+                f"stride {stride} and padding {padding} must be at most {LARGEST_STEP}. Crop or "
+                "pad the image before the convolution."
+            )
         dense = weight.detach().to("cpu", torch.float32).contiguous().numpy()
         if not np.isfinite(dense).all():
             raise PlanError(
@@ -110,8 +203,10 @@ class SparseWeight:
             packed_bias = bias.detach().to("cpu", torch.float32).contiguous().clone()
             if packed_bias.shape != (cout,):
                 raise PlanError(f"bias has shape {tuple(packed_bias.shape)}, expected ({cout},).")
+        structure = torch.from_numpy(words)
+        _CHECKED[structure] = (version_of(structure), read_header(words))
         return cls(
-            torch.from_numpy(words), torch.from_numpy(values.astype(np.float32)), packed_bias,
+            structure, torch.from_numpy(values.astype(np.float32)), packed_bias,
             cin, cout, kernel, stride, padding,
         )  # fmt: skip
 
@@ -125,29 +220,19 @@ class SparseWeight:
         return dense_weight(self.structure, values, self.cin, self.cout, self.kernel)
 
     def validate(self) -> SparseWeight:
-        """Check everything a kernel relies on; returns itself.
-
-        Packs made by :meth:`from_dense` are valid. The kernels check sizes but do not look at every
-        index, so call this on packed tensors that come from a file or from elsewhere.
+        """Check everything anew, whatever was checked before; returns itself.
 
         Raises:
-            PlanError: the structure contradicts itself, the values, the bias or the attributes.
+            PlanError: the structure contradicts itself, the values, the bias or the attributes; or
+                values or bias are not float32.
         """
-        words = self.structure.detach().cpu().numpy()
-        header = read_header(words)
-        own = (self.cin, self.cout, self.kernel, self.stride, self.padding)
-        if own != header[:5]:
-            raise damaged(
-                f"it was packed for (cin, cout, kernel, stride, padding) {header[:5]}, the "
-                f"attributes say {own}"
-            )
-        parts = (("values", self.values, header.nnz), ("bias", self.bias, self.cout))
-        for name, tensor, size in parts:
-            if tensor.shape != (size,) or tensor.dtype != torch.float32:
+        self._check_fit(_check(self.structure))
+        for name, tensor in (("values", self.values), ("bias", self.bias)):
+            if tensor.dtype != torch.float32:
                 raise damaged(
-                    f"{name} must be float32 [{size}], got {tensor.dtype} {list(tensor.shape)}"
+                    f"{name} must be float32 {list(tensor.shape)}, got {tensor.dtype} "
+                    f"{list(tensor.shape)}"
                 )
-        check_content(words, header)
         return self
 
 
@@ -158,9 +243,8 @@ def transposed_structure(structure: torch.Tensor) -> tuple[torch.Tensor, torch.T
     Returns:
         (structure, order): ``values[order]`` are the transposed pack's values.
     """
-    words = structure.detach().cpu().numpy()
-    index = indices(words)
-    cin, cout, kernel, _, padding = read_header(words)[:5]
+    cin, cout, kernel, _, padding = checked_header(structure)[:5]
+    index = indices(_words(structure))
     taps = kernel * kernel
     # Number the nonzeros, scatter the numbers, transpose them, and read where each one went.
     number = np.zeros(cout * cin * taps, np.float64)
@@ -171,8 +255,14 @@ def transposed_structure(structure: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def packed_indices(structure: torch.Tensor) -> torch.Tensor:
-    """int64 ``[nnz]``: flat index into ``[cout, cin, k, k]`` of each packed value."""
-    return torch.from_numpy(indices(structure.detach().cpu().numpy())).to(structure.device)
+    """int64 ``[nnz]``: flat index into ``[cout, cin, k, k]`` of each packed value.
+
+    Raises:
+        PlanError: the structure is damaged.
+    """
+    if not torch.compiler.is_compiling():
+        checked_header(structure)
+    return torch.from_numpy(indices(_words(structure))).to(structure.device)
 
 
 def dense_weight(

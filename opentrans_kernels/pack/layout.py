@@ -1,6 +1,6 @@
 """The structure tensor: how it is assembled from a dense weight, read, and checked.
 
-``csrc/otk.h`` documents its parts; ``csrc/torch/bind_cpu.cpp`` reads it.
+``csrc/otk.h`` documents its parts; ``csrc/cpu/pack.cpp`` reads it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,23 @@ import numpy as np
 
 from ..errors import PlanError
 
-__all__ = ["Header", "assemble", "check_content", "damaged", "indices", "read_header"]
+__all__ = [
+    "LARGEST_STEP",
+    "Header",
+    "assemble",
+    "check_content",
+    "damaged",
+    "indices",
+    "read_header",
+]
+
+#: Of stride and padding: coordinates are 32 bits wide in the kernels.
+LARGEST_STEP = 1 << 15
 
 _MAGIC, _VERSION = 0x4B544F50, 1
-_HEADER = 13  # int32 words; the order of csrc/torch/bind_cpu.cpp
+_HEADER = 13  # int32 words; the order of csrc/cpu/pack.cpp
 _FIRST, _LAST, _COUNT_SHIFT = 1 << 30, 1 << 31, 16
+_MOST = 2**31 - 1  # of nonzeros and entries
 _MAX_COUNT = 0x3FFF  # nonzeros of one (row, chunk)
 # By taps: channels per chunk from each density on. A chunk's tile should stay in L1 (that of a 3x3
 # holds three shifted copies), but rows of a few nonzeros cost more in loop starts and partial sums
@@ -89,6 +101,11 @@ def assemble(
         row_block = int(np.clip(_BLOCK_NNZ / per_row, _MIN_BLOCK, _MAX_BLOCK))
     row_block = max(1, min(row_block, cout, 0xFFFF))
     flat = np.ascontiguousarray(dense).reshape(cout, cin * taps)
+    if np.count_nonzero(flat) + cout * n_chunks > _MOST:
+        raise PlanError(
+            f"a weight {list(dense.shape)} with {np.count_nonzero(flat)} nonzeros is too large for "
+            "the packed form, which counts them in 32 bits. Leave the layer dense."
+        )
     (blocks, entries, codes), values = _pack(flat, taps, chunk, row_block)
     header = [
         _MAGIC, _VERSION, cin, cout, kernel, stride, padding, chunk, row_block,
@@ -168,7 +185,7 @@ class _Content(NamedTuple):
 def _content(words: np.ndarray, header: Header) -> _Content:
     total = header.n_chunks * header.n_row_blocks
     start = _HEADER + 2 * (total + 1)
-    blocks = words[_HEADER:start].reshape(total + 1, 2)
+    blocks = words[_HEADER:start].reshape(total + 1, 2).astype(np.int64)
     steps = np.diff(blocks[:, 0])
     if blocks[0].any() or tuple(blocks[-1]) != (header.n_entries, header.nnz) or (steps < 0).any():
         raise damaged("its blocks do not cover its entries")
@@ -194,10 +211,10 @@ def indices(words: np.ndarray) -> np.ndarray:
 
 def check_content(words: np.ndarray, header: Header) -> None:
     """Raise PlanError unless every row, code and pointer is one that ``_pack`` could have made."""
-    cin, cout, kernel, stride, _, chunk, row_block, n_chunks, n_row_blocks, *_ = header
+    cin, cout, kernel, stride, padding, chunk, row_block, n_chunks, n_row_blocks, *_ = header
     taps = kernel * kernel
     if not (
-        min(cin, cout, kernel, stride) >= 1
+        min(cin, cout, kernel, stride) >= 1 and max(stride, padding) <= LARGEST_STEP
         and 1 <= chunk <= cin and chunk * taps <= _MAX_COUNT and n_chunks == -(-cin // chunk)
         and 1 <= row_block <= min(cout, 0xFFFF) and n_row_blocks == -(-cout // row_block)
     ):  # fmt: skip

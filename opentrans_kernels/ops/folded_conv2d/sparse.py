@@ -15,8 +15,8 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import flops
-from ...pack import packed_indices, read_header, transposed_structure
-from ..arguments import conv_size
+from ...pack import packed_indices, transposed_structure, version_of
+from ..arguments import BadArgument, conv_size, packed_header
 from ..library import LIBRARY, NAMESPACE, kernel_for, once_differentiable, plane_padded
 from ..relu_bits import bits_shape, relu_bits_, relu_bits_backward
 from .fold import Norm, source_of
@@ -44,6 +44,7 @@ class _Pattern:
     mirrored, order: the structure of the input gradient and the order of the values in it.
     """
 
+    version: int
     index: torch.Tensor
     rows: torch.Tensor
     mirrored: torch.Tensor
@@ -65,12 +66,13 @@ _PACKED = WeakTensorKeyDictionary()  # weight -> _Packed
 
 
 def _pattern(structure: torch.Tensor) -> _Pattern:
-    found = _PATTERNS.get(structure)
-    if found is None:
+    found, version = _PATTERNS.get(structure), version_of(structure)
+    if found is None or found.version != version:
+        header = packed_header("sparse_folded_conv2d", structure)
         index = packed_indices(structure)
-        header = read_header(structure.numpy())
         rows = torch.div(index, header.cin * header.kernel**2, rounding_mode="floor")
-        found = _PATTERNS[structure] = _Pattern(index, rows, *transposed_structure(structure))
+        mirrored = transposed_structure(structure)
+        found = _PATTERNS[structure] = _Pattern(version, index, rows, *mirrored)
     return found
 
 
@@ -79,6 +81,12 @@ def _packed(weight: torch.Tensor, structure: torch.Tensor, norm: Norm) -> _Packe
     entry = _PACKED.get(weight)
     if entry is not None and entry.source == source:
         return entry
+    cin, cout, kernel = packed_header("sparse_folded_conv2d", structure)[:3]
+    if weight.shape != (cout, cin, kernel, kernel):
+        raise BadArgument(
+            f"sparse_folded_conv2d: the weight is {list(weight.shape)}, but the structure was made "
+            f"of a mask {[cout, cin, kernel, kernel]}."
+        )
     pattern = _pattern(structure)
     scale = norm.scale()
     shift = norm.shift(scale)

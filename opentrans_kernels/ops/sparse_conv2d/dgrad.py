@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...pack import read_header, transposed_structure
-from ..arguments import gradient
+from ...pack import transposed_structure, version_of
+from ..arguments import gradient, packed_header
 from ..library import define, plane_padded
 
 __all__ = ["OP"]
 
-_TRANSPOSED = WeakTensorKeyDictionary()  # structure -> (mirrored structure, order of the values)
+_TRANSPOSED = WeakTensorKeyDictionary()  # structure -> (version, (mirrored, order of the values))
 
 
 def _fake(grad, structure, values, cin, h, w, stride, padding):
@@ -24,12 +24,13 @@ def _fake(grad, structure, values, cin, h, w, stride, padding):
 
 def dgrad(grad, structure, values, cin, h, w, stride, padding):
     """Gradient ``[N, cin, h, w]`` of the input of a packed convolution."""
-    header = read_header(structure.detach().cpu().numpy())
+    header = packed_header("sparse_conv2d_dgrad", structure)
     gradient("sparse_conv2d_dgrad", header, grad, (cin, h, w))
     kernel, stride, padding = header[2:5]
-    if structure not in _TRANSPOSED:
-        _TRANSPOSED[structure] = transposed_structure(structure)
-    mirrored, order = _TRANSPOSED[structure]
+    entry, version = _TRANSPOSED.get(structure), version_of(structure)
+    if entry is None or entry[0] != version:
+        entry = _TRANSPOSED[structure] = (version, transposed_structure(structure))
+    mirrored, order = entry[1]
     n, cout, gh, gw = grad.shape
     if n == 0:
         return plane_padded(grad, n, cin, h, w)

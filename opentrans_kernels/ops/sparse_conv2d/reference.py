@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
-from ...pack import dense_weight, packed_indices, read_header
+from ...pack import dense_weight, packed_indices
 from .. import arguments
 from ..library import in_float32, plane_padded
 
@@ -31,7 +31,7 @@ def sparse_conv2d(x, structure, values, bias, residual, cout, kernel, stride, pa
 @in_float32
 def sparse_conv2d_wgrad(x, grad_out, structure, values):
     """Gradient of the packed values, ``[nnz]``: the dense weight gradient, gathered."""
-    header = read_header(structure.detach().cpu().numpy())
+    header = arguments.packed_header("sparse_conv2d_wgrad", structure)
     arguments.gradient("sparse_conv2d_wgrad", header, grad_out, x.shape)
     cin, cout, kernel, stride, padding = header[:5]
     dense = conv2d_weight(x, (cout, cin, kernel, kernel), grad_out, stride, padding)

@@ -1,0 +1,175 @@
+"""Arguments that no caller should pass, for ``fuzz_ops.py``: kinds of cases, each of which calls an
+op with tensors of odd shapes, strides, dtypes and contents.
+
+A case passes if the op refuses the arguments or gives what plain PyTorch gives.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from kernel_cases import layouts, masked_weight
+
+from opentrans_kernels import ops  # noqa: F401  (defines the ops)
+from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.ops.relu_bits import reference
+from opentrans_kernels.pack import SparseWeight
+
+OPS = torch.ops.opentrans_kernels
+REFUSED = (OpenTransError, RuntimeError)
+NUMBERS = (-(2**63), -1, 0, 1, 2, 3, 5, 17, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 + 2, 2**62)
+SIZES = (0, 1, 2, 3, 7, 8, 13, 16)
+HUGE = (2**30 + 1, 2**31 - 1, 2**31, 2**31 + 3, 2**32 + 3, 2**40)
+
+
+def tried(call):
+    """The call's result, or None if it was refused."""
+    try:
+        return call()
+    except REFUSED:
+        return None
+
+
+def odd_tensor(rng: random.Random, channels: int = 0) -> torch.Tensor:
+    """Mostly float32 ``[N, C, H, W]`` of any layout; sometimes of no use at all."""
+    sizes = [rng.choice(SIZES) for _ in range(4)]
+    sizes[0] = rng.choice((0, 1, 2))
+    if channels and rng.random() < 0.8:
+        sizes[1] = channels
+    what = rng.random()
+    if what < 0.1:
+        sizes[rng.randrange(4)] = rng.choice(HUGE)
+        return torch.zeros(1, 1, 1, 1).expand(sizes)
+    if what < 0.2:
+        return torch.randn(1, *[s if rng.random() < 0.5 else 1 for s in sizes[1:]]).expand(sizes)
+    if what < 0.25:
+        return torch.randn(sizes[: rng.choice((0, 1, 3))])
+    if what < 0.3:
+        kind = rng.choice((torch.float64, torch.int32, torch.bfloat16, torch.bool))
+        return torch.ones(sizes, dtype=kind)
+    if what < 0.33:
+        return torch.randn(sizes).to_sparse()
+    if what < 0.4:  # a dimension of one element may have any stride
+        sizes[rng.randrange(4)] = 1
+        strides = [2**61 if s == 1 else t for s, t in zip(sizes, torch.empty(sizes).stride())]  # noqa: B905
+        return torch.randn(max(1, torch.Size(sizes).numel())).as_strided(sizes, strides)
+    x = torch.randn(sizes)
+    return rng.choice(list(layouts(x)))[1] if x.numel() else x
+
+
+def an_image(rng: random.Random) -> None:
+    kernel = rng.choice((1, 1, 3, 5))
+    weight = masked_weight(rng.randint(1, 9), rng.randint(1, 9), kernel, 0.5, rng.randrange(9))
+    stride, padding = rng.choice((1, 2)), rng.choice((0, kernel // 2))
+    packed = SparseWeight.from_dense(weight, None, stride, padding)
+    x = odd_tensor(rng, packed.cin)
+    residual = odd_tensor(rng, packed.cout) if rng.random() < 0.3 else None
+    if residual is not None and x.dim() == 4 and rng.random() < 0.7:
+        size = [(s + 2 * padding - kernel) // stride + 1 for s in x.shape[2:]]
+        if 0 < min(size) and max(size) < 99 and x.shape[0] < 9:
+            residual = torch.randn(1, packed.cout, 1, 1).expand(x.shape[0], packed.cout, *size)
+    found = tried(lambda: OPS.sparse_conv2d(
+        x, packed.structure, packed.values, packed.bias, residual,
+        packed.cout, kernel, stride, padding, False))  # fmt: skip
+    if found is not None and found.numel():
+        exact = F.conv2d(x.double(), weight.double(), None, stride, padding)
+        exact = exact if residual is None else exact + residual
+        assert found.shape == exact.shape
+        assert torch.allclose(found.double(), exact, atol=1e-4), "another result"
+    grad = odd_tensor(rng, packed.cout) if found is None else torch.randn(found.shape)
+    tried(lambda: OPS.sparse_conv2d_wgrad(x, grad, packed.structure, packed.values))
+    parts = [packed.structure, packed.values, packed.bias]
+    spoilt = rng.randrange(3)
+    parts[spoilt] = rng.choice((
+        parts[spoilt].double(), parts[spoilt][None], parts[spoilt].repeat_interleave(2)[::2],
+        parts[spoilt][:1].expand(len(parts[spoilt])), parts[spoilt][:0],
+        parts[spoilt].new_zeros(1).expand(2**33),
+    ))  # fmt: skip
+    tried(lambda: OPS.sparse_conv2d(x, *parts, None, packed.cout, kernel, stride, padding, True))
+
+
+def a_pool(rng: random.Random) -> None:
+    x, k = odd_tensor(rng), rng.choice(NUMBERS)
+    found = tried(lambda: OPS.avg_pool2d(x, k))
+    if found is not None and found.numel():
+        assert torch.allclose(found, F.avg_pool2d(x, k), atol=1e-5), "another mean"
+    grad, out = odd_tensor(rng), odd_tensor(rng)
+    if rng.random() < 0.7 and 0 < k < 99:
+        out = torch.empty(
+            rng.randint(0, 2), rng.randint(0, 5), rng.randint(0, 20), rng.randint(0, 20)
+        )
+        grad = torch.randn(*out.shape[:2], out.shape[2] // k, out.shape[3] // k)
+    tried(lambda: OPS.avg_pool2d_backward(grad, out.clone() if out.is_sparse else out, k))
+
+
+def a_relu(rng: random.Random) -> None:
+    last = rng.random() < 0.5
+    shape = [rng.randint(0, 2), rng.randint(0, 9), rng.randint(0, 9), rng.randint(0, 9)]
+    kind = torch.channels_last if last else torch.contiguous_format
+    z = torch.randn(shape).contiguous(memory_format=kind)
+    size = shape[1] + rng.choice((0, 0, 0, -1, 1))
+    scale = torch.randn(max(size, 0)) if rng.random() < 0.5 else None
+    shift = torch.randn(shape[1]) if rng.random() < 0.5 else None
+    residual = torch.randn(shape).contiguous(memory_format=kind) if rng.random() < 0.5 else None
+    if rng.random() < 0.2:
+        residual = odd_tensor(rng)
+    bits = rng.random() < 0.7
+    mine, theirs = (z.clone(memory_format=torch.preserve_format) for _ in range(2))
+    found = tried(lambda: OPS.relu_bits(mine, scale, shift, residual, bits, last))
+    if found is not None and z.numel():
+        exact = reference.relu_bits(theirs, scale, shift, residual, bits, last)
+        assert torch.allclose(mine, theirs, atol=1e-5)
+        assert not bits or found.shape == exact.shape
+    grad = odd_tensor(rng) if rng.random() < 0.2 else torch.randn_like(z)
+    mask = found if rng.random() < 0.5 else torch.zeros(
+        rng.randint(0, 9), rng.randint(0, 9), dtype=torch.uint8)  # fmt: skip
+    y = odd_tensor(rng) if rng.random() < 0.1 else None
+    out = torch.empty_like(z) if rng.random() < 0.8 else odd_tensor(rng)
+    scaled = None if scale is None else torch.empty_like(z)
+    if not out.is_sparse and out.numel() < 10**6 and 0 not in out.stride():
+        tried(lambda: OPS.relu_bits_backward(grad, mask, y, scale, out, scaled, last))
+
+
+def a_spectrum(rng: random.Random) -> None:
+    counts = [rng.choice((0, 1, 2, 9, 70)) for _ in range(rng.randint(0, 4))]
+    x = torch.cat([torch.rand(c, dtype=torch.float64).sort().values for c in counts or [0]])
+    if len(x) and rng.random() < 0.4:
+        at = rng.randrange(len(x))
+        x[at] = rng.choice((float("nan"), float("inf"), 0.0, -1.0, 1e-320, 1e308, x[-1].item()))
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    first, last = torch.zeros(len(counts), dtype=torch.int64), torch.tensor(counts).long()
+    for t in (offsets, first, last):
+        if len(t) and rng.random() < 0.2:
+            t[rng.randrange(len(t))] += rng.choice((-(2**62), -1, 1, 2, 2**62))
+    tried(lambda: OPS.powerlaw_fit(
+        x, offsets, first, last, rng.choice(NUMBERS), rng.choice(NUMBERS)))  # fmt: skip
+    found = tried(lambda: OPS.powerlaw_fit(x, offsets, first, last))
+    if found is not None and len(counts):
+        start = found[:, 0].long()
+        assert (start >= -1).all() and (start < last.clamp_min(1)).all(), "a start outside"
+
+
+def a_matrix(rng: random.Random) -> None:
+    shape = [rng.randint(0, 3), rng.choice((0, 1, 2, 5, 31, 33, 65)), rng.choice((0, 1, 3, 40))]
+    a = torch.randn(shape, dtype=rng.choice((torch.float32, torch.float64, torch.float64)))
+    what = rng.random()
+    if what < 0.2 and a.numel():
+        a.view(-1)[rng.randrange(a.numel())] = rng.choice((float("nan"), float("inf"), 1e30, 1e-30))
+    elif what < 0.3:
+        a = a.transpose(1, 2)
+    elif what < 0.4:
+        a = torch.zeros(1, 1, 1, dtype=a.dtype).expand(1, rng.choice((3, *HUGE)), 2)
+    elif what < 0.45:
+        a = rng.choice((a[0] if shape[0] else a.sum(), a.long(), a.to_sparse()))
+    numbers = [rng.choice((1.0, 0.0, -1.0, 1e-5, 1e300, float("nan"), float("inf"))) for _ in "abc"]
+    tried(lambda: OPS.gram_eigenvalues(a, *numbers))
+    found = tried(lambda: OPS.gram_eigenvalues(a))
+    if found is not None and found[0].numel() and bool(a.isfinite().all()):
+        exact = torch.linalg.eigvalsh(a.double() @ a.double().mT)
+        largest = exact.abs().max() + 1e-30
+        assert ((found[0] - exact).abs() <= 1e-9 * largest).all(), "other eigenvalues"
+
+
+KINDS = (an_image, an_image, a_pool, a_relu, a_spectrum, a_matrix)
