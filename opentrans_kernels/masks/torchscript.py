@@ -13,12 +13,15 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from opentrans_kernels.errors import CheckpointError
+from opentrans_kernels.masks.archive import read_pickle
+from opentrans_kernels.masks.limits import check_nesting
+from opentrans_kernels.masks.pickles import EXPANDED_BYTES, EXPANDED_RATIO, scan
 
 STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -44,15 +47,16 @@ def is_torchscript(archive: zipfile.ZipFile) -> bool:
     return "constants.pkl" in names and "data.pkl" in names
 
 
-def read_torchscript(archive: zipfile.ZipFile, path: str) -> dict[str, torch.Tensor]:
+def read_torchscript(archive: zipfile.ZipFile, root: str, path: str) -> dict[str, torch.Tensor]:
     """Dotted attribute path -> tensor, parameters and buffers alike (a state dict).
 
-    Raises CheckpointError if the archive is damaged or asks for anything but tensors.
+    archive: after ``check_archive``, which returned ``root``. Raises CheckpointError if it is
+    damaged or asks for anything but tensors.
     """
-    root = archive.namelist()[0].partition("/")[0]
     try:
-        pickled = archive.read(f"{root}/data.pkl")
+        pickled = scan(io.BytesIO(read_pickle(archive, f"{root}/data.pkl")))
         top = _unpickler(archive, root, pickled).load()
+        check_nesting(top, _attributes)
         return dict(_walk(top, ""))
     except Exception as exc:  # hostile input: unpickling may raise anything
         raise CheckpointError(
@@ -65,11 +69,16 @@ def read_torchscript(archive: zipfile.ZipFile, path: str) -> dict[str, torch.Ten
 def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Unpickler:
     # Everything callable is made here, per read: a pickle can set attributes of what it can name.
     storages: dict[str, torch.Tensor] = {}
+    held = expanded = 0
 
     def rebuild_tensor(
         storage: torch.Tensor, offset: int, size: Any, stride: Any, *_ignored: Any
     ) -> torch.Tensor:
+        nonlocal expanded
         tensor = storage.as_strided(tuple(size), tuple(stride), offset)  # checks the bounds
+        expanded += tensor.nbytes
+        if expanded > max(EXPANDED_BYTES, EXPANDED_RATIO * held):
+            raise pickle.UnpicklingError(f"its tensors unfold {held} bytes to {expanded}")
         return tensor.detach()
 
     def rebuild_parameter(data: torch.Tensor, *_ignored: Any) -> torch.Tensor:
@@ -105,6 +114,7 @@ def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Un
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a tensor")
 
         def persistent_load(self, pid: Any) -> torch.Tensor:
+            nonlocal held
             _tag, kind, key, _device, count = pid
             if key not in storages:
                 dtype = STORAGE_DTYPES[kind]
@@ -114,6 +124,7 @@ def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Un
                         f"storage {key} has {record.file_size} bytes where {count} values of "
                         f"{dtype} are announced"
                     )
+                held += record.file_size
                 raw = bytearray(archive.read(record))  # checks the zip's CRC
                 empty = torch.empty(0, dtype=dtype)
                 storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else empty
@@ -122,10 +133,12 @@ def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Un
     return Restricted(io.BytesIO(pickled))
 
 
+def _attributes(node: Any) -> Iterable[Any] | None:
+    return vars(node).values() if isinstance(node, _Holder) else None
+
+
 def _walk(node: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors below a holder, depth first; an archive nests some ten levels."""
-    if prefix.count(".") > 50:
-        raise pickle.UnpicklingError("its modules are nested in a circle")
+    """Tensors below a holder, depth first; a module in two places has two names."""
     for name, value in vars(node).items():
         if isinstance(value, torch.Tensor):
             yield prefix + name, value

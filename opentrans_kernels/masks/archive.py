@@ -1,0 +1,97 @@
+"""Zip archives that mean one thing only: what the checks have seen is what PyTorch then reads.
+
+Python's zipfile, PyTorch and a memory map find a record in different ways. A file in which these
+can differ is refused, whether damage or intent made it so.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from typing import BinaryIO
+
+from opentrans_kernels.masks.limits import PICKLE_BYTES, Malformed
+
+UNPACKED_BYTES, UNPACKED_RATIO = 256 << 20, 100  # deflate reaches 1000
+_LOCAL = struct.Struct("<4s5H3L2H")
+_ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8
+
+
+def check_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> str:
+    """Compare the two directories, sizes, places and checksums; returns the folder of all records.
+
+    A CRC that does not hold is an error, unless no record has one: PyTorch can write archives
+    without, in which every CRC is 0. Raises Malformed, or what zipfile raises.
+    """
+    records = archive.infolist()
+    if not records:
+        raise Malformed("it holds no records")
+    names = [record.filename.lower() for record in records]  # PyTorch ignores case
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Malformed(f"record {twice!r} is there twice")
+    end, previous = 0, "its beginning"
+    for record in sorted(records, key=lambda record: record.header_offset):
+        if record.header_offset < end or (end == 0) != (record.header_offset == 0):
+            raise Malformed(f"record {record.filename!r} overlaps {previous}")
+        end, previous = _end_of(record, file), repr(record.filename)
+    if end > archive.start_dir:
+        raise Malformed(f"record {previous} reaches into the directory")
+    unpacked = sum(record.file_size for record in records)
+    if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * size):
+        raise Malformed(f"{size} bytes that unpack to {unpacked} are more than is allowed")
+    if not any(record.CRC for record in records):
+        for record in records:
+            del record.CRC  # zipfile then reads without
+    for record in records:
+        _read_through(archive, record)
+    return records[0].filename.partition("/")[0]
+
+
+def _end_of(record: zipfile.ZipInfo, file: BinaryIO) -> int:
+    """Where the record's bytes end; compares its own header with the directory's."""
+    what = f"record {record.filename!r}"
+    if record.flag_bits & _ENCRYPTED:
+        raise Malformed(f"{what} is encrypted")
+    if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise Malformed(f"{what} is compressed by method {record.compress_type}")
+    if record.compress_type == zipfile.ZIP_STORED and record.compress_size != record.file_size:
+        raise Malformed(f"{what} is not compressed, but has two sizes")
+    file.seek(record.header_offset)
+    header = file.read(_LOCAL.size)
+    if len(header) < _LOCAL.size:
+        raise Malformed(f"{what} lies beyond the end")
+    _, _, flags, method, _, _, crc, packed, unpacked, name_length, extra_length = _LOCAL.unpack(
+        header
+    )
+    same = method == record.compress_type and not flags & _ENCRYPTED
+    if not flags & _SIZES_FOLLOW:  # else they stand behind the record, and here may be zeros
+        sizes = ((packed, record.compress_size), (unpacked, record.file_size))
+        same &= crc == record.CRC and all(a in (b, 0xFFFFFFFF) for a, b in sizes)
+    if not same:
+        raise Malformed(f"{what} is described differently in the directory")
+    return record.header_offset + _LOCAL.size + name_length + extra_length + record.compress_size
+
+
+def _read_through(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+    count = 0
+    try:
+        with archive.open(record) as opened:
+            while part := opened.read(1 << 20):
+                count += len(part)
+    except zipfile.BadZipFile as error:
+        if "CRC" not in str(error):
+            raise
+        raise Malformed(f"record {record.filename!r} does not have its recorded checksum") from (
+            error
+        )
+    if count != record.file_size:
+        raise Malformed(f"record {record.filename!r} has {count} bytes, not {record.file_size}")
+
+
+def read_pickle(archive: zipfile.ZipFile, name: str) -> bytes:
+    """The bytes of a record that is a pickle. Raises Malformed if they are too many."""
+    record = archive.getinfo(name)
+    if record.file_size > PICKLE_BYTES:
+        raise Malformed(f"{name} has {record.file_size} bytes; {PICKLE_BYTES} are allowed")
+    return archive.read(record)
