@@ -59,14 +59,14 @@ def stand_ins(size: int) -> dict[str, Any]:
         def __init__(self, code: Any, *_options: Any) -> None:
             code = code.decode("ascii") if isinstance(code, bytes) else code
             if not isinstance(code, str) or not _PLAIN.fullmatch(code):
-                raise Malformed(f"it holds an array of {code!r}, not of plain numbers")
+                raise Refused(f"a NumPy array of dtype {code!r}")
             self.kind = np.dtype(code)
 
         def __setstate__(self, state: Any) -> None:
             order, subarray, names, fields = state[1:5]
             order = order.decode("ascii") if isinstance(order, bytes) else order
             if order not in ("<", ">", "=", "|") or not subarray is names is fields is None:
-                raise Malformed("it holds an array of records, not of plain numbers")
+                raise Refused("a NumPy array of records")
             self.kind = self.kind.newbyteorder(order)
 
         def read(self, raw: Any, shape: tuple[int, ...], by_columns: bool) -> np.ndarray:
@@ -144,6 +144,7 @@ def read_arrays(pickled: bytes) -> dict[Any, Any]:
 
     class Restricted(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
+            module = "builtins" if module == "__builtin__" else module
             if (module, name) == latin1:
                 return encode
             if (module, name) == ("collections", "OrderedDict"):

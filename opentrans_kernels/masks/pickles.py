@@ -149,6 +149,7 @@ class _Inspector(pickle.Unpickler):
         self.names = _torch_names(found)
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module
         full = f"{module}.{name}"
         if module.startswith("torch"):
             if name in STORAGE_BYTES:
