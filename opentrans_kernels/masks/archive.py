@@ -1,11 +1,12 @@
-"""Zip archives that mean one thing only: what the checks have seen is what PyTorch then reads.
+"""Zip archives of PyTorch: damage and contradictions are found before PyTorch reads anything.
 
 Python's zipfile, PyTorch and a memory map find a record in different ways. A file in which these
-can differ is refused, whether damage or intent made it so.
+can differ is refused, whether damage or intent made it so, and PyTorch is given a plain copy.
 """
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 from typing import BinaryIO
@@ -17,11 +18,12 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8
 
 
-def check_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> str:
-    """Compare the two directories, sizes, places and checksums; returns the folder of all records.
+def read_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> dict[str, bytes]:
+    """Every record by its path below the one folder that holds all: "data.pkl", "data/0".
 
-    A CRC that does not hold is an error, unless no record has one: PyTorch can write archives
-    without, in which every CRC is 0. Raises Malformed, or what zipfile raises.
+    Directories, sizes and places are compared first. A CRC that does not hold is an error, unless
+    no record has one: PyTorch can write archives without, in which every CRC is 0. Raises
+    Malformed, or what zipfile raises.
     """
     records = archive.infolist()
     if not records:
@@ -40,12 +42,30 @@ def check_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> str:
     unpacked = sum(record.file_size for record in records)
     if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * size):
         raise Malformed(f"{size} bytes that unpack to {unpacked} are more than is allowed")
+    for record in records:
+        if record.filename.endswith("/data.pkl") and record.file_size > PICKLE_BYTES:
+            raise Malformed(
+                f"{record.filename} has {record.file_size} bytes; {PICKLE_BYTES} are allowed"
+            )
     if not any(record.CRC for record in records):
         for record in records:
             del record.CRC  # zipfile then reads without
-    for record in records:
-        _read_through(archive, record)
-    return records[0].filename.partition("/")[0]
+    root = records[0].filename.partition("/")[0] + "/"
+    read = {record.filename: _content(archive, record) for record in records}
+    return {name.removeprefix(root): data for name, data in read.items() if name.startswith(root)}
+
+
+def plain_copy(records: dict[str, bytes]) -> BinaryIO:
+    """An archive of these records and nothing else; empties ``records``.
+
+    Given to PyTorch in place of the file: so that it reads exactly the
+    records that were checked.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as archive:
+        for name in list(records):
+            archive.writestr(f"archive/{name}", records.pop(name))
+    return copy
 
 
 def _end_of(record: zipfile.ZipInfo, file: BinaryIO) -> int:
@@ -73,25 +93,15 @@ def _end_of(record: zipfile.ZipInfo, file: BinaryIO) -> int:
     return record.header_offset + _LOCAL.size + name_length + extra_length + record.compress_size
 
 
-def _read_through(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
-    count = 0
+def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
     try:
-        with archive.open(record) as opened:
-            while part := opened.read(1 << 20):
-                count += len(part)
+        data = archive.read(record)  # no more than the recorded size is unpacked
     except zipfile.BadZipFile as error:
         if "CRC" not in str(error):
             raise
         raise Malformed(f"record {record.filename!r} does not have its recorded checksum") from (
             error
         )
-    if count != record.file_size:
-        raise Malformed(f"record {record.filename!r} has {count} bytes, not {record.file_size}")
-
-
-def read_pickle(archive: zipfile.ZipFile, name: str) -> bytes:
-    """The bytes of a record that is a pickle. Raises Malformed if they are too many."""
-    record = archive.getinfo(name)
-    if record.file_size > PICKLE_BYTES:
-        raise Malformed(f"{name} has {record.file_size} bytes; {PICKLE_BYTES} are allowed")
-    return archive.read(record)
+    if len(data) != record.file_size:
+        raise Malformed(f"record {record.filename!r} has {len(data)} bytes, not {record.file_size}")
+    return data

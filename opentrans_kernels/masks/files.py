@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from opentrans_kernels.errors import CheckpointError
-from opentrans_kernels.masks.archive import check_archive, read_pickle
+from opentrans_kernels.masks.archive import plain_copy, read_archive
 from opentrans_kernels.masks.arrays import plain, read_arrays, stand_ins
 from opentrans_kernels.masks.limits import Malformed, Refused, check_nesting
 from opentrans_kernels.masks.pickles import Announced, inspect, scan
@@ -131,25 +131,20 @@ def _opened(name: str) -> BinaryIO:
 
 def _open_zip(name: str, file: BinaryIO, size: int) -> CheckpointFile:
     with zipfile.ZipFile(file) as archive:
-        names = set(archive.namelist())
         script = is_torchscript(archive)
-        if not script and not any(entry.endswith("/data.pkl") for entry in names):
+        if not script and not any(n.endswith("/data.pkl") for n in archive.namelist()):
             raise CheckpointError(
                 f"{name} is a zip archive but not a PyTorch checkpoint (it holds "
                 f"{shorten(archive.namelist())}). Pass the checkpoint itself."
             )
-        root = check_archive(archive, file, size)
-        if script:
-            return CheckpointFile(name, "torchscript", read_torchscript(archive, root, name))
-
-        def size_of(key: str) -> int | None:
-            record = f"{root}/data/{key}"
-            return archive.getinfo(record).file_size if record in names else None
-
-        pickled = scan(io.BytesIO(read_pickle(archive, f"{root}/data.pkl")))
-        announced = inspect(pickled, size_of)
+        records = read_archive(archive, file, size)
+    if script:
+        return CheckpointFile(name, "torchscript", read_torchscript(records, name))
+    sizes = {key: len(record) for key, record in records.items()}
+    pickled = scan(io.BytesIO(records["data.pkl"]))
+    announced = inspect(pickled, lambda key: sizes.get(f"data/{key}"))
     # Not mapped: a tensor of a mapped file dies with the file.
-    return CheckpointFile(name, "torch", _torch_load(file, announced, len(pickled)))
+    return CheckpointFile(name, "torch", _torch_load(plain_copy(records), announced, len(pickled)))
 
 
 def _open_pickle(name: str, file: BinaryIO, size: int) -> CheckpointFile:

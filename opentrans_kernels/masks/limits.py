@@ -46,11 +46,16 @@ def inner(node: Any) -> Iterable[Any] | None:
     return node if isinstance(node, list | tuple | set | frozenset) else None
 
 
-def check_nesting(content: Any, inside: Callable[[Any], Iterable[Any] | None] = inner) -> None:
+def check_nesting(
+    content: Any,
+    inside: Callable[[Any], Iterable[Any] | None] = inner,
+    most: int = MOST_ENTRIES,
+) -> None:
     """Whether plain recursion over ``content`` ends, and soon.
 
-    inside: what a node holds, None for a leaf. Every object is visited once, by identity. Raises
-    Malformed if it refers to itself, nests too deeply, or unfolds to too many entries.
+    inside: what a node holds, None for a leaf. most: entries, as recursion would meet them. Every
+    object is visited once, by identity. Raises Malformed if it refers to itself, nests too deeply,
+    or unfolds to too many entries.
     """
     unfolded: dict[int, int] = {}
     around: set[int] = set()
@@ -81,8 +86,8 @@ def check_nesting(content: Any, inside: Callable[[Any], Iterable[Any] | None] = 
                 enter(item, held)
                 break
         else:
-            if count > MOST_ENTRIES:
-                raise Malformed(f"its entries unfold to more than {MOST_ENTRIES}")
+            if count > most:
+                raise Malformed(f"its entries unfold to more than {most}")
             around.discard(id(node))
             unfolded[id(node)] = count
 

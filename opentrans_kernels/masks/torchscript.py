@@ -13,13 +13,12 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from opentrans_kernels.errors import CheckpointError
-from opentrans_kernels.masks.archive import read_pickle
 from opentrans_kernels.masks.limits import check_nesting
 from opentrans_kernels.masks.pickles import EXPANDED_BYTES, EXPANDED_RATIO, scan
 
@@ -35,6 +34,7 @@ STORAGE_DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+MOST_ATTRIBUTES = 1 << 17  # of all modules, one in two places counted twice
 
 
 class _Holder:
@@ -47,16 +47,15 @@ def is_torchscript(archive: zipfile.ZipFile) -> bool:
     return "constants.pkl" in names and "data.pkl" in names
 
 
-def read_torchscript(archive: zipfile.ZipFile, root: str, path: str) -> dict[str, torch.Tensor]:
+def read_torchscript(records: Mapping[str, bytes], path: str) -> dict[str, torch.Tensor]:
     """Dotted attribute path -> tensor, parameters and buffers alike (a state dict).
 
-    archive: after ``check_archive``, which returned ``root``. Raises CheckpointError if it is
-    damaged or asks for anything but tensors.
+    records: of ``read_archive``. Raises CheckpointError if they are damaged or ask for anything
+    but tensors.
     """
     try:
-        pickled = scan(io.BytesIO(read_pickle(archive, f"{root}/data.pkl")))
-        top = _unpickler(archive, root, pickled).load()
-        check_nesting(top, _attributes)
+        top = _unpickler(records, scan(io.BytesIO(records["data.pkl"]))).load()
+        check_nesting(top, _attributes, MOST_ATTRIBUTES)
         return dict(_walk(top, ""))
     except Exception as exc:  # hostile input: unpickling may raise anything
         raise CheckpointError(
@@ -66,7 +65,7 @@ def read_torchscript(archive: zipfile.ZipFile, root: str, path: str) -> dict[str
         ) from exc
 
 
-def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Unpickler:
+def _unpickler(records: Mapping[str, bytes], pickled: bytes) -> pickle.Unpickler:
     # Everything callable is made here, per read: a pickle can set attributes of what it can name.
     storages: dict[str, torch.Tensor] = {}
     held = expanded = 0
@@ -118,14 +117,13 @@ def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Un
             _tag, kind, key, _device, count = pid
             if key not in storages:
                 dtype = STORAGE_DTYPES[kind]
-                record = archive.getinfo(f"{root}/data/{key}")
-                if record.file_size != count * dtype.itemsize:  # before anything is decompressed
+                raw = bytearray(records[f"data/{key}"])
+                if len(raw) != count * dtype.itemsize:
                     raise pickle.UnpicklingError(
-                        f"storage {key} has {record.file_size} bytes where {count} values of "
+                        f"storage {key} has {len(raw)} bytes where {count} values of "
                         f"{dtype} are announced"
                     )
-                held += record.file_size
-                raw = bytearray(archive.read(record))  # checks the zip's CRC
+                held += len(raw)
                 empty = torch.empty(0, dtype=dtype)
                 storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else empty
             return storages[key]
