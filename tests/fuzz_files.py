@@ -325,6 +325,7 @@ def run(seconds: float, seed: int, targets: Mapping[str, Target] = TARGETS) -> S
         path = Path(folder) / "file"
         valid: dict[str, tuple[bytes, Any]] = {}
         for name, target in targets.items():
+            random.seed(0), np.random.seed(0), torch.manual_seed(0)  # the same file every time
             target.make(path)
             valid[name] = path.read_bytes(), target.read(path)
         number = 0

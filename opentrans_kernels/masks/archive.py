@@ -6,15 +6,18 @@ can differ is refused, whether damage or intent made it so, and PyTorch is given
 
 from __future__ import annotations
 
+import bisect
 import io
 import struct
 import zipfile
-from typing import BinaryIO
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 from opentrans_kernels.masks.limits import PICKLE_BYTES, Malformed
 
 UNPACKED_BYTES, UNPACKED_RATIO = 256 << 20, 100  # deflate reaches 1000
-_LOCAL = struct.Struct("<4s5H3L2H")
+_LOCAL, _CENTRAL = struct.Struct("<4s5H3L2H"), struct.Struct("<4s6H3L5H2L")
+_WIDE = 0xFFFFFFFF  # the number stands in the 64-bit extension
 _ENCRYPTED, _SIZES_FOLLOW = 0x1, 0x8
 
 
@@ -55,17 +58,86 @@ def read_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> dict[st
     return {name.removeprefix(root): data for name, data in read.items() if name.startswith(root)}
 
 
-def plain_copy(records: dict[str, bytes]) -> BinaryIO:
-    """An archive of these records and nothing else; empties ``records``.
+class PlainArchive(io.RawIOBase):
+    """A file, read only, that is a zip archive of the given records and nothing else.
 
-    Given to PyTorch in place of the file: so that it reads exactly the
-    records that were checked.
+    Given to PyTorch in place of the original: so that it reads exactly the
+    records that were checked. The
+    records are not copied. Without CRCs, which PyTorch does not compare.
     """
-    copy = io.BytesIO()
-    with zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as archive:
-        for name in list(records):
-            archive.writestr(f"archive/{name}", records.pop(name))
-    return copy
+
+    def __init__(self, records: Mapping[str, bytes]) -> None:
+        self._parts: list[bytes] = []
+        self._starts: list[int] = []
+        self._size = self._place = 0
+        directory = []
+        for name, data in records.items():
+            path, offset, length = b"archive/" + name.encode(), self._size, len(data)
+            wide = struct.pack("<HHQQ", 1, 16, length, length)
+            self._add(_LOCAL.pack(b"PK\3\4", 45, 0x800, 0, 0, 33, 0, _WIDE, _WIDE, len(path), 20))
+            self._add(path + wide)
+            self._add(data)
+            wide = struct.pack("<HHQQQ", 1, 24, length, length, offset)
+            fixed = _CENTRAL.pack(
+                b"PK\1\2",
+                45,
+                45,
+                0x800,
+                0,
+                0,
+                33,
+                0,
+                _WIDE,
+                _WIDE,
+                len(path),
+                28,
+                0,
+                0,
+                0,
+                0,
+                _WIDE,
+            )
+            directory.append(fixed + path + wide)
+        start, count = self._size, len(directory)
+        self._add(b"".join(directory))
+        length, end = self._size - start, self._size
+        self._add(
+            struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
+        )
+        self._add(struct.pack("<4sLQL", b"PK\6\7", 0, end, 1))
+        self._add(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, _WIDE, _WIDE, 0))
+
+    def _add(self, part: bytes) -> None:
+        if part:
+            self._starts.append(self._size)
+            self._parts.append(part)
+            self._size += len(part)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(target) and self._place < self._size:
+            number = bisect.bisect_right(self._starts, self._place) - 1
+            at = self._place - self._starts[number]
+            part = memoryview(self._parts[number])[at : at + len(target) - done]
+            target[done : done + len(part)] = part
+            done += len(part)
+            self._place += len(part)
+        return done
 
 
 def _end_of(record: zipfile.ZipInfo, file: BinaryIO) -> int:
@@ -87,7 +159,7 @@ def _end_of(record: zipfile.ZipInfo, file: BinaryIO) -> int:
     same = method == record.compress_type and not flags & _ENCRYPTED
     if not flags & _SIZES_FOLLOW:  # else they stand behind the record, and here may be zeros
         sizes = ((packed, record.compress_size), (unpacked, record.file_size))
-        same &= crc == record.CRC and all(a in (b, 0xFFFFFFFF) for a, b in sizes)
+        same &= crc == record.CRC and all(a in (b, _WIDE) for a, b in sizes)
     if not same:
         raise Malformed(f"{what} is described differently in the directory")
     return record.header_offset + _LOCAL.size + name_length + extra_length + record.compress_size

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from opentrans_kernels.errors import CheckpointError
-from opentrans_kernels.masks.archive import plain_copy, read_archive
+from opentrans_kernels.masks.archive import PlainArchive, read_archive
 from opentrans_kernels.masks.arrays import plain, read_arrays, stand_ins
 from opentrans_kernels.masks.limits import Malformed, Refused, check_nesting
 from opentrans_kernels.masks.pickles import Announced, inspect, scan
@@ -144,7 +144,9 @@ def _open_zip(name: str, file: BinaryIO, size: int) -> CheckpointFile:
     pickled = scan(io.BytesIO(records["data.pkl"]))
     announced = inspect(pickled, lambda key: sizes.get(f"data/{key}"))
     # Not mapped: a tensor of a mapped file dies with the file.
-    return CheckpointFile(name, "torch", _torch_load(plain_copy(records), announced, len(pickled)))
+    return CheckpointFile(
+        name, "torch", _torch_load(PlainArchive(records), announced, len(pickled))
+    )
 
 
 def _open_pickle(name: str, file: BinaryIO, size: int) -> CheckpointFile:
@@ -163,7 +165,7 @@ def _open_pickle(name: str, file: BinaryIO, size: int) -> CheckpointFile:
     return CheckpointFile(name, "torch", _torch_load(file, announced, size))
 
 
-def _torch_load(file: BinaryIO, announced: Announced, size: int) -> Any:
+def _torch_load(file: Any, announced: Announced, size: int) -> Any:
     """``announced``: what the pickle of the file asks for, which has passed ``inspect``."""
     extra = announced.stand_ins
     file.seek(0)
