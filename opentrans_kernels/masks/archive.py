@@ -78,26 +78,8 @@ class PlainArchive(io.RawIOBase):
             self._add(path + wide)
             self._add(data)
             wide = struct.pack("<HHQQQ", 1, 24, length, length, offset)
-            fixed = _CENTRAL.pack(
-                b"PK\1\2",
-                45,
-                45,
-                0x800,
-                0,
-                0,
-                33,
-                0,
-                _WIDE,
-                _WIDE,
-                len(path),
-                28,
-                0,
-                0,
-                0,
-                0,
-                _WIDE,
-            )
-            directory.append(fixed + path + wide)
+            fixed = (b"PK\1\2", 45, 45, 0x800, 0, 0, 33, 0, _WIDE, _WIDE, len(path), 28)
+            directory.append(_CENTRAL.pack(*fixed, 0, 0, 0, 0, _WIDE) + path + wide)
         start, count = self._size, len(directory)
         self._add(b"".join(directory))
         length, end = self._size - start, self._size
