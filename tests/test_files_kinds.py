@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import pickle
 import sys
 import threading
@@ -161,3 +162,36 @@ def test_arrays_that_do_not_fit_their_bytes(tmp_path: Path) -> None:
     assert changed != pickled
     (tmp_path / "f.pkl").write_bytes(changed)
     refused(tmp_path / "f.pkl", r"shape \(99,\) and float32 has 12 bytes")
+
+
+DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of odd dtypes
+@pytest.mark.parametrize("key", ["c.weight", "c.weight_mask"])
+def test_every_dtype_is_read_or_refused(key: str, tmp_path: Path) -> None:
+    tried = 0
+    for dtype in DTYPES:
+        for shape in ((2, 2, 3, 3), (3,)):
+            try:
+                tensor = torch.empty(shape, dtype=dtype)
+                tensor.untyped_storage().fill_(0)
+                torch.save({key: tensor, "c.weight_orig": torch.ones(shape)}, tmp_path / "f")
+            except (RuntimeError, KeyError):  # PyTorch cannot make or save it
+                continue
+            tried += 1
+            for read in (load_masks, read_state_dict):
+                with contextlib.suppress(OpenTransError):
+                    read(tmp_path / "f")
+    assert tried > 20
+
+
+def test_dtypes_that_hold_no_values_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"c.weight": torch.empty(2, 2, 3, 3, dtype=torch.bits8)}, tmp_path / "f")
+    refused(tmp_path / "f", "asks for torch.bits8, ")
+
+
+def test_float8_weights_are_masks_by_their_zeros(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, 1, 1) * (torch.arange(12).reshape(4, 3, 1, 1) % 3 == 0)
+    torch.save({"c.weight": weight.to(torch.float8_e5m2)}, tmp_path / "f")
+    assert torch.equal(load_masks(tmp_path / "f").masks["c"], weight != 0)

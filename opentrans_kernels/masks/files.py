@@ -23,7 +23,7 @@ import torch
 from opentrans_kernels.errors import CheckpointError
 from opentrans_kernels.masks.archive import PlainArchive, read_archive
 from opentrans_kernels.masks.arrays import plain, read_arrays, stand_ins
-from opentrans_kernels.masks.limits import Malformed, Refused, check_nesting
+from opentrans_kernels.masks.limits import Malformed, Refused, check_dtype, check_nesting
 from opentrans_kernels.masks.pickles import Announced, inspect, scan
 from opentrans_kernels.masks.torchscript import is_torchscript, read_torchscript
 
@@ -189,6 +189,8 @@ def _open_safetensors(name: str) -> CheckpointFile:
     with safe_open(name, framework="pt", device="cpu") as file:
         # The library maps the file; a tensor must not die with it.
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        for tensor in tensors.values():
+            check_dtype(tensor.dtype)
         return CheckpointFile(name, "safetensors", tensors, file.metadata() or {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -23,6 +24,14 @@ class Refused(Malformed):
     def __init__(self, name: str) -> None:
         super().__init__(f"it asks for {name}, which is not a tensor")
         self.name = name
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise Refused for a dtype that PyTorch can store and not compare: bits, and several in one
+    byte."""
+    name = str(dtype)
+    if re.fullmatch(r"torch\.(bits.*|float4.*|u?int[1-7])", name):
+        raise Refused(name)
 
 
 def parse_json(text: str | bytes) -> Any:

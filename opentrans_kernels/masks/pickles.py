@@ -24,6 +24,7 @@ from opentrans_kernels.masks.limits import (
     PICKLE_BYTES,
     Malformed,
     Refused,
+    check_dtype,
     check_nesting,
 )
 
@@ -156,6 +157,7 @@ class _Inspector(pickle.Unpickler):
                 return name
             kind = vars(torch).get(name) if module == "torch" else None
             if isinstance(kind, torch.dtype):
+                check_dtype(kind)
                 return kind
         if full in self.names:
             return self.names[full]
