@@ -7,7 +7,6 @@ what it would have done without the interruption.
 from __future__ import annotations
 
 import io
-import math
 import os
 import random
 import sys
@@ -22,8 +21,21 @@ from torch.optim import Optimizer
 
 from opentrans_kernels.errors import CheckpointError, MaskError, OpenTransError, PlanError
 from opentrans_kernels.masks import MaskSet, atomic_write, open_checkpoint
+from opentrans_kernels.masks.limits import brief
 from opentrans_kernels.masks.names import conv_modules
-from opentrans_kernels.masks.packed import Provenance, pack_bits
+from opentrans_kernels.masks.packed import pack_bits
+
+from .saved import (
+    Check,
+    check_entries,
+    check_random,
+    count,
+    guarded,
+    mapping,
+    masks_from,
+    numpy_state,
+    tensors,
+)
 
 if TYPE_CHECKING:
     from .freeze import FreezePlan
@@ -33,6 +45,8 @@ __all__ = [
     "SavedTraining",
     "TrainingState",
     "check_parts",
+    "load_extras",
+    "load_optimizer",
     "random_states",
     "read_training_state",
     "set_random_states",
@@ -40,6 +54,20 @@ __all__ = [
 ]
 
 KIND, FORMAT_VERSION = "opentrans training state", 1
+ENTRIES: dict[str, Check] = {
+    **dict.fromkeys(("step", "round"), count),
+    **dict.fromkeys(("extras", "random"), mapping),
+    "config": lambda value: isinstance(value, dict),
+    "model": tensors,
+    **dict.fromkeys(("masks", "optimizer"), lambda value: value is None or isinstance(value, dict)),
+    "freeze_plan": lambda value: value is None or isinstance(value, str),
+}
+MASK_ENTRIES: dict[str, Check] = {
+    "digest": lambda value: isinstance(value, str),
+    "synthetic": lambda value: isinstance(value, bool),
+    "shapes": mapping,
+    "bits": tensors,
+}
 
 
 class Stateful(Protocol):
@@ -141,17 +169,9 @@ class TrainingState:
         self._same_plan(name, state)
         check_parts(name, state, self.model, self.optimizer, self.extras)
         check_zeros(state["model"], self.model, self.masks, name)
-        if self.optimizer is not None:
-            try:
-                self.optimizer.load_state_dict(state["optimizer"])
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(
-                    f"{name} was saved with another optimizer ({error}). Continue with the class "
-                    "and the parameter groups the run was started with."
-                ) from error
+        load_optimizer(name, self.optimizer, state["optimizer"])
         self.model.load_state_dict(state["model"])
-        for key, extra in self.extras.items():
-            extra.load_state_dict(state["extras"][key])
+        load_extras(name, self.extras, state["extras"])
         set_random_states(state["random"])
         return Position(state["step"], state["round"])
 
@@ -221,6 +241,29 @@ def check_parts(
         )
 
 
+def load_optimizer(name: str, optimizer: Stateful | None, state: Any) -> None:
+    """Put the optimizer's state back. Raises CheckpointError if it does not take it."""
+    if optimizer is None:
+        return
+    try:
+        optimizer.load_state_dict(state)
+    except OpenTransError:
+        raise
+    except Exception as error:  # foreign classes: what they raise is not specified
+        raise CheckpointError(
+            f"{name} was saved with another optimizer, or is damaged ({type(error).__name__}: "
+            f"{brief(error)}). Continue with the class and the parameter groups the run was "
+            "started with."
+        ) from error
+
+
+def load_extras(name: str, extras: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
+    """Put back the states of further objects. Raises CheckpointError if one does not take it."""
+    for key, extra in extras.items():
+        with guarded(name, f"state of {key!r} cannot be put back"):
+            extra.load_state_dict(states[key])
+
+
 def read_training_state(path: str | os.PathLike[str]) -> SavedTraining:
     """Masks, freeze plan, config and position of a saved run; nothing is loaded into anything.
 
@@ -229,16 +272,10 @@ def read_training_state(path: str | os.PathLike[str]) -> SavedTraining:
     state = _read(os.fspath(path))
     masks = None
     if state["masks"] is not None:
-        bits, shapes = state["masks"]["bits"], state["masks"]["shapes"]
-        masks = MaskSet(
-            {name: _unpacked(bits[name], shapes[name]) for name in shapes},
-            Provenance("training state", os.fspath(path), synthetic=state["masks"]["synthetic"]),
+        saved = state["masks"]
+        masks = masks_from(
+            os.fspath(path), saved["bits"], saved["shapes"], saved["digest"], saved["synthetic"]
         )
-        if masks.content_hash() != state["masks"]["digest"]:
-            raise CheckpointError(
-                f"{os.fspath(path)}: its masks do not have the recorded hash; the file was changed "
-                "or damaged. Use an earlier one."
-            )
     position = Position(state["step"], state["round"])
     return SavedTraining(masks, _plan(state), dict(state["config"]), position)
 
@@ -297,8 +334,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
     if "numpy" in states:
-        kind, key, *rest = states["numpy"]
-        np.random.set_state((kind, key.numpy().astype("uint32"), *rest))
+        np.random.set_state(numpy_state(states["numpy"]))
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -336,9 +372,13 @@ def _read(name: str) -> dict[str, Any]:
         )
     if content.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{name}: training state version {content.get('version')!r}, this version reads "
+            f"{name}: training state version {brief(content.get('version'))}, this version reads "
             f"{FORMAT_VERSION}. Update opentrans."
         )
+    check_entries(name, content, ENTRIES)
+    check_random(name, content["random"])
+    if content["masks"] is not None:
+        check_entries(name, content["masks"], MASK_ENTRIES)
     return content
 
 
@@ -357,8 +397,3 @@ def _packed(masks: MaskSet) -> dict[str, Any]:
         "shapes": {name: list(mask.shape) for name, mask in masks.masks.items()},
         "bits": {n: torch.from_numpy(pack_bits(mask)) for n, mask in masks.masks.items()},
     }
-
-
-def _unpacked(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    flat = np.unpackbits(bits.numpy(), count=math.prod(shape)).view(np.bool_)
-    return torch.from_numpy(flat.copy()).view(shape)

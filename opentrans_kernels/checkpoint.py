@@ -25,8 +25,9 @@ from torch import nn
 from .accelerate import Report, accelerate, record_of
 from .errors import CheckpointError, PlanError
 from .masks import MaskSet, atomic_write, open_checkpoint
+from .masks.limits import Malformed, brief, parse_json
 from .masks.names import find_prefixes, rename
-from .masks.packed import pack_bits
+from .masks.packed import is_shape, pack_bits
 from .plan import Plan
 from .plan.subject import check_model
 from .topology import original
@@ -34,7 +35,8 @@ from .topology import original
 __all__ = ["load_accelerated", "save_accelerated"]
 
 METADATA_KEY = "opentrans_accelerated"
-FORMAT_VERSION = 1
+FORMAT_VERSION, WITHOUT_HEADER = 2, 1  # the older one's hash covers the tensors only
+FIELDS = {"sha256": str, "shapes": dict, "masks_given": bool, "plan": dict}
 _VALUES, _MASK, _DENSE = "values/", "mask/", "dense/"
 
 
@@ -87,7 +89,6 @@ def save_accelerated(
         "shapes": {name: list(shape) for name, (shape, _) in bits.items()},
         "masks_given": bool(record["masks"]),
         "plan": plan.to_dict(),
-        "sha256": _digest(tensors),
         "provenance": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": type(model).__name__,
@@ -95,6 +96,7 @@ def save_accelerated(
             **{key: str(value) for key, value in (provenance or {}).items()},
         },
     }
+    header["sha256"] = _digest(tensors, header)
     atomic_write(path, save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
 
 
@@ -111,15 +113,15 @@ def load_accelerated(path: str | os.PathLike[str], model: nn.Module) -> Report:
 
     Raises:
         CheckpointError: not such a file, damaged, or of another architecture.
+        PlanError: its plan is not one, or for another network.
         UnsupportedModelError: the model cannot take it. The model is unchanged in every case.
     """
     name = os.fspath(path)
     tensors, header = _read(name)
     check_model(model)
     plan = Plan.from_dict(header["plan"])
-    state, masks = _unpack(name, tensors, header)
     own = model.state_dict()
-    _same_layout(name, own, state)
+    state, masks = _unpack(name, tensors, header, own)
     before = {key: tensor.detach().clone() for key, tensor in own.items()}
     try:
         model.load_state_dict(state)
@@ -167,13 +169,16 @@ def _same_masks(
             )
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes."""
+def _digest(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any] | None) -> str:
+    """SHA-256 (hex) over the header, and names, dtypes, shapes and bytes of the tensors."""
     digest = hashlib.sha256()
+    if header is not None:
+        covered = {key: value for key, value in header.items() if key != "sha256"}
+        digest.update(json.dumps(covered, sort_keys=True).encode() + b"\n")
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -185,22 +190,28 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             "dense weights with load_state_dict, then call accelerate(model, masks)."
         )
     try:
-        header = json.loads(file.metadata[METADATA_KEY])
-        version = header["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: sparse checkpoint format version {version!r}, this version of "
-                f"opentrans_kernels reads {FORMAT_VERSION}. Update opentrans_kernels."
-            )
-        recorded, shapes = header["sha256"], header["shapes"]
-        if not isinstance(header["masks_given"], bool) or not isinstance(header["plan"], dict):
-            raise _damaged(path, "its header has entries of the wrong kind")
-        names = {key.removeprefix(_MASK) for key in file.content if key.startswith(_MASK)}
-        if names != set(shapes):
-            raise _damaged(path, "its table of shapes and its masks disagree")
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"its header is not readable ({error!r})") from error
-    if _digest(file.content) != recorded:
+        header = parse_json(file.metadata[METADATA_KEY])
+    except Malformed as error:
+        raise _damaged(path, f"its header is not readable: {error}") from error
+    if not isinstance(header, dict) or "format_version" not in header:
+        raise _damaged(path, "its header is not readable: it has no format version")
+    version = header["format_version"]
+    if version not in (WITHOUT_HEADER, FORMAT_VERSION) or isinstance(version, bool | float):
+        raise CheckpointError(
+            f"{path}: sparse checkpoint format version {brief(version)}, this version of "
+            f"opentrans_kernels reads {WITHOUT_HEADER} and {FORMAT_VERSION}. Update "
+            "opentrans_kernels."
+        )
+    for key, kind in FIELDS.items():
+        if not isinstance(header.get(key), kind):
+            raise _damaged(path, f"its header is not readable: {key} is {brief(header.get(key))}")
+    if not all(is_shape(shape) for shape in header["shapes"].values()):
+        raise _damaged(path, "its table of shapes holds something else")
+    names = {key.removeprefix(_MASK) for key in file.content if key.startswith(_MASK)}
+    if names != set(header["shapes"]):
+        raise _damaged(path, "its table of shapes and its masks disagree")
+    covered = None if version == WITHOUT_HEADER else header
+    if _digest(file.content, covered) != header["sha256"]:
         raise _damaged(path, "its content does not have the recorded SHA-256")
     return dict(file.content), header
 
@@ -213,42 +224,55 @@ def _damaged(path: str, what: str) -> CheckpointError:
 
 
 def _unpack(
-    path: str, tensors: dict[str, torch.Tensor], header: Mapping[str, Any]
+    path: str,
+    tensors: dict[str, torch.Tensor],
+    header: Mapping[str, Any],
+    own: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(dense state dict, masks). Consumes ``tensors``."""
+    """(dense state dict, masks) for a model with the state dict ``own``. Consumes ``tensors``."""
     masks: dict[str, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
+    shapes = {f"{name}.weight": tuple(shape) for name, shape in header["shapes"].items()}
+    dense = {
+        k.removeprefix(_DENSE): tuple(t.shape) for k, t in tensors.items() if k.startswith(_DENSE)
+    }
+    _same_layout(path, {key: tuple(tensor.shape) for key, tensor in own.items()}, dense | shapes)
     for name, shape in header["shapes"].items():
         values, packed = tensors.pop(_VALUES + name, None), tensors.pop(_MASK + name)
         count = math.prod(shape)
-        if values is None or packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
+        sizes = packed.dtype == torch.uint8 and packed.shape == (-(-count // 8),)
+        if not sizes or values is None or values.ndim != 1 or values.dtype != torch.float32:
             raise _damaged(path, f"the tensors of {name} do not have the recorded sizes")
         keep = torch.from_numpy(np.unpackbits(packed.numpy(), count=count).view(np.bool_))
         if int(torch.count_nonzero(keep)) != values.numel():
             raise _damaged(path, f"{name} has {values.numel()} values for another mask")
-        dense = torch.zeros(count)
-        dense[keep] = values
-        state[f"{name}.weight"], masks[name] = dense.view(shape), keep.view(shape)
+        weight = torch.zeros(count)
+        weight[keep] = values
+        state[f"{name}.weight"], masks[name] = weight.view(shape), keep.view(shape)
     for key in [key for key in tensors if key.startswith(_DENSE)]:
         state[key.removeprefix(_DENSE)] = tensors.pop(key)
+    for key, tensor in state.items():
+        kinds = [one.is_floating_point() + 2 * one.is_complex() for one in (tensor, own[key])]
+        if kinds[0] != kinds[1]:
+            raise _damaged(path, f"{key} is {tensor.dtype}, in the model {own[key].dtype}")
     return state, masks
 
 
 def _same_layout(
-    path: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+    path: str, own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
 ) -> None:
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
     if missing or extra:
         raise CheckpointError(
             f"{path} holds another architecture: {len(missing)} tensors of the model are not in it "
             f"{missing[:3]}, {len(extra)} of its tensors are not in the model {extra[:3]}. Build "
             "the architecture it was saved from."
         )
-    wrong = [key for key in own if own[key].shape != state[key].shape]
+    wrong = [key for key in own if own[key] != given[key]]
     if wrong:
         key = wrong[0]
         raise CheckpointError(
             f"{path} holds another architecture: {len(wrong)} tensors have other shapes, {key} is "
-            f"{tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model. "
-            "Build the architecture it was saved from."
+            f"{given[key]} in the file and {own[key]} in the model. Build the architecture it was "
+            "saved from."
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,3 +244,74 @@ def test_an_optimizer_of_live_weights_follows_the_rounds(rewind: int | None) -> 
             if rewind is not None and record is not None:
                 assert torch.equal(weight[mask], start[f"{name}.weight"][mask])
     assert pruner.finished and pruner.kept < pruner.total
+
+
+def _edit(path: Path, change: Callable[[Any], Any]) -> None:
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def _turn(content: Any) -> None:
+    """Another mask: one weight out, one in."""
+    bits = content["pruner"]["masks"]["3"]
+    odd = next(i for i, byte in enumerate(bits.tolist()) if byte not in (0, 255))
+    kept = format(int(bits[odd]), "08b")
+    bits[odd] = int(kept[1:] + kept[0], 2) if kept[1:] + kept[0] != kept else 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_turn, "masks do not have the recorded hash"),
+        (lambda c: (c["pruner"].pop("digest"), c["pruner"]["masks"]["3"].zero_()), "masks keep"),
+        (lambda c: c.pop("pruner"), "entry 'pruner' is missing"),
+        (lambda c: c.pop("random"), "entry 'random' is missing"),
+        (lambda c: c["pruner"].pop("config"), "entry 'config' is missing"),
+        (lambda c: c["pruner"].pop("records"), "entry 'records' is missing"),
+        (lambda c: c["pruner"].__setitem__("steps", -1), "entry 'steps' is -1"),
+        (lambda c: c["pruner"].__setitem__("losses", ["a"]), "entry 'losses' is"),
+        (lambda c: c["pruner"]["records"][0].pop("kept"), "entry 'kept' is missing"),
+        (lambda c: c["pruner"]["records"][0].__setitem__("layers", 3), "entry 'layers' is 3"),
+        (lambda c: c["pruner"]["masks"].pop("3"), "masks and their shapes disagree"),
+        (
+            lambda c: c["pruner"]["masks"].__setitem__("3", torch.ones(2, dtype=torch.uint8)),
+            "does not have its shape",
+        ),
+        (lambda c: c["extras"].__setitem__("schedule", 1), "state of 'schedule' cannot"),
+        (lambda c: c["optimizer"].pop("state"), "another optimizer, or is damaged"),
+        (lambda c: c["random"].__setitem__("torch", torch.zeros(3)), "random states cannot"),
+        (lambda c: c.__setitem__("version", 10**400), "version 1000"),
+    ],
+)
+def test_a_damaged_state_is_one_clear_error(
+    change: Callable[[Any], Any], words: str, tmp_path: Path
+) -> None:
+    fresh().run(tmp_path / "run", rounds=1)
+    _edit(tmp_path / "run" / "state.pt", change)
+    with pytest.raises(CheckpointError, match=words):
+        fresh().run(tmp_path / "run", rounds=1)
+
+
+def test_three_flipped_bits_do_not_lead_to_other_masks(tmp_path: Path) -> None:
+    """One in the pickle, two in the masks; with and without checksums in the archive."""
+    fresh().run(tmp_path / "run", rounds=1)
+    path = tmp_path / "run" / "state.pt"
+    content = torch.load(path, weights_only=True)
+    bits = content["pruner"]["masks"]["3"].numpy().tobytes()
+    plain = path.read_bytes()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for saved, words in ((plain, "checksum"), (path.read_bytes(), "recorded hash")):
+        data = bytearray(saved)
+        at = data.index(bits)
+        data[at] ^= 1
+        data[at + 1] ^= 1
+        if words == "checksum":
+            data[data.index(b"seconds")] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=words):
+            fresh().run(tmp_path / "run", rounds=1)

@@ -144,3 +144,96 @@ def test_damaged_and_foreign_files(tmp_path: Path, masks: MaskSet) -> None:
     torch.save(net().state_dict(), path)
     with pytest.raises(CheckpointError, match="not one of TrainingState.save"):
         read_training_state(path)
+
+
+def _edited(path: Path, change: Any) -> None:
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def _set(*keys: Any, value: Any) -> Any:
+    def change(content: Any) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+def _drop(*keys: Any) -> Any:
+    def change(content: Any) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *((_drop(key), f"its entry '{key}' is missing") for key in ("step", "masks", "model")),
+        *((_drop(key), f"its entry '{key}' is missing") for key in ("optimizer", "random")),
+        *((_drop("masks", key), f"'{key}' is missing") for key in ("digest", "bits", "shapes")),
+        (_set("step", value=-1), "'step' is -1"),
+        (_set("round", value=2**70), "'round' is 1180591620717411303424"),
+        (_set("config", value=3), "'config' is 3"),
+        (_set("model", value={"0.weight": 1}), "'model' is"),
+        (_set("freeze_plan", value=1), "'freeze_plan' is 1"),
+        (_set("masks", value=[]), "'masks' is"),
+        (_set("random", "torch", value=torch.zeros(5, dtype=torch.uint8)), "random states cannot"),
+        (_set("random", "python", value=(3, (1, 2), None)), "random states cannot"),
+        (_set("random", "python", value=(3, tuple([2**70] * 625), None)), "random states cannot"),
+        (_drop("random", "torch"), "random states cannot"),
+        (_set("random", "numpy", value=("MT19937", torch.zeros(624).long(), 10**6, 0, 0.0)),
+         "random states cannot"),
+        (_set("optimizer", value={}), "another optimizer, or is damaged"),
+        (_set("optimizer", "param_groups", value=3), "another optimizer, or is damaged"),
+        (_set("extras", "scheduler", value=5), "state of 'scheduler' cannot"),
+    ],
+)  # fmt: skip
+def test_entries_that_are_missing_or_odd(
+    change: Any, words: str, tmp_path: Path, masks: MaskSet
+) -> None:
+    path = tmp_path / "run.pt"
+    run = Run(0, masks)
+    run.train(1)
+    run.state.save(path, step=1)
+    _edited(path, change)
+    with pytest.raises(CheckpointError, match=words):
+        run.state.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_set("masks", "shapes", "3", value=[20, 11, 1, 1]), "does not have its shape"),
+        (_set("masks", "shapes", "3", value=[12, 20, 1, 1]), "recorded hash"),
+        (_set("masks", "shapes", "3", value=[-20, -12, 1, 1]), "does not have its shape"),
+        (_set("masks", "shapes", "3", value=[2**40, 2**40]), "does not have its shape"),
+        (_set("masks", "bits", value={}), "disagree"),
+        (_set("masks", "digest", value="0" * 64), "recorded hash"),
+        (lambda c: c["masks"]["bits"]["3"].__setitem__(0, 7), "recorded hash"),
+    ],
+)
+def test_masks_that_are_not_those_saved(
+    change: Any, words: str, tmp_path: Path, masks: MaskSet
+) -> None:
+    path = tmp_path / "run.pt"
+    Run(0, masks).state.save(path, step=1)
+    _edited(path, change)
+    with pytest.raises(CheckpointError, match=words):
+        read_training_state(path)
+
+
+def test_a_flipped_bit_in_the_pickle_hides_no_other(tmp_path: Path, masks: MaskSet) -> None:
+    path = tmp_path / "run.pt"
+    run = Run(0, masks)
+    run.state.save(path, step=1)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"digest") + 1] ^= 1
+    path.write_bytes(data)
+    for read in (read_training_state, run.state.load):
+        with pytest.raises(CheckpointError, match="recorded checksum"):
+            read(path)

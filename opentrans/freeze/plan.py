@@ -17,6 +17,7 @@ from torch import nn
 
 from opentrans_kernels.errors import PlanError
 from opentrans_kernels.masks import atomic_write
+from opentrans_kernels.masks.limits import parse_json
 
 from .report import FreezeReport, report_plan
 from .rules import suggest
@@ -247,7 +248,7 @@ class FreezePlan:
         fix = "Write one with FreezePlan.to_json(PATH)."
         try:
             text = source if is_text else Path(source).read_text(encoding="utf-8")
-            record = json.loads(str(text))
+            record = parse_json(str(text))
         except (OSError, ValueError) as error:
             raise PlanError(f"{what} cannot be read as a freeze plan: {error}. {fix}") from error
         if not isinstance(record, dict) or record.get("kind") != _KIND:
@@ -281,7 +282,7 @@ class FreezePlan:
                 trainable_again=tuple(record["trainable_again"]),
                 notes=tuple(record["notes"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(
                 f"{what} lacks or garbles a field of a freeze plan ({error!r}). {fix}"
             ) from error

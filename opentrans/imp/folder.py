@@ -19,13 +19,27 @@ from typing import Any
 
 from opentrans_kernels.errors import CheckpointError
 from opentrans_kernels.masks import atomic_write, open_checkpoint
+from opentrans_kernels.masks.limits import brief
 
-from ..state import check_parts, random_states, set_random_states, write_state
+from ..saved import Check, check_entries, check_random, mapping, tensors
+from ..state import (
+    check_parts,
+    load_extras,
+    load_optimizer,
+    random_states,
+    set_random_states,
+    write_state,
+)
 from .pruner import Pruner
 from .ranks import is_first
 
 STATE, REWIND, LOG = "state.pt", "rewind.pt", "log.json"
 FORMAT_VERSION = 1
+ENTRIES: dict[str, Check] = {
+    **dict.fromkeys(("pruner", "extras", "random"), mapping),
+    "model": tensors,
+    "optimizer": lambda value: value is None or isinstance(value, dict),
+}
 
 
 class RunFolder:
@@ -83,24 +97,17 @@ class RunFolder:
             PlanError: the run had other settings; the message names them.
         """
         pruner = self.pruner
-        state = self._read(STATE)
+        state, name = self._read(STATE, ENTRIES), str(self.path / STATE)
         keep = {**state["pruner"], "rewind": None}
         if pruner.config.rewind is not None and (self.path / REWIND).exists():
-            keep["rewind"] = self._read(REWIND)["rewind"]
-        check_parts(str(self.path / STATE), state, pruner.model, pruner.optimizer, self.extras)
+            keep["rewind"] = self._read(REWIND, {"rewind": tensors})["rewind"]
+        check_parts(name, state, pruner.model, pruner.optimizer, self.extras)
+        check_random(name, state["random"])
         # The settings are compared before anything is overwritten.
-        pruner.load_state_dict(keep)
+        pruner.load_state_dict(keep, name)
         pruner.model.load_state_dict(state["model"])
-        if pruner.optimizer is not None:
-            try:
-                pruner.optimizer.load_state_dict(state["optimizer"])
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(
-                    f"{self.path / STATE} was saved with another optimizer ({error}). Continue the "
-                    "run with the optimizer and the parameters it was started with."
-                ) from error
-        for name, extra in self.extras.items():
-            extra.load_state_dict(state["extras"][name])
+        load_optimizer(name, pruner.optimizer, state["optimizer"])
+        load_extras(name, self.extras, state["extras"])
         if is_first():  # the others must not draw the same numbers
             set_random_states(state["random"])
             self._derived()
@@ -119,13 +126,14 @@ class RunFolder:
         }
         atomic_write(self.path / LOG, (json.dumps(log, indent=2) + "\n").encode())
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _read(self, name: str, entries: Mapping[str, Check]) -> dict[str, Any]:
         content = open_checkpoint(self.path / name).content
         version = content.get("version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{self.path / name} is not the state of a pruning run that this version reads "
-                f"(version {version!r}, expected {FORMAT_VERSION}). Name another folder; the masks "
-                "of its rounds can be passed as masks= to start from them."
+                f"(version {brief(version)}, expected {FORMAT_VERSION}). Name another folder; the "
+                "masks of its rounds can be passed as masks= to start from them."
             )
+        check_entries(str(self.path / name), content, entries)
         return content

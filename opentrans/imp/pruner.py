@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -22,12 +21,22 @@ from opentrans_kernels.masks.packed import pack_bits
 from opentrans_kernels.plan import Plan
 
 from ..masked import ELEMENTWISE, MaskedOptimizer
+from ..saved import Check, check_entries, count, damaged, mapping, masks_from, tensors
 from ..state import differences
 from .allocation import choose
 from .config import ImpConfig
 from .cost import layer_costs
-from .records import NotFiniteLoss, RoundRecord
+from .records import NotFiniteLoss, RoundRecord, record_from
 from .scope import prunable_convs
+
+ENTRIES: dict[str, Check] = {
+    **dict.fromkeys(("config", "shapes"), mapping),
+    "masks": tensors,
+    **dict.fromkeys(("records", "targets"), lambda value: isinstance(value, list)),
+    "steps": count,
+    "losses": lambda value: isinstance(value, list) and all(map(math.isfinite, value)),
+    "rewind": lambda value: value is None or tensors(value),
+}
 
 
 class Pruner:
@@ -198,6 +207,7 @@ class Pruner:
             "config": self.config.to_dict(),
             "shapes": {name: list(mask.shape) for name, mask in self._masks.items()},
             "masks": {n: torch.from_numpy(pack_bits(mask)) for n, mask in self._masks.items()},
+            "digest": self.masks.content_hash(),
             "records": [record.to_dict() for record in self.records],
             "targets": list(self.targets),
             "steps": self.steps,
@@ -205,12 +215,14 @@ class Pruner:
             "rewind": self._rewind if rewind else None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], name: str = "the state") -> None:
         """Continue where ``state`` was taken; call it after the model's weights were loaded.
 
-        Raises PlanError, with nothing changed, if it belongs to a run with other settings or
-        another scope; the message names the differences.
+        name: of the file, for messages. With nothing changed, raises PlanError if it belongs to a
+        run with other settings or another scope; the message names the differences.
+        CheckpointError if it is damaged: an entry is missing, or the masks are not those saved.
         """
+        check_entries(name, state, ENTRIES)
         shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
         found = differences(state["config"], self.config.to_dict())
         if state["shapes"] != shapes:
@@ -228,12 +240,13 @@ class Pruner:
                 f"this run was started with other settings: {'; '.join(found)}. Continue with the "
                 "settings of the run, or start a new one elsewhere."
             )
-        for name, bits in state["masks"].items():
-            flat = np.unpackbits(bits.numpy(), count=math.prod(shapes[name])).view(np.bool_)
-            mask = torch.from_numpy(flat.copy()).view(shapes[name])
-            self._masks[name] = mask.to(self._masks[name].device)
-        self.kept = self._count()
-        self.records = [RoundRecord(**record) for record in state["records"]]
+        masks = masks_from(name, state["masks"], state["shapes"], state.get("digest")).masks
+        records = [record_from(name, record) for record in state["records"]]
+        kept = sum(int(torch.count_nonzero(mask)) for mask in masks.values())
+        if records and records[-1].kept != kept:
+            raise damaged(name, f"its masks keep {kept} weights, its record {records[-1].kept}")
+        self._masks = {key: mask.to(self._masks[key].device) for key, mask in masks.items()}
+        self.kept, self.records = kept, records
         self.steps, self._losses = state["steps"], list(state["losses"])
         self._rewind = state["rewind"] if state["rewind"] is not None else self._rewind
         self._began = time.perf_counter()

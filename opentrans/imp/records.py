@@ -8,6 +8,20 @@ from typing import Any
 
 from opentrans_kernels.errors import OpenTransError
 
+from ..saved import Check, check_entries, count, mapping
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("round", "steps", "kept", "removed"), count),
+    **dict.fromkeys(("density", "threshold", "seconds"), _number),
+    "loss": lambda value: value is None or _number(value),
+    "layers": lambda value: mapping(value) and all(map(_number, value.values())),
+}
+
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -31,6 +45,12 @@ class RoundRecord:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self) | {"layers": dict(self.layers)}
+
+
+def record_from(name: str, saved: Any) -> RoundRecord:
+    """The inverse of ``to_dict``. Raises CheckpointError, naming the file ``name``."""
+    check_entries(name, saved, CHECKS)
+    return RoundRecord(**{key: saved[key] for key in CHECKS})
 
 
 class NotFiniteLoss(OpenTransError):

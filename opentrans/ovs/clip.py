@@ -16,6 +16,7 @@ from torch import nn
 
 from opentrans_kernels.errors import CheckpointError, OpenTransError
 from opentrans_kernels.masks import atomic_write, open_checkpoint
+from opentrans_kernels.masks.limits import parse_json
 
 __all__ = ["RANDOM", "Clip", "build_clip", "load_clip", "save_clip"]
 
@@ -115,7 +116,21 @@ def save_clip(path: str | os.PathLike[str], model: nn.Module, shape: Mapping[str
 def _shape_of(weights: str) -> dict[str, Any] | None:
     file = open_checkpoint(weights)
     text = file.metadata.get(METADATA)
-    return None if text is None else json.loads(text)
+    if text is None:
+        return None
+    try:
+        shape = parse_json(text)
+        context = shape["text"]["context_length"]
+        valid = type(context) is int and type(shape["embed_dim"]) is int
+        valid &= isinstance(shape["vision"], dict)
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise CheckpointError(
+            f"{weights} is a file of save_clip, but the shape of its CLIP is damaged. Copy it "
+            "again from its source, or save it again."
+        )
+    return shape
 
 
 def _fill(model: nn.Module, content: Any, name: str) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.masks import atomic_write
+from opentrans_kernels.masks.limits import parse_json
 
 from ..images import pillow
 from .shapes import BACKGROUND, SEEN, UNSEEN, Scene, draw_scene
@@ -193,7 +194,7 @@ def _classes(file: Path) -> tuple[tuple[str, ...], tuple[str, ...], int]:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OpenTransError(
             f"{file} cannot be read as JSON ({error}). Correct or replace it."

@@ -104,10 +104,10 @@ def accelerate(
         stages, found = stage_swaps(subject, swaps, measure, batch)
         notes += found
         swap = Swap(model, {**swaps, **stages})
-        outcome = Outcome(subject, plan, batch)
+        outcome = Outcome(subject, plan, batch, measure)
         try:
             if swaps:
-                outcome.compare(swap, measure)
+                outcome.compare(swap)
                 if outcome.speedup is not None and outcome.speedup < 1:
                     swap.off()
                     notes = [note for note in notes if note not in found]

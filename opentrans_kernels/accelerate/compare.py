@@ -21,6 +21,9 @@ from ..topology import forward_trunk
 
 #: Difference from the masked dense network, relative to its largest output, that means a defect.
 BROKEN = 1e-3
+#: Largest side of the one image of a comparison that times nothing: a plan from a file may name
+#: any size and batch, and memory grows with them.
+LARGEST_SIDE = 512
 
 
 class Swap:
@@ -72,13 +75,20 @@ class Whole(nn.Module):
 
 
 class Outcome:
-    """Compares the model before and after, and decides whether it pays."""
+    """Compares the model before and after, and decides whether it pays.
 
-    def __init__(self, subject: PlanSubject, plan: Plan, batch: int) -> None:
-        self.subject, self.plan = subject, plan
+    measure: at the plan's size and batch, which are timed; else one image of at most
+    ``LARGEST_SIDE``.
+    """
+
+    def __init__(self, subject: PlanSubject, plan: Plan, batch: int, measure: bool) -> None:
+        self.subject, self.plan, self.measure = subject, plan, measure
         self.whole = Whole(subject)
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(batch, self.whole.channels(), *plan.input_size, generator=generator)
+        height, width = plan.input_size
+        if not measure:
+            batch, height, width = 1, min(height, LARGEST_SIDE), min(width, LARGEST_SIDE)
+        self.x = torch.randn(batch, self.whole.channels(), height, width, generator=generator)
         self.before_ms: float | None = None
         self.after_ms: float | None = None
         self.speedup: float | None = None
@@ -86,7 +96,7 @@ class Outcome:
         self.max_rel_err: float | None = None
         self.notes: list[str] = []
 
-    def compare(self, swap: Swap, measure: bool) -> None:
+    def compare(self, swap: Swap) -> None:
         """Error and times; the model is left as it was."""
         with torch.no_grad():
             try:
@@ -103,7 +113,7 @@ class Outcome:
             finally:
                 swap.off()
         self._check(expected, found)
-        if not measure:
+        if not self.measure:
             return
 
         def switched(state: Callable[[], None]) -> Callable[[], torch.Tensor]:
@@ -196,7 +206,7 @@ class Outcome:
         )
         if swaps:
             self.notes.append(f"{slower}: it runs densely, with the masks applied")
-            self.compare(Swap(self.subject.model, swaps), True)
+            self.compare(Swap(self.subject.model, swaps))
         else:
             self.notes.append(f"{slower}: it was left as it was")
             self.after_ms, self.speedup = self.before_ms, 1.0

@@ -7,7 +7,6 @@ so. Keys beyond the required ones are allowed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -276,9 +275,11 @@ def read_json(path: str | Path) -> Any:
     Raises:
         CheckpointError: the file cannot be read. OpenTransError: it is not JSON.
     """
+    from ..masks.limits import parse_json
+
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror or error}). Name a file that "

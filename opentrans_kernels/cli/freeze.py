@@ -233,13 +233,17 @@ def _train(
 def _read_log(folder: Path) -> list[dict[str, Any]]:
     """The log up to the saved step; a run that was stopped while saving may be without it."""
     from ..errors import CheckpointError
+    from ..masks.limits import parse_json
 
     path = folder / LOG
     if not path.exists():
         return []
     try:
-        return list(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        log = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
+            raise ValueError("it holds no list of steps")
+        return log
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not the log of a run ({error}). Remove it; the state does not need it."
         ) from error

@@ -125,12 +125,20 @@ def _measured(model: Any, options: argparse.Namespace, out: Output) -> Any:
         return None
     import json
 
+    from ..errors import CheckpointError
+    from ..masks.limits import parse_json
     from ..plan import Plan, make_plan
     from ..synthetic import synthetic_masks
 
     path = Path(options.output) / "plan.json"
     if path.exists():
-        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return Plan.from_dict(parse_json(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is not the plan of a run ({error}). Copy it again from its source; a "
+                "continued run must weigh by the same milliseconds."
+            ) from error
     with out.progress("measuring the layers"):
         masks = synthetic_masks(model, "uniform:0.8")
         plan = make_plan(model, masks, input_size=(options.size, options.size))

@@ -233,6 +233,6 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    from ..masks.packed import atomic_write
+    from ..masks import atomic_write
 
     atomic_write(path, text.encode("utf-8"))

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,9 @@ from typing import Any
 import torch
 
 from .. import settings
-from ..errors import PlanError
+from ..errors import CheckpointError, PlanError
+from ..masks import atomic_write
+from ..masks.limits import parse_json
 from ..ops.sparse_conv2d_nhwc.build import why_not as why_no_nvcc
 from ..plan.subject import PlanSubject
 from .kernels import Place
@@ -103,7 +104,7 @@ class TuneCache:
         if path is None:
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if content["key"] != dict(key):
                 raise ValueError("it belongs to another network or machine")
             record = content["record"]
@@ -124,12 +125,9 @@ class TuneCache:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, prefix=".tune-", delete=False, encoding="utf-8"
-            ) as file:
-                json.dump({"key": dict(key), "record": dict(record)}, file, indent=1)
-            os.replace(file.name, path)
-        except OSError as error:
+            text = json.dumps({"key": dict(key), "record": dict(record)}, indent=1)
+            atomic_write(path, text.encode("utf-8"))
+        except (OSError, CheckpointError) as error:
             _log.warning("tuning results are not kept: %s cannot be written (%s)", path, error)
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import MaskError
+from opentrans_kernels.masks.atomic import atomic_write
 from opentrans_kernels.masks.files import open_checkpoint, read_state_dict
 from opentrans_kernels.masks.names import MaskMatch, conv_modules, match_masks
 from opentrans_kernels.masks.packed import (
     Provenance,
-    atomic_write,
     content_hash,
     pack_bits,
     write_packed,

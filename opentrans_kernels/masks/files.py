@@ -1,23 +1,30 @@
 """Opening checkpoint files of unknown origin without ever running what is inside.
 
-``torch.load`` is called with ``weights_only=True`` only. Every way in which a file can be wrong
-ends in a CheckpointError that says what it is instead and what to do.
+``torch.load`` is called with ``weights_only=True`` only, on a file whose records, sizes and names
+were checked before. Every way in which a file can be wrong ends in a CheckpointError that says what
+it is instead and what to do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
-import re
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from opentrans_kernels.errors import CheckpointError
+from opentrans_kernels.masks.archive import PlainArchive, read_archive
+from opentrans_kernels.masks.arrays import plain, read_arrays, stand_ins
+from opentrans_kernels.masks.limits import Malformed, Refused, check_dtype, check_nesting
+from opentrans_kernels.masks.pickles import Announced, inspect, scan
 from opentrans_kernels.masks.torchscript import is_torchscript, read_torchscript
 
 # Where training code keeps the network, most telling first.
@@ -35,6 +42,8 @@ CONTAINERS = (
     "mask",
 )
 ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # the number torch.save begins with
+_ALLOWING = threading.Lock()
 FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself. Run: git lfs pull"),
     (b"<!DOCTYPE", "a web page. Download the file itself, not the page that shows it"),
@@ -47,7 +56,8 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """The content of one file: ``container`` is "torch", "torchscript" or "safetensors";
+    """The content of one file: ``container`` is "torch", "torchscript", "safetensors" or
+    "numpy";
     ``content`` nested dicts and tensors on the CPU; ``metadata`` safetensors' text entries."""
 
     path: str
@@ -57,119 +67,131 @@ class CheckpointFile:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointFile:
-    """Read a .pth/.pt (new or legacy), TorchScript or safetensors file, told apart by content.
+    """Read a checkpoint of any of these kinds, told apart by content: .pth/.pt (new or legacy),
+    TorchScript, safetensors, a pickled dict of NumPy arrays (detectron2's .pkl).
 
-    Tensors of new-style .pth files are memory-mapped. Raises CheckpointError for anything else:
-    missing, empty, truncated, damaged, not a checkpoint, or with content other than tensors.
+    The tensors own their memory: the file may be overwritten afterwards. Raises CheckpointError
+    for anything else: missing, empty, truncated, damaged, not a checkpoint, with content other
+    than data, or that would take far more memory than the file has bytes.
     """
     name = os.fspath(path)
-    head, size = _first_bytes(name)
+    with _opened(name) as file:
+        head, size = file.read(64), os.fstat(file.fileno()).st_size
+        file.seek(0)
+        try:
+            return _read(name, file, head, size)
+        except CheckpointError:
+            raise
+        except Refused as exc:
+            raise CheckpointError(
+                f"{name} was refused: it asks for {exc.name}, and loading that would run code or "
+                "build objects other than tensors. Nothing was executed. If you know and trust "
+                "the program that wrote the file, let that program save only the tensors "
+                "(torch.save(model.state_dict(), FILE))."
+            ) from exc
+        except Exception as exc:  # hostile input: parsers let many errors through
+            raise _damaged(name, exc) from exc
+
+
+def _read(name: str, file: BinaryIO, head: bytes, size: int) -> CheckpointFile:
+    if not head:
+        raise CheckpointError(
+            f"{name} is empty (0 bytes): the download or the save that made it was interrupted. "
+            "Get it again."
+        )
     for magic, what in FOREIGN:
         if head.lower().startswith(magic.lower()):
             raise CheckpointError(f"{name} is not a checkpoint: it is {what}.")
     if head.startswith(ZIP_MAGIC):
-        return _open_zip(name)
+        return _open_zip(name, file, size)
     header_length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header_length < 2**32:
-        return _open_safetensors(name, header_length, size)
+        if header_length + 8 > size:
+            raise Malformed(f"its header needs {header_length + 8} bytes, the file has {size}")
+        return _open_safetensors(name)
     if head.startswith(b"\x80"):  # pickle, protocol 2 or later
-        return CheckpointFile(name, "torch", _torch_load(name, mmap=False))
+        return _open_pickle(name, file, size)
     raise CheckpointError(
         f"{name} is not a checkpoint: it begins with {head[:8]!r}, which is neither a PyTorch nor "
         "a safetensors file. Pass a .pth, .pt or .safetensors file."
     )
 
 
-def _first_bytes(name: str) -> tuple[bytes, int]:
+def _opened(name: str) -> BinaryIO:
     try:
         if Path(name).is_dir():
             raise CheckpointError(f"{name} is a directory. Pass the checkpoint file inside it.")
-        with open(name, "rb") as file:
-            head = file.read(64)
-            size = os.fstat(file.fileno()).st_size
+        return open(name, "rb")
     except FileNotFoundError as exc:
         raise CheckpointError(f"{name} does not exist. Check the path.") from exc
     except (OSError, ValueError) as exc:  # ValueError: a NUL byte in the path
         reason = getattr(exc, "strerror", None) or exc
         raise CheckpointError(f"{name} cannot be read: {reason}. Check its permissions.") from exc
-    if not head:
-        raise CheckpointError(
-            f"{name} is empty (0 bytes): the download or the save that made it was interrupted. "
-            "Get it again."
-        )
-    return head, size
 
 
-def _open_zip(name: str) -> CheckpointFile:
-    try:
-        with zipfile.ZipFile(name) as archive:
-            if is_torchscript(archive):
-                return CheckpointFile(name, "torchscript", read_torchscript(archive, name))
-            if not any(entry.endswith("/data.pkl") for entry in archive.namelist()):
-                raise CheckpointError(
-                    f"{name} is a zip archive but not a PyTorch checkpoint (it holds "
-                    f"{shorten(archive.namelist())}). Pass the checkpoint itself."
-                )
-            _check_records(archive, name)
-    except CheckpointError:
-        raise
-    except Exception as exc:  # hostile input: zipfile lets many errors of its parser through
-        raise _damaged(name, exc) from exc
-    return CheckpointFile(name, "torch", _torch_load(name, mmap=True))
-
-
-def _check_records(archive: zipfile.ZipFile, name: str) -> None:
-    """Compare the stored CRCs, which PyTorch does not; a flipped bit is a wrong weight.
-
-    PyTorch can write archives without CRCs; then that of the pickle is wrong already, and the
-    others say nothing.
-    """
-    pickled = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
-    if not _crc_holds(archive, pickled):
-        return  # torch.load judges the pickle itself
-    for info in archive.infolist():
-        if not _crc_holds(archive, info):
-            raise _damaged(name, f"record {info.filename!r} does not have its recorded checksum")
-
-
-def _crc_holds(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
-    try:
-        with archive.open(info) as record:
-            while record.read(1 << 20):
-                pass
-    except zipfile.BadZipFile as exc:
-        if "CRC" in str(exc):
-            return False
-        raise
-    return True
-
-
-def _torch_load(name: str, *, mmap: bool) -> Any:
-    try:
-        return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as exc:  # hostile input: a broken pickle may raise anything
-        asked = re.search(r"GLOBAL ([\w.]+)", str(exc))
-        if asked:
+def _open_zip(name: str, file: BinaryIO, size: int) -> CheckpointFile:
+    with zipfile.ZipFile(file) as archive:
+        script = is_torchscript(archive)
+        if not script and not any(n.endswith("/data.pkl") for n in archive.namelist()):
             raise CheckpointError(
-                f"{name} was refused: it asks for {asked[1]}, and loading that would run code or "
-                "build objects other than tensors. Nothing was executed. If you know and trust "
-                "the program that wrote the file, let that program save only the tensors "
-                "(torch.save(model.state_dict(), FILE))."
-            ) from exc
-        raise _damaged(name, exc) from exc
+                f"{name} is a zip archive but not a PyTorch checkpoint (it holds "
+                f"{shorten(archive.namelist())}). Pass the checkpoint itself."
+            )
+        records = read_archive(archive, file, size)
+    if script:
+        return CheckpointFile(name, "torchscript", read_torchscript(records, name))
+    sizes = {key: len(record) for key, record in records.items()}
+    pickled = scan(io.BytesIO(records["data.pkl"]))
+    announced = inspect(pickled, lambda key: sizes.get(f"data/{key}"))
+    # Not mapped: a tensor of a mapped file dies with the file.
+    return CheckpointFile(
+        name, "torch", _torch_load(PlainArchive(records), announced, len(pickled))
+    )
 
 
-def _open_safetensors(name: str, header_length: int, size: int) -> CheckpointFile:
+def _open_pickle(name: str, file: BinaryIO, size: int) -> CheckpointFile:
+    """A legacy file of torch.save (five pickles and then the values), or one pickle with arrays."""
+    first = scan(file, size)
+    if LEGACY_MAGIC not in first[:32]:
+        return CheckpointFile(name, "numpy", read_arrays(first))
+    for _ in ("protocol", "system"):
+        scan(file)
+    announced = inspect(scan(file), None)
+    keys = inspect(scan(file), None).content
+    if sorted(map(str, keys)) != sorted(announced.storages):
+        raise Malformed("its table of storages is not that of its tensors")
+    if sum(announced.storages.values()) > size - file.tell():
+        raise Malformed(f"its tensors announce more bytes than the file has ({size})")
+    return CheckpointFile(name, "torch", _torch_load(file, announced, size))
+
+
+def _torch_load(file: Any, announced: Announced, size: int) -> Any:
+    """``announced``: what the pickle of the file asks for, which has passed ``inspect``."""
+    extra = announced.stand_ins
+    file.seek(0)
+    with _allowing(size) if extra else contextlib.nullcontext():
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    check_nesting(content)
+    return plain(content) if extra else content
+
+
+@contextlib.contextmanager
+def _allowing(size: int) -> Iterator[None]:
+    """Lets torch.load use the stand-ins. Its list is for all threads: one would empty another's."""
+    names = [(stand_in, name) for name, stand_in in stand_ins(size).items()]
+    with _ALLOWING, torch.serialization.safe_globals(names):
+        yield
+
+
+def _open_safetensors(name: str) -> CheckpointFile:
     from safetensors import safe_open
 
-    if header_length + 8 > size:
-        raise _damaged(name, f"its header needs {header_length + 8} bytes, the file has {size}")
-    try:
-        with safe_open(name, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return CheckpointFile(name, "safetensors", tensors, file.metadata() or {})
-    except Exception as exc:  # hostile input: the parser's error types are not specified
-        raise _damaged(name, exc) from exc
+    with safe_open(name, framework="pt", device="cpu") as file:
+        # The library maps the file; a tensor must not die with it.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        for tensor in tensors.values():
+            check_dtype(tensor.dtype)
+        return CheckpointFile(name, "safetensors", tensors, file.metadata() or {})
 
 
 def _damaged(name: str, why: object) -> CheckpointError:

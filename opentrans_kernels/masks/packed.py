@@ -7,12 +7,10 @@ SHA-256 over names, shapes and bits, checked on every load. An RN50 takes 2.9 MB
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from opentrans_kernels.errors import CheckpointError, MaskError
+from opentrans_kernels.errors import MaskError
+from opentrans_kernels.masks.atomic import atomic_write
+from opentrans_kernels.masks.limits import brief, parse_json
 
 METADATA_KEY = "opentrans_masks"
 FORMAT_VERSION = 1
@@ -146,19 +146,20 @@ def _read_header(
     metadata: Mapping[str, str], path: str
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     try:
-        header = json.loads(metadata[METADATA_KEY])
+        header = parse_json(metadata[METADATA_KEY])
         version = header["format_version"]
     except (ValueError, KeyError, TypeError) as exc:
-        raise _damaged(path, f"its header is not readable ({exc!r})") from exc
+        raise _damaged(path, f"its header is not readable ({brief(exc)})") from exc
     if version != FORMAT_VERSION:
         raise MaskError(
-            f"{path}: packed mask format version {version!r}, this version of opentrans_kernels "
-            f"reads {FORMAT_VERSION}. Update opentrans_kernels, or save the masks again with it."
+            f"{path}: packed mask format version {brief(version)}, this version of "
+            f"opentrans_kernels reads {FORMAT_VERSION}. Update opentrans_kernels, or save the "
+            "masks again with it."
         )
     shapes, order, notes = (header.get(key) for key in ("shapes", "order", "provenance"))
     valid = (
         isinstance(shapes, dict)
-        and all(_is_shape(shape) for shape in shapes.values())
+        and all(is_shape(shape) for shape in shapes.values())
         and isinstance(order, list)
         and all(isinstance(name, str) for name in order)
         and sorted(order) == sorted(shapes)
@@ -172,7 +173,8 @@ def _read_header(
     return {name: tuple(shape) for name, shape in shapes.items()}, header
 
 
-def _is_shape(shape: object) -> bool:
+def is_shape(shape: object) -> bool:
+    """Whether a JSON value is the shape of a mask."""
     return isinstance(shape, list) and all(type(n) is int and 0 < n < 2**31 for n in shape)
 
 
@@ -181,38 +183,3 @@ def _damaged(path: str, what: str) -> MaskError:
         f"{path} is a packed mask file, but {what}: it was changed or damaged after it was "
         "written. Copy it again from its source, or save the masks again."
     )
-
-
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one.
-
-    A temporary file in the same directory is written, flushed and renamed. Raises CheckpointError
-    (nothing left behind, an existing file untouched) if that is not possible.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise CheckpointError(f"cannot write {target}: it is a directory. Add a file name.")
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:40]}.", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, _default_mode())
-        os.replace(temporary, target)
-    except OSError as exc:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-        raise CheckpointError(
-            f"cannot write {target} ({len(data)} bytes): {exc.strerror or exc}. Nothing was "
-            "written. Choose a directory that exists, is writable and has room."
-        ) from exc
-
-
-def _default_mode() -> int:
-    """The mode open() would give; mkstemp's is private to the owner."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask

@@ -197,6 +197,14 @@ def _read_prune(file: CheckpointFile) -> tuple[Masks, Notes, bool]:
     return masks, notes | more, False
 
 
+def _counted(tensor: torch.Tensor) -> torch.Tensor:
+    """In a dtype in which PyTorch counts and sums: not float8, and no wide unsigned integer."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+        return tensor.float()
+    wide = tensor.dtype in (torch.uint16, torch.uint32, torch.uint64)
+    return tensor.long() if wide else tensor
+
+
 def _detect_plain(file: CheckpointFile) -> bool:
     """Masks rather than weights: more ones than values other than 0 and 1.
 
@@ -207,7 +215,7 @@ def _detect_plain(file: CheckpointFile) -> bool:
     if not tensors:
         return False
     rank = max(t.ndim for t in tensors.values())
-    judged = [t for t in tensors.values() if t.ndim == rank]
+    judged = [_counted(t) for t in tensors.values() if t.ndim == rank]
     if rank < 2 or any(t.layout != torch.strided or t.is_quantized for t in judged):
         return False
     if not any(t.is_floating_point() or t.is_complex() for t in judged):
@@ -227,7 +235,7 @@ def _read_plain(file: CheckpointFile) -> tuple[Masks, Notes, bool]:
 
 def _conv_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
-        module_name(key): t
+        module_name(key): _counted(t)
         for key, t in tensors.items()
         if key.rpartition(".")[2] == "weight" and t.ndim == 4 and t.is_floating_point()
     }

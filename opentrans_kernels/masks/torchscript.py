@@ -13,12 +13,14 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from opentrans_kernels.errors import CheckpointError
+from opentrans_kernels.masks.limits import check_nesting
+from opentrans_kernels.masks.pickles import EXPANDED_BYTES, EXPANDED_RATIO, scan
 
 STORAGE_DTYPES = {
     "FloatStorage": torch.float32,
@@ -32,6 +34,7 @@ STORAGE_DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+MOST_ATTRIBUTES = 1 << 17  # of all modules, one in two places counted twice
 
 
 class _Holder:
@@ -44,15 +47,15 @@ def is_torchscript(archive: zipfile.ZipFile) -> bool:
     return "constants.pkl" in names and "data.pkl" in names
 
 
-def read_torchscript(archive: zipfile.ZipFile, path: str) -> dict[str, torch.Tensor]:
+def read_torchscript(records: Mapping[str, bytes], path: str) -> dict[str, torch.Tensor]:
     """Dotted attribute path -> tensor, parameters and buffers alike (a state dict).
 
-    Raises CheckpointError if the archive is damaged or asks for anything but tensors.
+    records: of ``read_archive``. Raises CheckpointError if they are damaged or ask for anything
+    but tensors.
     """
-    root = archive.namelist()[0].partition("/")[0]
     try:
-        pickled = archive.read(f"{root}/data.pkl")
-        top = _unpickler(archive, root, pickled).load()
+        top = _unpickler(records, scan(io.BytesIO(records["data.pkl"]))).load()
+        check_nesting(top, _attributes, MOST_ATTRIBUTES)
         return dict(_walk(top, ""))
     except Exception as exc:  # hostile input: unpickling may raise anything
         raise CheckpointError(
@@ -62,14 +65,19 @@ def read_torchscript(archive: zipfile.ZipFile, path: str) -> dict[str, torch.Ten
         ) from exc
 
 
-def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Unpickler:
+def _unpickler(records: Mapping[str, bytes], pickled: bytes) -> pickle.Unpickler:
     # Everything callable is made here, per read: a pickle can set attributes of what it can name.
     storages: dict[str, torch.Tensor] = {}
+    held = expanded = 0
 
     def rebuild_tensor(
         storage: torch.Tensor, offset: int, size: Any, stride: Any, *_ignored: Any
     ) -> torch.Tensor:
+        nonlocal expanded
         tensor = storage.as_strided(tuple(size), tuple(stride), offset)  # checks the bounds
+        expanded += tensor.nbytes
+        if expanded > max(EXPANDED_BYTES, EXPANDED_RATIO * held):
+            raise pickle.UnpicklingError(f"its tensors unfold {held} bytes to {expanded}")
         return tensor.detach()
 
     def rebuild_parameter(data: torch.Tensor, *_ignored: Any) -> torch.Tensor:
@@ -105,16 +113,17 @@ def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Un
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a tensor")
 
         def persistent_load(self, pid: Any) -> torch.Tensor:
+            nonlocal held
             _tag, kind, key, _device, count = pid
             if key not in storages:
                 dtype = STORAGE_DTYPES[kind]
-                record = archive.getinfo(f"{root}/data/{key}")
-                if record.file_size != count * dtype.itemsize:  # before anything is decompressed
+                raw = bytearray(records[f"data/{key}"])
+                if len(raw) != count * dtype.itemsize:
                     raise pickle.UnpicklingError(
-                        f"storage {key} has {record.file_size} bytes where {count} values of "
+                        f"storage {key} has {len(raw)} bytes where {count} values of "
                         f"{dtype} are announced"
                     )
-                raw = bytearray(archive.read(record))  # checks the zip's CRC
+                held += len(raw)
                 empty = torch.empty(0, dtype=dtype)
                 storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else empty
             return storages[key]
@@ -122,10 +131,12 @@ def _unpickler(archive: zipfile.ZipFile, root: str, pickled: bytes) -> pickle.Un
     return Restricted(io.BytesIO(pickled))
 
 
+def _attributes(node: Any) -> Iterable[Any] | None:
+    return vars(node).values() if isinstance(node, _Holder) else None
+
+
 def _walk(node: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors below a holder, depth first; an archive nests some ten levels."""
-    if prefix.count(".") > 50:
-        raise pickle.UnpicklingError("its modules are nested in a circle")
+    """Tensors below a holder, depth first; a module in two places has two names."""
     for name, value in vars(node).items():
         if isinstance(value, torch.Tensor):
             yield prefix + name, value

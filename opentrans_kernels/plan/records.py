@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import PlanError
+from ..masks.limits import brief
+from .reading import KINDS, PLAN, ROW, UNIT, check_parts, checked, time_or_none
 from .subject import PlanSubject
 
-KINDS = ("dense", "compact", "sparse")
 FORMAT_VERSION = 1
 
 
@@ -106,7 +107,9 @@ class Plan:
                 f"{subject.units[0].convs[0].name}, or their shapes differ. {fix}"
             )
         names = [unit.name for unit in self.units]
-        if names != [unit.name for unit in subject.units]:
+        rows = {row.name: (row.unit, row.numel) for row in self.rows}
+        own = {c.name: (u.name, c.conv.weight.numel()) for u in subject.units for c in u.convs}
+        if names != [unit.name for unit in subject.units] or rows != own:
             raise PlanError(f"the plan's layers are not those of the model. {fix}")
         if self.masks_hash != subject.masks_hash:
             raise PlanError(
@@ -129,28 +132,31 @@ class Plan:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Plan:
         """The inverse of :meth:`to_dict`. Raises PlanError for anything else."""
-        try:
-            version = record["format_version"]
-            if version != FORMAT_VERSION:
-                raise PlanError(
-                    f"plan format version {version!r}, this version of opentrans_kernels reads "
-                    f"{FORMAT_VERSION}. Make the plan again."
-                )
-            given = {f.name: record[f.name] for f in fields(cls)}
-            given["input_size"] = tuple(record["input_size"])
-            given["units"] = tuple(_from(PlanUnit, unit) for unit in record["units"])
-            given["rows"] = tuple(_from(PlanRow, row) for row in record["rows"])
-            given["notes"] = tuple(record["notes"])
-            plan = cls(**given)
-            odd = [unit.name for unit in plan.units if unit.kind not in KINDS]
-        except (KeyError, TypeError, AttributeError) as error:
+        version = record.get("format_version") if isinstance(record, Mapping) else FORMAT_VERSION
+        if version != FORMAT_VERSION:
             raise PlanError(
-                f"this is not a plan record ({type(error).__name__}: {error}). Pass what "
-                "Plan.to_dict() returned."
-            ) from error
-        if odd:
-            raise PlanError(f"{odd[0]}: unknown kind; known are {', '.join(KINDS)}.")
-        return plan
+                f"plan format version {brief(version)}, this version of opentrans_kernels reads "
+                f"{FORMAT_VERSION}. Make the plan again."
+            )
+        given = checked("the plan", cls, record, PLAN)
+        units = tuple(
+            PlanUnit(**checked(f"unit {i}", PlanUnit, unit, UNIT))
+            for i, unit in enumerate(given["units"])
+        )
+        rows = tuple(
+            PlanRow(**checked(f"row {i}", PlanRow, row, ROW)) for i, row in enumerate(given["rows"])
+        )
+        check_parts(units, rows)
+        predicted = given.get("totals", {}).get("predicted_dense_ms")
+        given |= {
+            "input_size": tuple(given["input_size"]),
+            "units": units,
+            "rows": rows,
+            "notes": tuple(given.get("notes", ())),
+            # Sums are made again: what is printed then agrees with what is done.
+            "totals": totals_of(units, rows, predicted if time_or_none(predicted) else None),
+        }
+        return cls(**given)
 
     def __str__(self) -> str:
         return "\n".join([*self._head(), "", *self._table(), "", *self._feet()])
@@ -218,7 +224,7 @@ class Plan:
                 f"planned ({t['dense_ms'] / max(t['chosen_ms'], 1e-9):.2f}x, each layer timed "
                 "alone)"
             )
-        elif t.get("predicted_ms"):
+        elif t.get("predicted_ms") and t.get("predicted_dense_ms"):
             lines.append(
                 f"predicted: {t['predicted_dense_ms']:.1f} ms dense, {t['predicted_ms']:.1f} ms "
                 "as planned, on a nominal core; only the ratio means something"

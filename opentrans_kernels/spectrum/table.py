@@ -18,6 +18,7 @@ import torch
 
 from ..errors import OpenTransError
 from ..masks import atomic_write
+from ..masks.limits import parse_json
 
 __all__ = ["AlphaTable", "LayerAlpha"]
 
@@ -229,7 +230,7 @@ class AlphaTable(Sequence[LayerAlpha]):
         fix = "Write one with AlphaTable.to_json(PATH), or opentrans alpha --json PATH."
         try:
             text = source if is_text else Path(source).read_text(encoding="utf-8")
-            record = json.loads(text)  # type: ignore[arg-type]
+            record = parse_json(str(text))
         except (OSError, ValueError) as error:
             raise OpenTransError(f"{what} cannot be read as an alpha table: {error}. {fix}") from (
                 error
@@ -250,7 +251,7 @@ class AlphaTable(Sequence[LayerAlpha]):
                 record["skipped"],
                 notes=tuple(record["notes"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise OpenTransError(
                 f"{what} lacks or garbles a field of an alpha table ({error!r}). {fix}"
             ) from error

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.masks import atomic_write
 from opentrans_kernels.masks.names import conv_modules
-from opentrans_kernels.masks.packed import atomic_write
 from opentrans_kernels.topology import conv_shapes
 
 from ..norms import norms_in_training
