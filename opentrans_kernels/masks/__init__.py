@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import MaskError
-from opentrans_kernels.masks.files import open_checkpoint, read_state_dict
+from opentrans_kernels.masks.contents import read_state_dict
+from opentrans_kernels.masks.files import open_checkpoint
 from opentrans_kernels.masks.names import MaskMatch, conv_modules, match_masks
 from opentrans_kernels.masks.packed import (
     Provenance,

@@ -16,13 +16,8 @@ import torch
 
 from opentrans_kernels.errors import CheckpointError, MaskError
 from opentrans_kernels.masks import packed
-from opentrans_kernels.masks.files import (
-    CheckpointFile,
-    file_sha256,
-    open_checkpoint,
-    shorten,
-    tensors_of,
-)
+from opentrans_kernels.masks.contents import tensors_of
+from opentrans_kernels.masks.files import CheckpointFile, file_sha256, open_checkpoint, shorten
 
 OPENTRANS_SECTIONS = ("backbone", "first_conv", "sem_seg_head")
 MASK_SUFFIXES = (".weight_mask", ".weight.mask", ".mask", ".weight")
