@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import MaskError
-from opentrans_kernels.masks.contents import read_state_dict
 from opentrans_kernels.masks.files import open_checkpoint
 from opentrans_kernels.masks.names import MaskMatch, conv_modules, match_masks
 from opentrans_kernels.masks.packed import (
@@ -26,13 +25,9 @@ from opentrans_kernels.masks.packed import (
     pack_bits,
     write_packed,
 )
-from opentrans_kernels.masks.readers import (
-    READERS,
-    collect_masks,
-    count_not_finite,
-    read_masks,
-    zeros_as_masks,
-)
+from opentrans_kernels.masks.readers import READERS, read_masks
+from opentrans_kernels.masks.readers.checks import collect_masks, count_not_finite, zeros_as_masks
+from opentrans_kernels.masks.readers.state import fold_masks, read_state_dict
 
 __all__ = [
     "READERS",
@@ -40,6 +35,7 @@ __all__ = [
     "MaskSet",
     "Provenance",
     "atomic_write",
+    "fold_masks",
     "load_masks",
     "open_checkpoint",
     "read_state_dict",
