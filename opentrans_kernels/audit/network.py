@@ -70,8 +70,9 @@ class Network:
 
 def _fail(reason: str) -> MaskError:
     return MaskError(
-        f"the architecture cannot be inferred from the masks: {reason}. Pass the model the masks "
-        "were made for, audit(masks, model)."
+        f"the architecture cannot be inferred from the masks: {reason}. Name the network the masks "
+        "were made for: opentrans inspect FILE --arch timm:NAME (RN50, torchvision:NAME), or "
+        "audit(masks, model)."
     )
 
 

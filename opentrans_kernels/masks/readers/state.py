@@ -48,6 +48,11 @@ def _entries(section: Section) -> list[Masked]:
     ]
 
 
+def holds_masks(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a state dict names masks beside its weights, or weights whose masks it lacks."""
+    return bool(masked_parameters(tensors, "the state dict") or unmasked_parametrizations(tensors))
+
+
 def fold_masks(
     tensors: Mapping[str, torch.Tensor], origin: str, masks: Mapping[str, torch.Tensor] = {}
 ) -> dict[str, torch.Tensor]:
