@@ -101,8 +101,13 @@ def nncf_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, to
 
 
 def compressed_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return compressed(dict(model.state_dict()), masks)
+
+
+def compressed(
+    state: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Bit by bit, so that the packing is spelt out a second time."""
-    state = dict(model.state_dict())
     for name, mask in masks.items():
         rows = mask.reshape(-1, mask.shape[-1]).tolist()
         whole = [row + [False] * (-len(row) % 8) for row in rows]

@@ -48,19 +48,28 @@ def unread_masks(
     """Names of entries that look like masks and are not in ``used``.
 
     ``unmasked``: weights that were read as they are, none of them zero. ``beside``: names and
-    tensors of other sections. Raises MaskError if one of the entries has the shape of one of
-    ``unmasked`` and removes something: the weights were saved before masking.
+    tensors of other sections. Raises MaskError if one of the entries removes something and has
+    the shape of one of ``unmasked``, or stands beside it: the weights were saved before masking.
     """
     shapes = {t.shape for k, t in section.tensors.items() if t.ndim > 1 and k not in used}
     inside = {k: t for k, t in section.tensors.items() if k not in used}
     found = {k: t for k, t in {**inside, **beside}.items() if _looks_like_mask(k, t, shapes)}
     dense = {w.shape for w in unmasked.values()}
-    dropped = [k for k, t in found.items() if t.shape in dense and not bool((t != 0).all())]
+    dropped = [
+        k
+        for k, t in found.items()
+        # Of one value per channel, only the name says that it is a mask of the weight beside it.
+        if (
+            t.shape in dense
+            or ("mask" in k.rpartition(".")[2] and k.rpartition(".")[0] in unmasked)
+        )
+        and not bool((t != 0).all())
+    ]
     if dropped:
         raise MaskError(
             f"{section.origin} holds {len(dropped)} entries that look like masks and belong to no "
-            f"known kind ({shorten(dropped, 3)}), beside weights of their shapes that are not "
-            f"masked ({shorten(sorted(unmasked), 3)}). Reading the weights alone would be another "
+            f"known kind ({shorten(dropped, 3)}), beside weights that are not masked "
+            f"({shorten(sorted(unmasked), 3)}). Reading the weights alone would be another "
             "network. Save the masks by themselves, as a dict of module name -> 0/1 tensor, or the "
             "weights after masking."
         )
