@@ -58,12 +58,7 @@ def unread_masks(
     dropped = [
         k
         for k, t in found.items()
-        # Of one value per channel, only the name says that it is a mask of the weight beside it.
-        if (
-            t.shape in dense
-            or ("mask" in k.rpartition(".")[2] and k.rpartition(".")[0] in unmasked)
-        )
-        and not bool((t != 0).all())
+        if (t.shape in dense or _of_channels(k, unmasked)) and not bool((t != 0).all())
     ]
     if dropped:
         raise MaskError(
@@ -74,6 +69,12 @@ def unread_masks(
             "weights after masking."
         )
     return list(found)
+
+
+def _of_channels(key: str, unmasked: Mapping[str, torch.Tensor]) -> bool:
+    """A mask of another shape beside a weight: only its name tells what it is."""
+    module, _, name = key.rpartition(".")
+    return "mask" in name.lower() and module in unmasked
 
 
 def _looks_like_mask(key: str, tensor: torch.Tensor, shapes: set[torch.Size]) -> bool:

@@ -48,7 +48,7 @@ class Material:
     def mask_sections(self) -> list[Section]:
         """Sections that are masks and nothing else.
 
-        Beside weights such a section has to say that it is one: by its name, or by names and shapes
+        Beside weights such a section has to say that it is one: by a name, or by names and shapes
         of those weights. A table of anchors holds zeros and ones too.
         """
         recorded = [section for section, _ in self.recorded]
@@ -66,7 +66,7 @@ class Material:
             s
             for s in plain
             if not (weights or recorded)
-            or "mask" in s.entry.lower()
+            or any("mask" in name.lower() for name in (s.entry, *s.tensors))
             or any((module_name(k), t.shape) in shapes for k, t in s.tensors.items())
         ]
 
