@@ -51,7 +51,8 @@ def unread_masks(
     tensors of other sections. Raises MaskError if one of the entries removes something and has
     the shape of one of ``unmasked``, or stands beside it: the weights were saved before masking.
     """
-    shapes = {t.shape for k, t in section.tensors.items() if t.ndim > 1 and k not in used}
+    weights = (t for k, t in section.tensors.items() if k.rpartition(".")[2] == "weight")
+    shapes = {w.shape for w in weights if w.ndim > 1}
     inside = {k: t for k, t in section.tensors.items() if k not in used}
     found = {k: t for k, t in {**inside, **beside}.items() if _looks_like_mask(k, t, shapes)}
     dense = {w.shape for w in unmasked.values()}
