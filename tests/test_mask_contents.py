@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from mask_cases import Tower, compressed_state, masked_state, pruned_state, random_masks
+from mask_cases import (
+    STATES,
+    Tower,
+    compressed_state,
+    masked_state,
+    pruned_state,
+    random_masks,
+    wrapped,
+)
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from opentrans_kernels import cli
-from opentrans_kernels.bench.subject import build_tower, load_weights
+from opentrans_kernels.bench.subject import load_weights
 from opentrans_kernels.errors import CheckpointError, MaskError
 from opentrans_kernels.masks import MaskSet, load_masks, make_permanent, read_state_dict
 from opentrans_kernels.spectrum import estimate_alpha
-
-TINY = "torchvision:resnet18"
 
 
 @pytest.fixture
@@ -195,35 +200,29 @@ def test_scores_at_the_top_do_not_hide_the_network(tower, tmp_path):
     assert set(read_state_dict(tmp_path / "f.pth")) == set(tower.state_dict())
 
 
-@pytest.fixture(scope="module")
-def student_and_teacher(tmp_path_factory) -> Path:
-    state = {}
+def test_a_student_beside_its_teacher_is_never_taken_silently(tmp_path, capsys, monkeypatch):
+    nets = {}
     for seed, name in enumerate(("student", "teacher")):
-        net = build_tower(TINY, seed=seed)
-        state |= {f"{name}.{key}": value for key, value in net.state_dict().items()}
-    path = tmp_path_factory.mktemp("pair") / "pair.pth"
-    torch.save({"model": state}, path)
-    return path
-
-
-def test_a_student_beside_its_teacher_is_never_taken_silently(student_and_teacher, capsys):
-    path = student_and_teacher
+        torch.manual_seed(seed)
+        nets[name] = Tower().state_dict()
+    both = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.items()}
+    path = tmp_path / "pair.pth"
+    torch.save({"model": both}, path)
     with pytest.raises(CheckpointError, match=r"twice.*student and teacher.*pair\.pth:student"):
-        load_weights(build_tower(TINY), path)
-    code = cli.main(["alpha", str(path), "--arch", TINY])
-    assert code == 2 and "pair.pth:student" in capsys.readouterr().err
-    for seed, name in enumerate(("student", "teacher")):
+        load_weights(Tower(), path)
+    monkeypatch.setattr("opentrans_kernels.bench.subject.build_tower", lambda *a, **k: Tower())
+    assert cli.main(["alpha", str(path)]) == 2
+    assert "pair.pth:student" in capsys.readouterr().err
+    assert cli.main(["alpha", f"{path}:teacher"]) == 0
+    for name, expected in nets.items():
         for entry in (name, f"model.{name}"):
-            net = build_tower(TINY, seed=5)
+            net = Tower()
             load_weights(net, f"{path}:{entry}")
-            expected = build_tower(TINY, seed=seed).state_dict()
             assert all(torch.equal(net.state_dict()[k], v) for k, v in expected.items())
 
 
 @pytest.mark.parametrize("how", ["prune", "parametrize", "nncf", "buffer"])
 def test_alpha_of_a_state_dict_is_that_of_the_masked_weights(how, tower, masks):
-    from mask_cases import STATES
-
     few = {n: masks[n] for n in ("layer2.0.conv2", "layer2.1.conv2")}
     expected = {k: v for k, v in masked_state(tower, few).items() if v.dim() > 1}
     state = (pruned_state if how == "prune" else STATES[how])(tower, few)
@@ -234,14 +233,14 @@ def test_alpha_of_a_state_dict_is_that_of_the_masked_weights(how, tower, masks):
 
 
 def test_masks_match_a_model_compiled_in_parts(tower, masks):
-    tower.layer1[0] = torch.compile(tower.layer1[0])
+    tower.layer1[0] = wrapped(tower.layer1[0], "_orig_mod")  # the names that torch.compile gives
     match = MaskSet(masks).match(tower, strict=True)
     assert "layer1.0._orig_mod.conv1" in match.masks and len(match.masks) == len(masks)
     assert match.mask_names["layer1.0._orig_mod.conv1"] == "layer1.0.conv1"
     MaskSet(masks).apply_(tower)
-    assert torch.equal(tower.layer1[0].conv1.weight != 0, masks["layer1.0.conv1"])
-    wrapped = MaskSet({n.replace("layer1.0", "layer1.0._orig_mod"): m for n, m in masks.items()})
-    assert set(wrapped.match(Tower(), strict=True).masks) == set(masks)
+    assert torch.equal(tower.layer1[0]._orig_mod.conv1.weight != 0, masks["layer1.0.conv1"])
+    inside = MaskSet({n.replace("layer1.0", "layer1.0._orig_mod"): m for n, m in masks.items()})
+    assert set(inside.match(Tower(), strict=True).masks) == set(masks)
 
 
 def test_advice_names_what_computes_the_weight(tower, masks):
