@@ -49,6 +49,18 @@ def test_masks_win_over_dense_weights_beside_them(tower, masks, tmp_path):
         assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
+def test_masks_beside_weights_find_them_under_any_prefix_or_are_refused(tower, masks, tmp_path):
+    weights = {f"module.{key}": value for key, value in tower.state_dict().items()}
+    torch.save({"state_dict": weights, "mask": masks}, tmp_path / "f.pth")
+    state = read_state_dict(tmp_path / "f.pth")
+    for key, value in masked_state(tower, masks).items():
+        assert torch.equal(state[f"module.{key}"], value)
+    masks["layer9.0.conv1"] = masks["layer1.0.conv1"]
+    torch.save({"state_dict": weights, "mask": masks}, tmp_path / "f.pth")
+    with pytest.raises(MaskError, match=r"1 of 22 masks .*fit none of them \(layer9\.0\.conv1\)"):
+        read_state_dict(tmp_path / "f.pth")
+
+
 def test_a_table_of_numbers_beside_weights_is_no_mask(tower, masks, tmp_path):
     state = masked_state(tower, masks)
     torch.save(

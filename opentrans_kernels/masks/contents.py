@@ -39,7 +39,7 @@ _TABLE_PREFIXES = ("_input_", "_output_")
 _DEEPEST = 8  # a self-referencing dict would never end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Section:
     """One dict of name -> tensor: ``entry`` is its dotted place in ``file``, "" for all of it.
 
@@ -172,7 +172,8 @@ def weights_section(source: Source, sections: Sequence[Section]) -> Section:
     rule would tell which is meant.
     """
     chosen = preferred(source, sections)
-    rivals = [s for s in sections if same_network(s.tensors, chosen.tensors)]
+    others = [s for s in sections if s is not chosen]
+    rivals = [s for s in others if same_network(s.tensors, chosen.tensors)]
     differ = [s for s in rivals if not equal_tensors(s.tensors, chosen.tensors)]
     if differ:
         raise CheckpointError(ambiguous(source, [chosen, *differ], "the same network"))

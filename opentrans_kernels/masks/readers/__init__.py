@@ -161,7 +161,7 @@ def _checked(material: Material, section: Section, reading: Reading) -> Reading:
     unmasked = {
         name: w
         for name, w in conv_weights(section.tensors).items()
-        if (name not in reading.masks or reading.masks[name].all()) and bool((w != 0).all())
+        if name not in reading.masks or reading.masks[name].all()
     }
     beside = {
         f"{s.entry}.{key}" if s.entry else key: tensor

@@ -42,19 +42,22 @@ def refuse_absent_masks(tensors: Mapping[str, torch.Tensor], masked: set[str], o
 def unread_masks(
     section: Section,
     used: frozenset[str],
-    unmasked: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
     beside: Mapping[str, torch.Tensor],
 ) -> list[str]:
     """Names of entries that look like masks and are not in ``used``.
 
-    ``unmasked``: weights that were read as they are, none of them zero. ``beside``: names and
-    tensors of other sections. Raises MaskError if one of the entries removes something and has
-    the shape of one of ``unmasked``, or stands beside it: the weights were saved before masking.
+    ``weights``: weights of modules that no mask removes anything from. ``beside``: names and
+    tensors of other sections. Raises MaskError if one of the entries removes something and has the
+    shape of one of ``weights`` without a zero, or stands beside it: it was saved before masking.
     """
-    weights = (t for k, t in section.tensors.items() if k.rpartition(".")[2] == "weight")
-    shapes = {w.shape for w in weights if w.ndim > 1}
+    known = (t for k, t in section.tensors.items() if k.rpartition(".")[2] == "weight")
+    shapes = {w.shape for w in known if w.ndim > 1}
     inside = {k: t for k, t in section.tensors.items() if k not in used}
     found = {k: t for k, t in {**inside, **beside}.items() if _looks_like_mask(k, t, shapes)}
+    if not found:
+        return []
+    unmasked = {name: w for name, w in weights.items() if bool((w != 0).all())}
     dense = {w.shape for w in unmasked.values()}
     dropped = [
         k

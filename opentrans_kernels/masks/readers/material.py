@@ -73,6 +73,8 @@ class Material:
     @cached_property
     def weight_sections(self) -> list[Section]:
         """The sections that are not masks alone."""
+        if len(self.source.sections) == 1:  # masks or not, there is no other
+            return list(self.source.sections)
         return [s for s in self.source.sections if s not in self.mask_sections]
 
     def one(self, found: Sequence[tuple[Section, Masks]], *, any_network: bool) -> Section:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
+from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks.contents import Section, open_source, weights_section
+from opentrans_kernels.masks.files import shorten
+from opentrans_kernels.masks.names import find_prefixes, rename
 from opentrans_kernels.masks.readers.checks import Masked, Masks, module_name, to_mask
 from opentrans_kernels.masks.readers.families import masked_parameters, unmasked_parametrizations
 from opentrans_kernels.masks.readers.leftover import refuse_absent_masks, unread_masks
@@ -30,7 +33,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     sections = material.weight_sections or list(material.source.sections)
     section = weights_section(material.source, sections)
     masks: Masks = {}
-    beside = [s for s in material.mask_sections if s is not section]
+    beside = [s for s in material.source.sections if s not in sections]
     if beside:
         found = [(s, weight_masks({"": _entries(s)}, s.origin)[0]) for s in beside]
         chosen = material.one(found, any_network=True)
@@ -58,17 +61,17 @@ def fold_masks(
 ) -> dict[str, torch.Tensor]:
     """A state dict with the masks it holds applied, in the order of ``tensors``.
 
-    ``masks``: module name -> bool mask from elsewhere, for weights without one of their own; one of
-    another name or shape is ignored, as that of a part that is not in ``tensors``. ``origin`` names
-    the state dict in messages.
+    ``masks``: module name -> bool mask from elsewhere, under any prefix. ``origin`` names the state
+    dict in messages.
 
-    Raises MaskError if a mask is not 0/1, does not fit its weight, or cannot be read.
+    Raises MaskError if a mask is not 0/1, does not fit its weight or finds none, or cannot be read.
     """
     groups = masked_parameters(tensors, origin)
     own = {m.parameter: m for group in groups.values() for m in group if m.weight is not None}
     owner = {entry: m for m in own.values() for entry in m.entries}
     bare = {key: parameter for parameter, key in unmasked_parametrizations(tensors).items()}
-    given = {f"{name}.weight" if name else "weight": mask for name, mask in masks.items()}
+    names = {key: bare.get(key, without_wrappers(key)) for key in tensors}
+    given = _placed(masks, {n: tensors[k] for k, n in names.items() if k not in owner}, own, origin)
     refuse_absent_masks(tensors, set(own) | set(given), origin)
     state: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
@@ -80,13 +83,48 @@ def fold_masks(
             else:
                 state.setdefault(masked.parameter, tensor)  # holds the place in the order
             continue
-        name = bare.get(key, without_wrappers(key))
+        name = names[key]
         mask = given.get(name)
-        if mask is not None and mask.shape == tensor.shape:
+        if mask is not None:
             tensor = tensor.masked_fill(~mask.to(tensor.device), 0)
         if name not in state or name != key:  # a wrapper's own parameter is the one in use
             state[name] = tensor
-    whole = {n: w for n, w in conv_weights(state).items() if bool((w != 0).all())}
-    section = Section(origin, "", tensors)
-    unread_masks(section, frozenset(owner), whole, {})
+    unread_masks(Section(origin, "", tensors), frozenset(owner), conv_weights(state), {})
     return state
+
+
+def _placed(
+    masks: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    own: Mapping[str, Masked],
+    origin: str,
+) -> dict[str, torch.Tensor]:
+    """Parameter name -> mask. Raises MaskError if one that removes something finds no weight."""
+    if not masks:
+        return {}
+    shapes = {module_name(n): tuple(t.shape) for n, t in tensors.items() if _is_weight(n)}
+    shapes |= {module_name(n): tuple(m.mask.shape) for n, m in own.items() if _is_weight(n)}
+    off, on = find_prefixes({name: tuple(mask.shape) for name, mask in masks.items()}, shapes)
+    placed: dict[str, torch.Tensor] = {}
+    lost = []
+    for name, mask in masks.items():
+        module = rename(name, off, on)
+        parameter = f"{module}.weight" if module else "weight"
+        fits = module is not None and shapes.get(module) == tuple(mask.shape)
+        if fits and parameter in own:
+            fits = torch.equal(own[parameter].mask != 0, mask)
+        elif fits:
+            placed[parameter] = mask
+        if not fits and not mask.all():
+            lost.append(name)
+    if lost:
+        raise MaskError(
+            f"{origin}: {len(lost)} of {len(masks)} masks beside the weights fit none of them "
+            f"({shorten(lost, 3)}). Loading the weights without them would be another network. "
+            "Save masks and weights of one network, under the names of its modules."
+        )
+    return placed
+
+
+def _is_weight(name: str) -> bool:
+    return name.rpartition(".")[2] == "weight"
