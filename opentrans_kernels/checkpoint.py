@@ -24,7 +24,7 @@ from torch import nn
 
 from .accelerate import Report, accelerate, record_of
 from .errors import CheckpointError, PlanError
-from .masks import MaskSet, atomic_write, open_checkpoint
+from .masks import MaskSet, atomic_write, make_permanent, open_checkpoint
 from .masks.limits import Malformed, brief, parse_json
 from .masks.names import find_prefixes, rename
 from .masks.packed import is_shape, pack_bits
@@ -77,7 +77,8 @@ def save_accelerated(
         if weight is None:  # computed from other tensors, which are stored as they are
             raise PlanError(
                 f"{name}: its weight is computed from others (pruned or parametrized). Make it "
-                "permanent before accelerating: torch.nn.utils.prune.remove(module, 'weight')."
+                "permanent before accelerating: "
+                f"{make_permanent(original(model.get_submodule(name)))}."
             )
         keep = np.unpackbits(packed, count=math.prod(shape)).view(np.bool_)
         tensors[_MASK + name] = torch.from_numpy(packed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from opentrans_kernels.masks import MaskSet
 
@@ -75,6 +75,72 @@ def pruned_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, 
     return dict(model.state_dict())
 
 
+class Mask(nn.Module):
+    """A parametrization that keeps its mask in the state dict."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.mask
+
+
+def parametrized_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for name, mask in masks.items():
+        parametrize.register_parametrization(model.get_submodule(name), "weight", Mask(mask))
+    return dict(model.state_dict())
+
+
+def nncf_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    state = dict(model.state_dict())
+    for name, mask in masks.items():
+        hook = f"__nncf_hooks.post_hooks.{name.replace('.', ':')}:weight__0.0.binary_mask"
+        state[hook] = mask
+    return state
+
+
+def compressed_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return compressed(dict(model.state_dict()), masks)
+
+
+def compressed(
+    state: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Bit by bit, so that the packing is spelt out a second time."""
+    for name, mask in masks.items():
+        rows = mask.reshape(-1, mask.shape[-1]).tolist()
+        whole = [row + [False] * (-len(row) % 8) for row in rows]
+        packed = [
+            [
+                sum(bit << i for i, bit in enumerate(row[at : at + 8]))
+                for at in range(0, len(row), 8)
+            ]
+            for row in whole
+        ]
+        bits = torch.tensor(packed, dtype=torch.uint8).reshape(*mask.shape[:-1], -1)
+        counts = mask.sum(-1)
+        state |= {
+            f"{name}.compressed": state.pop(f"{name}.weight")[mask],
+            f"{name}.bitmask": bits,
+            f"{name}.shape": torch.tensor(mask.shape),
+            f"{name}.row_offsets": counts.cumsum(0) - counts,
+        }
+    return state
+
+
+def buffer_state(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(model.state_dict()) | {f"{n}._mask": mask.float() for n, mask in masks.items()}
+
+
+STATES = {
+    "parametrize": parametrized_state,
+    "nncf": nncf_state,
+    "compressed-tensors": compressed_state,
+    "buffer": buffer_state,
+}
+
+
 def write_kind(kind: str, path: Path, model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
     if kind == "opentrans":
         sections = {
@@ -85,6 +151,8 @@ def write_kind(kind: str, path: Path, model: nn.Module, masks: dict[str, torch.T
         torch.save(sections, path)
     elif kind == "prune":
         torch.save({"epoch": 3, "state_dict": pruned_state(model, masks)}, path)
+    elif kind in STATES:
+        torch.save(STATES[kind](model, masks), path)
     elif kind == "plain":
         torch.save({name: mask.float() for name, mask in masks.items()}, path)
     elif kind == "packed":

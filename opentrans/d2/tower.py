@@ -18,7 +18,7 @@ from torch import nn
 
 from opentrans_kernels.bench.subject import load_weights_from
 from opentrans_kernels.errors import CheckpointError, OpenTransError, UnsupportedModelError
-from opentrans_kernels.masks import read_state_dict
+from opentrans_kernels.masks import read_state_dict, split_entry
 
 from .config import FEATURES, RANDOM, ConfigError, OpenTransConfig
 
@@ -269,7 +269,7 @@ def _fit_table(tower: nn.Module, side: int) -> None:
 
 
 def _read(path: str) -> dict[str, torch.Tensor]:
-    if not os.path.isfile(path):
+    if not os.path.isfile(split_entry(path)[0]):
         raise CheckpointError(
             f"MODEL.OPENTRANS.WEIGHTS={path!r} is not a file. Name a weights file (OpenAI's "
             f"RN50.pt, an open_clip checkpoint), or write {RANDOM} to start from random weights."

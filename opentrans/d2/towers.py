@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import MaskError, UnsupportedModelError
-from opentrans_kernels.masks import MaskSet
+from opentrans_kernels.masks import MaskSet, split_entry
 from opentrans_kernels.synthetic import is_mask_spec, synthetic_masks
 from opentrans_kernels.topology import find_trunks
 
@@ -111,7 +111,7 @@ def masks_for(tower: nn.Module, masks: Masks) -> MaskSet:
         if is_mask_spec(text):
             log.warning("mask %s is SYNTHETIC: made from the weights as they are", text)
             return synthetic_masks(tower, text)
-        if not os.path.isfile(text):
+        if not os.path.isfile(split_entry(text)[0]):
             raise MaskError(
                 f"mask {text!r} is neither a file nor a recipe. Set MODEL.OPENTRANS.MASK.FILE to "
                 "an existing file, or to a recipe such as global:0.90."

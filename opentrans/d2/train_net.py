@@ -20,6 +20,7 @@ import yaml
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.masks import split_entry
 from opentrans_kernels.synthetic import is_mask_spec
 
 from .presence import DetectronMissing, require_detectron2
@@ -220,13 +221,13 @@ def _check_files(cfg: CfgNode, options: OpenTransConfig) -> None:
             "start from MODEL.OPENTRANS.WEIGHTS."
         )
     tower = options.WEIGHTS
-    if tower not in ("", RANDOM) and not Path(tower).is_file():
+    if tower not in ("", RANDOM) and not Path(split_entry(tower)[0]).is_file():
         raise ConfigError(
             f"MODEL.OPENTRANS.WEIGHTS={tower!r} is not a file. Name OpenAI's RN50.pt, an open_clip "
             f"checkpoint or a state dict, or write {RANDOM} to start from random weights."
         )
     mask = options.MASK.FILE
-    if mask and not is_mask_spec(mask) and not Path(mask).is_file():
+    if mask and not is_mask_spec(mask) and not Path(split_entry(mask)[0]).is_file():
         raise ConfigError(
             f"MODEL.OPENTRANS.MASK.FILE={mask!r} does not exist. Name a mask file, such as "
             "masks/masks.safetensors in the OUTPUT_DIR of a pruning run, or a recipe such as "

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from opentrans_kernels.errors import MaskError
+from opentrans_kernels.masks import make_permanent
 from opentrans_kernels.masks.names import conv_modules
 from opentrans_kernels.synthetic import maskable_convs
 
@@ -38,7 +39,6 @@ def prunable_convs(model: nn.Module, names: Iterable[str] | None) -> dict[str, n
         if "weight" not in dict(conv.named_parameters(recurse=False)):
             raise MaskError(
                 f"the weight of conv {name!r} is computed (pruned or parametrized), so zeros "
-                "written to it would not last. Make it permanent first: "
-                "torch.nn.utils.prune.remove(module, 'weight')."
+                f"written to it would not last. Make it permanent first: {make_permanent(conv)}."
             )
     return found

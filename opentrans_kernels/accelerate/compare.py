@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import OpenTransError, UnsupportedModelError
+from ..masks import make_permanent
 from ..nn import Replacement
 from ..plan import Plan
 from ..plan.build import Builder
@@ -148,8 +149,7 @@ class Outcome:
             if "weight" not in conv._parameters:
                 raise UnsupportedModelError(
                     f"{name}: its weight is computed from others (pruned or parametrized) and a "
-                    "further mask is given. Make it permanent first: "
-                    "torch.nn.utils.prune.remove(module, 'weight')."
+                    f"further mask is given. Make it permanent first: {make_permanent(conv)}."
                 )
             masked[f"model.{name}.weight"] = conv.weight.detach() * mask
         if not masked:

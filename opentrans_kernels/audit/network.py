@@ -70,8 +70,9 @@ class Network:
 
 def _fail(reason: str) -> MaskError:
     return MaskError(
-        f"the architecture cannot be inferred from the masks: {reason}. Pass the model the masks "
-        "were made for, audit(masks, model)."
+        f"the architecture cannot be inferred from the masks: {reason}. Name the network the masks "
+        "were made for: opentrans inspect FILE --arch timm:NAME (RN50, torchvision:NAME), or "
+        "audit(masks, model)."
     )
 
 
@@ -86,7 +87,12 @@ def infer_network(masks: Mapping[str, torch.Tensor], input_size: tuple[int, int]
     if not found:
         some = ", ".join(list(masks)[:3])
         raise _fail(f"no name looks like layer1.0.conv1 (names: {some}, ...)")
-    prefix = Counter(m["prefix"] for m in found.values()).most_common(1)[0][0]
+    prefixes = Counter(m["prefix"] for m in found.values()).most_common(2)
+    prefix = prefixes[0][0]
+    if len(prefixes) > 1 and prefixes[0][1] == prefixes[1][1]:
+        names = " and ".join(p.rstrip(".") or "(no prefix)" for p, _ in prefixes)
+        one = next(p for p, _ in prefixes if p).rstrip(".")
+        raise _fail(f"they are of two networks, {names}; FILE:{one} reads one of them")
     found = {n: m for n, m in found.items() if m["prefix"] == prefix}
     counts = _block_counts(found)
     kind = "bottleneck" if any(m["role"] == "conv3" for m in found.values()) else "basic"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, MaskError, OpenTransError, UnsupportedModelError
-from ..masks import MaskMatch, MaskSet, read_state_dict
+from ..masks import MaskMatch, MaskSet, read_state_dict, split_entry
 from ..synthetic import is_mask_spec, parse_mask_spec, synthetic_masks, synthetic_rn50
 from ..topology import conv_shapes, find_trunk
 
@@ -232,7 +232,7 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
 def load_weights_from(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
     """:func:`load_weights` for tensors already read; ``where`` names them in messages."""
     own = model.state_dict()
-    prefix = _matching_prefix(own, state)
+    prefix = _matching_prefix(own, state, where)
     found = {key: state[prefix + key] for key in own if prefix + key in state}
     missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
     if missing:
@@ -252,21 +252,43 @@ def load_weights_from(model: nn.Module, state: Mapping[str, torch.Tensor], where
     model.load_state_dict(found, strict=False)
 
 
-def _matching_prefix(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> str:
-    """The prefix under which most of the model's tensors are in the file."""
+def _matching_prefix(
+    own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], where: str
+) -> str:
+    """The prefix under which most of the model's tensors are in the file.
+
+    Raises CheckpointError if the network stands there again under another prefix with other values,
+    as a student and its teacher do.
+    """
     anchor = next(key for key in own if key.endswith("weight"))
-    candidates = {key[: -len(anchor)] for key in state if key.endswith(anchor)} | {""}
-    return max(sorted(candidates), key=lambda prefix: sum(prefix + key in state for key in own))
+    candidates = sorted({key[: -len(anchor)] for key in state if key.endswith(anchor)} | {""})
+    under = {prefix: [key for key in own if prefix + key in state] for prefix in candidates}
+    best = max(candidates, key=lambda prefix: len(under[prefix]))
+    for other in candidates:
+        shared = [key for key in under[other] if key in under[best]]
+        shared = [key for key in shared if state[other + key].shape == own[key].shape]
+        if other == best or 2 * len(shared) < len(under[best]):
+            continue
+        pairs = ((state[best + key], state[other + key]) for key in shared)
+        if any(one.shape == two.shape and not torch.equal(one, two) for one, two in pairs):
+            names = [prefix.rstrip(".") for prefix in (best, other)]
+            raise CheckpointError(
+                f"{where} holds the network twice with different values, under the names "
+                f"{names[0] or '(none)'} and {names[1] or '(none)'}. Choosing one would be a "
+                "guess. Name the one that is meant after a colon: "
+                f"{where}{'.' if ':' in where else ':'}{names[0] or names[1]}."
+            )
+    return best
 
 
 def load_masks_file(path: str) -> MaskSet:
-    """Masks of a file.
+    """Masks of FILE, or of FILE:ENTRY.
 
     Raises:
         MaskError: ``path`` is no file, or holds no valid masks.
         CheckpointError: the file cannot be read safely.
     """
-    if not Path(path).exists():
+    if not Path(split_entry(path)[0]).exists():
         raise MaskError(
             f"mask {path!r} is neither a file nor a recipe. Pass an existing file, or a recipe "
             "such as global:0.90 or uniform:0.90."

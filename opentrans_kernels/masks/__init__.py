@@ -1,8 +1,8 @@
 """Pruning masks: reading them from files, matching them to a model by name, saving them.
 
 ``load_masks("seg_backbone_imp10.pth").match(model)`` is the usual start; ``print`` the result to
-see what found a partner. Files of five kinds are told apart by content (see ``READERS``) and never
-executed.
+see what found a partner. The kinds of files in ``READERS`` are told apart by content and never
+executed. ``FILE:ENTRY`` reads one of several networks in a file ("run.ckpt:teacher").
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import nn
 
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks.atomic import atomic_write
-from opentrans_kernels.masks.files import open_checkpoint, read_state_dict
+from opentrans_kernels.masks.computed import make_permanent
+from opentrans_kernels.masks.contents import split_entry
+from opentrans_kernels.masks.files import open_checkpoint
 from opentrans_kernels.masks.names import MaskMatch, conv_modules, match_masks
 from opentrans_kernels.masks.packed import (
     Provenance,
@@ -25,13 +27,9 @@ from opentrans_kernels.masks.packed import (
     pack_bits,
     write_packed,
 )
-from opentrans_kernels.masks.readers import (
-    READERS,
-    collect_masks,
-    count_not_finite,
-    read_masks,
-    zeros_as_masks,
-)
+from opentrans_kernels.masks.readers import READERS, read_masks
+from opentrans_kernels.masks.readers.checks import collect_masks, count_not_finite, zeros_as_masks
+from opentrans_kernels.masks.readers.state import fold_masks, holds_masks, read_state_dict
 
 __all__ = [
     "READERS",
@@ -39,9 +37,13 @@ __all__ = [
     "MaskSet",
     "Provenance",
     "atomic_write",
+    "fold_masks",
+    "holds_masks",
     "load_masks",
+    "make_permanent",
     "open_checkpoint",
     "read_state_dict",
+    "split_entry",
 ]
 
 
@@ -74,6 +76,7 @@ class MaskSet:
     def load(cls, path: str | os.PathLike[str]) -> MaskSet:
         """Read a mask file of any kind in ``READERS``, told apart by content.
 
+        ``path``: FILE, or FILE:ENTRY for one of several networks or mask sets in it.
         Raises CheckpointError (not a readable, safe checkpoint) or MaskError (no valid masks).
         """
         masks, source = read_masks(path)
@@ -160,8 +163,7 @@ class MaskSet:
                 raise MaskError(
                     f"the weight of conv {name!r} is not a parameter but computed (pruned or "
                     "parametrized), so zeros written to it would not last. Make it permanent "
-                    "first: torch.nn.utils.prune.remove(module, 'weight') or torch.nn.utils."
-                    "parametrize.remove_parametrizations(module, 'weight')."
+                    f"first: {make_permanent(convs[name])}."
                 )
         pairs = self._paired(model, match)
         with torch.no_grad():

@@ -19,6 +19,7 @@ from torch import nn
 
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks.files import shorten
+from opentrans_kernels.masks.wrappers import without_wrappers
 from opentrans_kernels.topology import original
 
 Shape = tuple[int, ...]
@@ -79,21 +80,24 @@ def conv_modules(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatch:
     """Find the conv of every mask. Raises MaskError only if two places in the model fit equally."""
-    convs = {name: tuple(conv.weight.shape) for name, conv in conv_modules(model).items()}
+    found = conv_modules(model)
+    convs = {without_wrappers(name): tuple(conv.weight.shape) for name, conv in found.items()}
+    real = {without_wrappers(name): name for name in found}
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
-    prefix_mask, prefix_model = find_prefixes(shapes, convs)
-    modules = dict(model.named_modules())
+    bare = {name: without_wrappers(name) for name in masks}
+    prefix_mask, prefix_model = find_prefixes({bare[n]: s for n, s in shapes.items()}, convs)
+    modules = {without_wrappers(name): module for name, module in model.named_modules()}
     matched: dict[str, torch.Tensor] = {}
     mask_names: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for name, shape in shapes.items():
-        target = rename(name, prefix_mask, prefix_model)
+        target = rename(bare[name], prefix_mask, prefix_model)
         if target is not None and convs.get(target) == shape:
-            matched[target] = masks[name]
-            mask_names[target] = name
+            matched[real[target]] = masks[name]
+            mask_names[real[target]] = name
         else:
             reasons[name] = _why_not(name, shape, target, prefix_mask, modules, convs)
-    matched = {name: matched[name] for name in convs if name in matched}
+    matched = {name: matched[name] for name in found if name in matched}
     change = ""
     if prefix_mask:
         change += f", {prefix_mask + '.'!r} taken off the mask's names"
@@ -106,7 +110,7 @@ def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatc
         prefix_mask=prefix_mask,
         unmatched_masks=list(reasons),
         reasons=reasons,
-        unmasked_convs=[name for name in convs if name not in matched],
+        unmasked_convs=[name for name in found if name not in matched],
         reason=f"{len(matched)} of {len(masks)} masks match one of the model's {len(convs)} "
         f"convs by name and shape{change}.",
     )

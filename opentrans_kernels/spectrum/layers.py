@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import OpenTransError, UnsupportedModelError
+from ..masks import fold_masks, holds_masks
 
 __all__ = ["CLASS_NAMES", "LINEAR_ASPECT", "MATCHES", "LayerSlices", "select"]
 
@@ -87,7 +88,8 @@ def select(
     Modules count by the name of their class (``conv2d``, ``conv1d``, ``linear``, in any case), as
     in the published estimator: subclasses of another name, such as ``MultiheadAttention``'s output
     projection, do not, nor do bare parameters such as ``in_proj_weight``. In a mapping every entry
-    counts; a trailing ".weight" of its key is left out of the name.
+    counts; a trailing ".weight" of its key is left out of the name. Masks of a pruned state dict
+    are applied first: they are no layers, and what is measured is the network as it computes.
 
     A 2-D weight below a name with "attn" or "attention" whose one side is a third of the other is
     cut into the layers ``name_q``, ``name_k``, ``name_v``; the third takes the remainder.
@@ -99,6 +101,7 @@ def select(
         skipped: receives name -> reason for those.
 
     Raises:
+        MaskError: a mapping holds masks that cannot be applied to its weights.
         UnsupportedModelError: no layer, or a weight without two dimensions, empty, quantised,
             sparse, complex, integer, on the meta device or not initialised; the layer is named.
         OpenTransError: unknown ``match``.
@@ -176,10 +179,18 @@ def _of_mapping(source: Mapping[str, torch.Tensor]) -> Iterator[_Entry]:
             f"estimate_alpha takes a torch.nn.Module or a mapping name -> weight, not a "
             f"{type(source).__name__}. Pass model, or {{name: tensor}}."
         )
-    for key, weight in source.items():
+    for key, weight in _masked(source).items():
         kind = "linear" if getattr(weight, "ndim", 0) == 2 else "conv"
         name = str(key).removesuffix(".weight") or str(key)
         yield name, str(key), kind, weight, None
+
+
+def _masked(source: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    tensors = {str(k): t for k, t in source.items() if isinstance(t, torch.Tensor)}
+    if not holds_masks(tensors):
+        return source
+    folded = fold_masks(tensors, "the mapping")
+    return folded | {str(k): v for k, v in source.items() if str(k) not in tensors}
 
 
 def _is_lazy(weight: object) -> bool:
