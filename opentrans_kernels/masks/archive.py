@@ -1,8 +1,7 @@
 """Zip archives of PyTorch: damage and contradictions are found before PyTorch reads anything.
 
-Python's zipfile, PyTorch and a memory map find a record in different ways. A file in which these
-can differ is refused, whether damage or intent made it so, and PyTorch is given a plain copy.
-"""
+Python's zipfile, PyTorch and a memory map each find a record in their own way. A file that is not the
+same to all is refused, whether damage or intent made it so; PyTorch is given a plain copy.
 
 from __future__ import annotations
 
@@ -61,9 +60,8 @@ def read_archive(archive: zipfile.ZipFile, file: BinaryIO, size: int) -> dict[st
 class PlainArchive(io.RawIOBase):
     """A file, read only, that is a zip archive of the given records and nothing else.
 
-    Given to PyTorch in place of the original: so that it reads exactly the
-    records that were checked. The
-    records are not copied. Without CRCs, which PyTorch does not compare.
+    Given to PyTorch in place of the original, so that it reads exactly the records that were
+    checked. They are not copied. Without CRCs, which were compared before.
     """
 
     def __init__(self, records: Mapping[str, bytes]) -> None:
