@@ -1,7 +1,8 @@
 """Zip archives of PyTorch: damage and contradictions are found before PyTorch reads anything.
 
-Python's zipfile, PyTorch and a memory map each find a record in their own way. A file that is not the
-same to all is refused, whether damage or intent made it so; PyTorch is given a plain copy.
+Python's zipfile, PyTorch and a memory map each find a record in their own way. A file that is not
+the same to all is refused, whether damage or intent made it so; PyTorch is given a plain copy.
+"""
 
 from __future__ import annotations
 

@@ -55,6 +55,8 @@ class Material:
         recorded = [section for section, _ in self.recorded]
         others = [s for s in self.source.sections if s not in recorded]
         plain = [s for s in others if is_plain(s.tensors)]
+        if len(plain) > 1:  # a table of numbers beside masks is not meant as one of them
+            plain = [s for s in plain if _mostly_ones(_largest(s.tensors))] or plain
         weights = [s for s in others if conv_weights(s.tensors) and s not in plain]
         shapes = {(name, w.shape) for s in weights for name, w in conv_weights(s.tensors).items()}
         shapes |= {
@@ -121,18 +123,27 @@ def is_plain(tensors: Mapping[str, torch.Tensor]) -> bool:
     Judged on the largest rank present, so a few bad values are an error of a mask file and not a
     reason to take it for weights. A trained weight is practically never exactly 1.
     """
-    if not tensors:
-        return False
-    rank = max(t.ndim for t in tensors.values())
-    judged = [countable(t) for t in tensors.values() if t.ndim == rank]
-    if rank < 2 or any(t.layout != torch.strided or t.is_quantized for t in judged):
+    judged = _largest(tensors)
+    plain = all(t.layout == torch.strided and not t.is_quantized for t in judged)
+    if not judged or judged[0].ndim < 2 or not plain:
         return False
     if not any(t.is_floating_point() or t.is_complex() for t in judged):
         return True
+    if not any(bool(t.any()) for t in judged):  # all zero: only the names can tell
+        return not any(key.endswith("weight") for key in tensors)
+    return _mostly_ones(judged)
+
+
+def _largest(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors of the largest rank present."""
+    rank = max((t.ndim for t in tensors.values()), default=0)
+    return [countable(t) for t in tensors.values() if t.ndim == rank]
+
+
+def _mostly_ones(judged: Sequence[torch.Tensor]) -> bool:
+    """More ones than values other than 0 and 1."""
     nonzero = sum(int(torch.count_nonzero(t)) for t in judged)
     ones = sum(int(torch.count_nonzero(t.detach() == 1)) for t in judged)
-    if nonzero == 0:  # all zero: only the names can tell
-        return not any(key.endswith("weight") for key in tensors)
     return ones > nonzero - ones
 
 
