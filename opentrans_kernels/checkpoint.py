@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .accelerate import Report, accelerate, record_of
-from .errors import CheckpointError, PlanError
+from .errors import CheckpointError, MaskError, PlanError
 from .masks import MaskSet, atomic_write, make_permanent, open_checkpoint
 from .masks.limits import Malformed, brief, parse_json
 from .masks.names import find_prefixes, rename
@@ -60,6 +60,7 @@ def save_accelerated(
     """
     from safetensors.torch import save
 
+    target = _checked_path(path)
     record = record_of(model)
     if record is None:
         raise PlanError(
@@ -69,6 +70,11 @@ def save_accelerated(
     plan: Plan = record["plan"]
     bits = _mask_bits(model, record)
     if masks is not None:
+        if not isinstance(masks, MaskSet):
+            raise MaskError(
+                f"masks must be a MaskSet, got {type(masks).__name__}. Convert with "
+                "MaskSet.from_tensors, or leave it out: the model keeps the masks it was given."
+            )
         _same_masks(masks, bits, plan)
     tensors: dict[str, torch.Tensor] = {}
     state = model.state_dict()
@@ -98,7 +104,7 @@ def save_accelerated(
         },
     }
     header["sha256"] = _digest(tensors, header)
-    atomic_write(path, save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
+    atomic_write(target, save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
 
 
 def load_accelerated(path: str | os.PathLike[str], model: nn.Module) -> Report:
@@ -117,9 +123,9 @@ def load_accelerated(path: str | os.PathLike[str], model: nn.Module) -> Report:
         PlanError: its plan is not one, or for another network.
         UnsupportedModelError: the model cannot take it. The model is unchanged in every case.
     """
-    name = os.fspath(path)
-    tensors, header = _read(name)
+    name = _checked_path(path)
     check_model(model)
+    tensors, header = _read(name)
     plan = Plan.from_dict(header["plan"])
     own = model.state_dict()
     state, masks = _unpack(name, tensors, header, own)
@@ -181,6 +187,12 @@ def _digest(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any] | Non
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _checked_path(path: object) -> str:
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"path={path!r} is no path. Pass a file name.")
+    return os.fspath(path)
 
 
 def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

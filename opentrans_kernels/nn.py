@@ -10,21 +10,26 @@ Replacements are for inference. They compute gradients of their input, not of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
-from . import dispatch, native
-from .compact import FoldedConv, fold_conv
-from .errors import UnsupportedModelError
+from .compact import fold_conv
+from .engines import DenseEngine, Engine, Operators, SparseEngine, operator_of
+from .errors import MaskError, UnsupportedModelError
 from .ops.sparse_bottleneck import fusible
 from .pack import SparseWeight
 from .topology import ConvNode
+from .topology.behaviour import first_changed
 from .topology.blocks import plain_conv
 from .topology.fold import is_plain_bn
+from .watch import Watch
 
 __all__ = [
     "AcceleratedBlock",
@@ -37,119 +42,23 @@ __all__ = [
     "SparseConv2d",
     "SparseEngine",
     "operator_of",
+    "watch_together",
 ]
 
 _FIX = "Call opentrans_kernels.restore(model) first"
 
 
-def operator_of(name: str) -> Callable[..., Any]:
-    """The kernel of an op, resolved once, when a layer is packed."""
-    found = dispatch.resolve(name)
-    if found.row.backend == "cpu" or not native.load():
-        # Without the extension the registered op runs the reference, and still compiles.
-        return getattr(torch.ops.opentrans_kernels, name).default
-    return found.function()
+def _functional_derivative() -> str | None:
+    """A derivative being taken that is not ordinary backward; ``torch.func.vmap`` is none."""
+    if forward_ad._current_level >= 0:
+        return "a forward-mode derivative (torch.autograd.forward_ad)"
+    layers = torch._C._functorch.get_interpreter_stack() or ()
+    if any(layer.key() in (TransformType.Grad, TransformType.Jvp) for layer in layers):
+        return "a derivative of torch.func (grad, jvp, ...)"
+    return None
 
 
-class Engine(nn.Module):
-    """One folded convolution, ``act(conv(x) + bias + residual)``, its tensors as buffers."""
-
-    def _hold(self, **tensors: torch.Tensor) -> None:
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Engine:
-        # Devices are followed; a dtype is not, because rounding packed weights cannot be undone.
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of this convolution."""
-        return sum(t.numel() * t.element_size() for t in self.buffers())
-
-
-class SparseEngine(Engine):
-    """A packed convolution on the sparse kernels."""
-
-    def __init__(self, weight: SparseWeight) -> None:
-        super().__init__()
-        self._hold(structure=weight.structure, values=weight.values, bias=weight.bias)
-        self.cin, self.cout, self.kernel = weight.cin, weight.cout, weight.kernel
-        self.stride, self.padding, self.nnz = weight.stride, weight.padding, weight.nnz
-        self.operator = operator_of("sparse_conv2d")
-
-    @classmethod
-    def from_folded(cls, conv: FoldedConv) -> SparseEngine:
-        """Pack a folded convolution; its exact zeros are dropped. Raises PlanError."""
-        return cls(SparseWeight.from_dense(conv.weight, conv.bias, conv.stride, conv.padding))
-
-    def sparse_weight(self) -> SparseWeight:
-        """The same tensors as a ``SparseWeight``."""
-        return SparseWeight(
-            self.structure, self.values, self.bias,
-            self.cin, self.cout, self.kernel, self.stride, self.padding,
-        )  # fmt: skip
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False
-    ) -> torch.Tensor:
-        return self.operator(
-            x, self.structure, self.values, self.bias, residual,
-            self.cout, self.kernel, self.stride, self.padding, relu,
-        )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return f"{self.cin}, {self.cout}, k{self.kernel}, stride={self.stride}, nnz={self.nnz}"
-
-
-class DenseEngine(Engine):
-    """A convolution with mask and batch norm folded in, run densely by PyTorch.
-
-    Also serves what the sparse kernels do not: groups, dilation, other windows and paddings.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, like: nn.Conv2d) -> None:
-        super().__init__()
-        last = torch.channels_last
-        is_last = like.weight.is_contiguous(memory_format=last) and not like.weight.is_contiguous()
-        weight = weight.to(
-            torch.float32, memory_format=last if is_last else torch.contiguous_format
-        )
-        self._hold(weight=weight)
-        # A bias of zeros would cost a pass over the output for nothing.
-        bias = bias.to(torch.float32)
-        self.register_buffer("bias", bias if bool(bias.any()) else None, persistent=False)
-        self.stride, self.dilation, self.groups = like.stride, like.dilation, like.groups
-        self.padding: str | tuple[int, ...] = like.padding
-        self.border: list[int] | None = None
-        self.border_mode = like.padding_mode
-        if like.padding_mode != "zeros":
-            self.border, self.padding = list(like._reversed_padding_repeated_twice), (0, 0)
-        self.nnz = int(torch.count_nonzero(weight))
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False
-    ) -> torch.Tensor:
-        if self.border is not None:
-            x = F.pad(x, self.border, mode=self.border_mode)
-        y = F.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
-        if residual is not None:
-            y = y.add_(residual)
-        return y.relu_() if relu else y
-
-    def extra_repr(self) -> str:
-        cout, cin, kernel, _ = self.weight.shape
-        return f"{cin}, {cout}, k{kernel}, stride={self.stride}, folded"
-
-
-class Replacement(nn.Module):
+class Replacement(Operators):
     """Stands in for ``opentrans_original``: same parameters, buffers, children and attributes."""
 
     opentrans_original: nn.Module
@@ -188,6 +97,11 @@ class Replacement(nn.Module):
                 f"this {type(self).__name__} is in training mode, but its batch norm is folded "
                 f"and its weights are packed for inference. Call model.eval(). To train: {_FIX}."
             )
+        if not torch.compiler.is_compiling() and (mode := _functional_derivative()) is not None:
+            raise UnsupportedModelError(
+                f"{mode} is asked for, and the sparse kernels have the ordinary backward only. Use "
+                f"x.requires_grad_() and backward(). For other derivatives: {_FIX}."
+            )
         if x.dtype != torch.float32:
             if torch.is_autocast_enabled("cpu"):
                 return x.float()
@@ -213,9 +127,14 @@ class AcceleratedConv2d(Replacement):
         super().__init__(original)
         self.opentrans_engine = engine
         self.opentrans_relu = relu
+        #: Of the modules folded in together; None if it is the convolution alone.
+        self.opentrans_watch: Watch | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._checked(x)
+        watch = self.opentrans_watch
+        if watch is not None and (why := watch.changed()) is not None:
+            return watch.dense(self.opentrans_original, x, why)
         run = self.opentrans_engine.forward  # without the overhead of a module call
         if x.dim() == 3:
             return run(x.unsqueeze(0), None, self.opentrans_relu).squeeze(0)
@@ -254,6 +173,14 @@ class SparseConv2d(AcceleratedConv2d):
                 f"the convolution {reason}. The sparse kernels take nn.Conv2d with a square "
                 "window, groups=1, dilation=1 and zero padding; leave others dense."
             )
+        if is_lazy(conv.weight):
+            raise UnsupportedModelError(
+                f"the {type(conv).__name__} has no shape yet. Run one image through it, which "
+                "makes its weights."
+            )
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.is_meta):
+            kind = "on meta" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+            raise MaskError(f"the mask is {kind}. Pass a 0/1 tensor of the weight's shape.")
         if conv.weight.dtype != torch.float32 or conv.weight.device.type != "cpu":
             raise UnsupportedModelError(
                 f"the weight is {conv.weight.dtype} on {conv.weight.device}; the sparse kernels "
@@ -264,8 +191,12 @@ class SparseConv2d(AcceleratedConv2d):
                 f"{type(bn).__name__} is not a batch norm that can be folded. Pass bn=None and "
                 "apply it yourself."
             )
+        parts = [("the convolution", conv)] + ([("the norm", bn)] if bn is not None else [])
+        if what := first_changed(parts):
+            raise UnsupportedModelError(f"{what}, which would not be called. Remove it first.")
         node = ConvNode("conv", conv, bn, None if bn is None else "bn", relu)
-        return cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), relu).eval()
+        with torch.inference_mode(False):  # or autograd could not use the packed tensors
+            return cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), relu).eval()
 
     def sparse_weight(self) -> SparseWeight:
         """The packed weight."""
@@ -277,20 +208,31 @@ class AcceleratedBlock(Replacement):
 
     engines: "conv1", "conv2", ("conv3",) ("downsample",). With sparse engines of a plain
     bottleneck the whole block is one fused op; where gradients are needed, or shapes do not fit,
-    its convolutions run one by one.
+    its convolutions run one by one. masks, name: see :class:`~opentrans_kernels.watch.Watch`.
     """
 
+    OPERATORS = {
+        "opentrans_operator": "sparse_bottleneck",
+        "opentrans_average": "avg_pool2d",
+    }
+
     def __init__(
-        self, original: nn.Module, engines: Mapping[str, Engine], pool: int = 1, down_pool: int = 1
+        self,
+        original: nn.Module,
+        engines: Mapping[str, Engine],
+        pool: int = 1,
+        down_pool: int = 1,
+        masks: Mapping[str, torch.Tensor] | None = None,
+        name: str = "",
     ) -> None:
         super().__init__(original)
+        self.opentrans_watch = Watch.inside(original, name, self._modules, masks or {})
         self.opentrans_engines = nn.ModuleDict(engines)
         self.opentrans_pool, self.opentrans_down_pool = pool, down_pool
         self.opentrans_planar = all(isinstance(e, SparseEngine) for e in engines.values())
         #: Why the block does not run as one fused op; None if it does.
         self.opentrans_unfused = self._why_unfused(engines)
-        self.opentrans_operator = operator_of("sparse_bottleneck")
-        self.opentrans_average = operator_of("avg_pool2d")
+        self._resolve()
 
     def _why_unfused(self, engines: Mapping[str, Engine]) -> str | None:
         if not self.opentrans_planar:
@@ -305,6 +247,8 @@ class AcceleratedBlock(Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._checked(x)
+        if (why := self.opentrans_watch.changed()) is not None:
+            return self.opentrans_watch.dense(self.opentrans_original, x, why)
         if self.opentrans_unfused is None and not (torch.is_grad_enabled() and x.requires_grad):
             return self._fused(x)
         return self._one_by_one(x)
@@ -342,27 +286,44 @@ class AcceleratedBlock(Replacement):
         return "fused" if self.opentrans_unfused is None else f"not fused: {self.opentrans_unfused}"
 
 
-class FoldedBatchNorm(Replacement):
+class _Folded(Replacement):
+    """Passes on what the convolution before it computed, unless that ran densely."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.opentrans_watch: Watch | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        watch = self.opentrans_watch
+        if watch is None or watch.changed() is None:
+            return x
+        return self.opentrans_original(x)
+
+
+class FoldedBatchNorm(_Folded):
     """In the place of a batch norm that was folded into the convolution before it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
-
-class FoldedActivation(Replacement):
+class FoldedActivation(_Folded):
     """In the place of an activation that the convolution before it already applied."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+
+def watch_together(parts: Mapping[str, Replacement], masks: Mapping[str, torch.Tensor]) -> None:
+    """Let a convolution and what is folded into it run densely together; names as in the model."""
+    watch = Watch([(name, part, None) for name, part in parts.items()], masks)
+    for part in parts.values():
+        part.opentrans_watch = watch
 
 
 class PlanarAvgPool2d(Replacement):
     """A non-overlapping average pool that reads and writes the kernels' layout without a copy."""
 
+    OPERATORS = {"opentrans_average": "avg_pool2d"}
+
     def __init__(self, original: nn.Module, size: int) -> None:
         super().__init__(original)
         self.opentrans_size = size
-        self.opentrans_average = operator_of("avg_pool2d")
+        self._resolve()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":

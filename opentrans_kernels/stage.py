@@ -12,23 +12,26 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .nn import AcceleratedBlock, Replacement, operator_of
+from .nn import AcceleratedBlock, Replacement
+from .watch import hooked
 
-__all__ = ["AcceleratedStage", "fused_runs", "hooked"]
+__all__ = ["AcceleratedStage", "fused_runs"]
 
 
 class AcceleratedStage(Replacement, nn.Sequential):
     """Stands in for an ``nn.Sequential`` of residual blocks; float32 ``[N, cin, H, W]``.
 
-    A block with forward hooks, one that is not fused, and all of them where gradients are needed,
-    run on their own.
+    A block with hooks on or inside it, one that is not fused, and all of them where gradients are
+    needed, run on their own.
     """
+
+    OPERATORS = {"opentrans_operator": "sparse_stage"}
 
     def __init__(self, original: nn.Sequential) -> None:
         super().__init__(original)
         # The very same dict: blocks swapped in the original are swapped here.
         self.__dict__["_modules"] = original._modules
-        self.opentrans_operator = operator_of("sparse_stage")
+        self._resolve()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for run in fused_runs(self):
@@ -70,6 +73,7 @@ def fused_runs(stage: nn.Sequential) -> Iterator[list[nn.Module]]:
             type(block) is AcceleratedBlock
             and block.opentrans_unfused is None
             and not hooked(block)
+            and block.opentrans_watch.changed() is None
         ):
             run.append(block)
             continue
@@ -80,8 +84,3 @@ def fused_runs(stage: nn.Sequential) -> Iterator[list[nn.Module]]:
             yield [block]
     if run:
         yield run
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module runs forward hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)

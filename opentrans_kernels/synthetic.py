@@ -9,6 +9,7 @@ channels, as masks of trained networks do.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -70,6 +71,40 @@ def parse_mask_spec(text: str) -> MaskSpec:
             f"number from 0 to 1, got {number!r}.{hint}"
         )
     return MaskSpec(allocation, sparsity)  # type: ignore[arg-type]
+
+
+def read_masks(text: str | os.PathLike[str]) -> MaskSet | MaskSpec:
+    """What a text names: a recipe, or the masks of a file, read now.
+
+    Raises MaskError if it is neither or holds no valid masks, CheckpointError if the file cannot be
+    read safely.
+    """
+    if isinstance(text, str) and is_mask_spec(text):
+        return parse_mask_spec(text)
+    return load_masks_file(text)
+
+
+def load_masks_file(path: str | os.PathLike[str]) -> MaskSet:
+    """Masks of FILE, or of FILE:ENTRY.
+
+    Raises:
+        MaskError: ``path`` is no file, or holds no valid masks.
+        CheckpointError: the file cannot be read safely.
+    """
+    from opentrans_kernels.masks import MaskSet, split_entry
+
+    if not os.path.exists(split_entry(path)[0]):
+        raise MaskError(
+            f"mask {os.fspath(path)!r} is neither a file nor a recipe. Pass an existing file, or "
+            "a recipe such as global:0.90 or uniform:0.90."
+        )
+    return MaskSet.load(path)
+
+
+def masks_for(text: str | os.PathLike[str], model: nn.Module) -> MaskSet:
+    """The masks a text names: of a file under its own names, or of a recipe for ``model``."""
+    found = read_masks(text)
+    return synthetic_masks(model, found) if isinstance(found, MaskSpec) else found
 
 
 def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> nn.Module:

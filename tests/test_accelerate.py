@@ -239,7 +239,7 @@ def test_a_failure_while_measuring_changes_nothing(
         monkeypatch.setattr(COMPARE, "interleaved_ms", failing)
         expected: type[BaseException] = KeyboardInterrupt
     else:
-        monkeypatch.setattr(COMPARE, "BROKEN", -1.0)
+        monkeypatch.setattr(COMPARE, "BROKEN", 1e-12)
         expected = UnsupportedModelError
     model = nets.tower()
     before = nets.snapshot(model)

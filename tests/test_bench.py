@@ -144,6 +144,24 @@ def test_isa_limits_cover_both_sides() -> None:
     assert set(environment.SIMD_BITS) == set(environment.ISAS)
 
 
+def test_an_instruction_set_that_the_cpu_lacks_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(environment.subprocess, "Popen", refuse)
+    monkeypatch.setattr(environment, "machine", lambda: {"cpu": "Test", "flags": ["avx2", "fma"]})
+    with pytest.raises(OpenTransError) as info:
+        environment.rerun(["bench", "trunk"], "avx512", 1)
+    text = str(info.value)
+    assert "--isa avx512" in text and "no avx512f" in text and "native, avx2" in text
+    assert "OPENTRANS_CPU_CAPABILITY" not in text
+    environment.check_isa("avx2")
+    monkeypatch.setattr(environment, "machine", lambda: {"cpu": "Test", "flags": []})
+    environment.check_isa("avx512")  # flags are not known: the kernels will tell
+
+
 def test_a_limited_process_reports_the_limit() -> None:
     if "avx2" not in environment.machine()["flags"]:
         pytest.skip("this CPU has no AVX2")

@@ -15,17 +15,20 @@ import torch
 from torch import nn
 
 from .. import native
-from ..errors import PlanError
+from ..errors import PlanError, UnsupportedModelError
 from ..masks.packed import pack_bits
 from ..nn import Engine, PlanarAvgPool2d, Replacement, SparseEngine
 from ..plan import Plan, plan_and_build, prepare
+from ..plan.arguments import checked_batch, checked_size, device_of, thread_count
 from ..plan.build import Builder, check_replaceable
 from ..plan.choose import Choice
-from ..plan.subject import Masks, PlanSubject, accelerated_parts, thread_count
-from ..stage import hooked
+from ..plan.models import accelerated_parts, require_module
+from ..plan.subject import Masks, PlanSubject
+from ..topology.behaviour import own_behaviour
 from ..topology.blocks import pool_size
-from .compare import Outcome, Swap
+from .compare import Culprit, Outcome, Swap
 from .cuda import CudaReport, accelerate_cuda
+from .parts import check_parts, same_pool
 from .report import Report
 from .stages import stage_swaps
 
@@ -54,8 +57,9 @@ def accelerate(
 
     Args:
         model: float32, eval mode, on the CPU.
-        masks: a MaskSet, name -> 0/1 tensors, or a mask file, matched by module name; None: the
-            weights' own zeros. The dense weights themselves are not multiplied.
+        masks: a MaskSet, name -> 0/1 tensors, a mask file, matched by module name, or a recipe for
+            synthetic ones such as "global:0.90"; None: the weights' own zeros. The dense weights
+            themselves are not multiplied.
         plan: from ``make_plan`` for this model and these masks; None: make one.
         input_size: (height, width) in pixels to plan and measure for; None: the plan's, else the
             tower's ``image_size``, else 224x224.
@@ -69,14 +73,14 @@ def accelerate(
     Raises:
         UnsupportedModelError, MaskError, CheckpointError, PlanError: nothing was changed.
     """
-    if device is not None and torch.device(device).type != "cpu":
+    if (target := device_of(device)) != "cpu":
         if plan is not None or threads is not None:
             raise PlanError(
                 f"plan and threads are for the CPU, device={str(device)!r} makes its own plan. "
                 "Leave them out; choices for CUDA are kept in cache=FOLDER."
             )
         return accelerate_cuda(
-            model, masks, device=device, input_size=input_size, measure=measure, batch=batch,
+            model, masks, device=target, input_size=input_size, measure=measure, batch=batch,
             **options,
         )  # fmt: skip
     if options:
@@ -86,50 +90,107 @@ def accelerate(
         )
     size = input_size
     if plan is not None:
-        if size is not None and tuple(size) != tuple(plan.input_size):
+        if not isinstance(plan, Plan):
+            raise PlanError(
+                f"plan must be a Plan of make_plan, got {type(plan).__name__}. A record of "
+                "Plan.to_dict() becomes one with Plan.from_dict(record)."
+            )
+        if size is not None and checked_size(size) != tuple(plan.input_size):
             raise PlanError(
                 f"input_size={tuple(size)}, but the plan is for {tuple(plan.input_size)}. Leave "
                 "input_size out, or make a plan for that size."
             )
         size, batch = plan.input_size, plan.batch
-    subject = prepare(model, masks, size)
-    with thread_count(threads) as count:
-        if plan is None:
-            plan, choices = plan_and_build(subject, count, measure, batch)
-            notes: list[str] = []
-        else:
-            plan.check(subject)
-            choices, notes = _carry_out(subject, plan), _differences(plan, count)
+    batch = checked_batch(batch)
+    # Packed tensors made in inference mode could never take part in autograd.
+    with torch.inference_mode(False), thread_count(threads) as count:
+        subject = prepare(model, masks, size)
+        report = _accelerate(subject, plan, count, measure, batch)
+    for line in report.notes:
+        log.log(logging.WARNING if line in subject.collapse.notes() else logging.INFO, "%s", line)
+    return report
+
+
+def _accelerate(
+    subject: PlanSubject, given: Plan | None, threads: int, measure: bool, batch: int
+) -> Report:
+    """Plan, build, check and swap; on any error the model is as it was."""
+    notes: list[str] = list(subject.collapse.notes())
+    if torch.nn.modules.module._has_any_global_hook():
+        notes.append(
+            "global module hooks are registered (torch.nn.modules.module): modules inside a "
+            "replaced part are not called, so these do not see them"
+        )
+    if given is None:
+        plan, choices = plan_and_build(subject, threads, measure, batch)
+    else:
+        given.check(subject)
+        plan, choices = given, _carry_out(subject, given)
+        notes += _differences(given, threads)
+    choices, parts = check_parts(subject, choices, Builder(subject))
+    unfolded: set[str] = set()
+    while True:
+        plan = plan.changed({name: (c.kind, c.reason) for name, c in choices.items()})
         swaps = _replacements(subject, choices)
         stages, found = stage_swaps(subject, swaps, measure, batch)
-        notes += found
-        swap = Swap(model, {**swaps, **stages})
+        swap = Swap(subject.model, {**swaps, **stages})
         outcome = Outcome(subject, plan, batch, measure)
+        outcome.parts = [part for part in parts if choices[part.name].built is not None]
         try:
             if swaps:
                 outcome.compare(swap)
                 if outcome.speedup is not None and outcome.speedup < 1:
                     swap.off()
-                    notes = [note for note in notes if note not in found]
+                    found = []
                     plan, swaps = outcome.give_up(plan, choices)
-                    swap = Swap(model, swaps)
+                    swap = Swap(subject.model, swaps)
             swap.on()
+            break
+        except Culprit as culprit:
+            swap.off()
+            subject = _less(subject, choices, culprit, unfolded)
         except BaseException:
             swap.off()
             raise
-        bits = {n: (tuple(m.shape), pack_bits(m)) for n, m in subject.masks.items()}
-        vars(model)[_RECORD] = {"plan": plan, "masks": bits}
-    report = _report(plan, swaps, outcome, notes)
-    for line in report.notes:
-        log.info("%s", line)
-    return report
+    bits = {n: (tuple(m.shape), pack_bits(m)) for n, m in subject.masks.items()}
+    vars(subject.model)[_RECORD] = {"plan": plan, "masks": bits}
+    return _report(plan, swaps, outcome, notes + found)
+
+
+def _less(
+    subject: PlanSubject, choices: dict[str, Choice], culprit: Culprit, unfolded: set[str]
+) -> PlanSubject:
+    """Replace less of a unit that the model uses in an unforeseen way. Changes ``choices``.
+
+    First the convolution without what follows it, then nothing. Raises UnsupportedModelError where
+    neither will do.
+    """
+    unit, choice = culprit.unit, choices[culprit.unit.name]
+    if unit.name not in unfolded and unit.block is None and unit.convs[0].bn is not None:
+        unfolded.add(unit.name)
+        subject, bare = subject.unfolded(unit)
+        reason = f"{choice.reason}; its norm stays: {culprit.why}"
+        choices[unit.name] = Choice(
+            choice.kind, reason, Builder(subject).build(bare, choice.kind), choice.ms
+        )
+        return subject
+    if unit.must_mask:
+        raise UnsupportedModelError(
+            f"{unit.name}: {culprit.why}; and its mask is not in the weights, so it cannot stay "
+            "as it is either. Nothing was changed. Multiply the mask into the weights first "
+            "(MaskSet.apply_)."
+        )
+    choices[unit.name] = Choice("dense", f"dense: {culprit.why}", None, choice.ms)
+    return subject
 
 
 def restore(model: nn.Module) -> None:
     """Put the original modules back, bit for bit.
 
-    Raises PlanError if ``accelerate`` was never called on ``model``.
+    Raises PlanError if ``accelerate`` was never called on ``model``, UnsupportedModelError if it is
+    no module.
     """
+    require_module(model)
     found = accelerated_parts(model)
     if vars(model).pop(_RECORD, None) is not None and not found:
         return  # accelerate had left everything as it was
@@ -157,6 +218,7 @@ def record_of(model: nn.Module) -> dict[str, Any] | None:
 
     None if it was never called. Raises PlanError if it was called on a part of the model.
     """
+    require_module(model)
     record = vars(model).get(_RECORD)
     if record is None and accelerated_parts(model):
         raise PlanError(
@@ -180,8 +242,11 @@ def _carry_out(subject: PlanSubject, plan: Plan) -> dict[str, Choice]:
                 f"{unit.name}: planned as dense, but its mask is not in the weights. Make a plan "
                 "for this model with make_plan(model, masks)."
             )
-        if kind != "dense" and unit.hooks:
-            raise PlanError(f"{unit.hooks} has hooks, which a replacement would not call.")
+        if kind != "dense" and (what := unit.changed):
+            raise PlanError(
+                f"{unit.name}: planned as {kind}, but {what}, which a replacement would not call. "
+                "Remove it, or make a new plan."
+            )
         built = None if kind == "dense" else builder.build(unit, kind)
         builder.release()
         choices[unit.name] = Choice(kind, entry.reason, built)
@@ -208,8 +273,14 @@ def _replacements(subject: PlanSubject, choices: Mapping[str, Choice]) -> dict[s
     stem = subject.trunk.stem
     if stem is not None and stem.pool_name and choices[stem.convs[-1].name].kind == "sparse":
         pool = subject.model.get_submodule(stem.pool_name)
-        if type(pool) is nn.AvgPool2d and (size := pool_size(pool)) > 1 and not hooked(pool):
-            swaps[stem.pool_name] = PlanarAvgPool2d(pool, size)
+        if (
+            type(pool) is nn.AvgPool2d
+            and (size := pool_size(pool)) > 1
+            and own_behaviour(pool) is None
+        ):
+            new = PlanarAvgPool2d(pool, size)
+            if same_pool(pool, new, stem.convs[-1].conv.out_channels):
+                swaps[stem.pool_name] = new
     return swaps
 
 
@@ -223,6 +294,7 @@ def _report(
 ) -> Report:
     sparse = [part for part in _parts(swaps) if isinstance(part, SparseEngine)]
     nonzeros = sum(part.nnz for part in sparse)
+    worst = max(outcome.parts, key=lambda part: part.error / part.bound, default=None)
     per_nonzero = sum(part.nbytes for part in sparse) / nonzeros if nonzeros else None
     return Report(
         plan=plan,
@@ -232,6 +304,8 @@ def _report(
         speedup=outcome.speedup,
         measured=outcome.measured if swaps or outcome.speedup else "nothing was replaced",
         max_rel_err=outcome.max_rel_err,
+        worst_part=worst,
+        parts_checked=len(outcome.parts),
         packed_bytes=sum(part.nbytes for part in _parts(swaps)),
         bytes_per_nonzero=per_nonzero,
         dense={unit.name: unit.reason for unit in plan.units if unit.kind == "dense"},

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import OpenTransError, UnsupportedModelError
-from ..masks import make_permanent
 from ..nn import Replacement
 from ..plan import Plan
 from ..plan.build import Builder
 from ..plan.choose import Choice
 from ..plan.clock import interleaved_ms
-from ..plan.records import totals_of
-from ..plan.subject import PlanSubject
-from ..topology import forward_trunk
+from ..plan.subject import PlanSubject, Unit, require_own_weight
+from ..topology import Trunk, forward_trunk
+from .parts import PartError, check_parts
+
+_log = logging.getLogger(__name__)
 
 #: Difference from the masked dense network, relative to its largest output, that means a defect.
 BROKEN = 1e-3
@@ -27,10 +29,24 @@ BROKEN = 1e-3
 LARGEST_SIDE = 512
 
 
+class Culprit(Exception):
+    """Internal: without this unit's replacement the network agrees. Never leaves this package."""
+
+    def __init__(self, unit: Unit, error: float) -> None:
+        super().__init__(unit.name)
+        self.unit = unit
+        self.why = (
+            f"the model's output changes by {error:.1e} when it is replaced, although it is exact "
+            "alone: the forward uses it in another way than by calling it once, such as reading "
+            "its weight, or calling its convolution without the norm"
+        )
+
+
 class Swap:
     """Exchanges modules by path, back and forth."""
 
     def __init__(self, model: nn.Module, replacements: Mapping[str, Replacement]) -> None:
+        self.model, self.replacements = model, replacements
         self.places = []
         for path, new in replacements.items():
             parent_path, _, key = path.rpartition(".")
@@ -45,6 +61,12 @@ class Swap:
         for modules, key, old, _ in self.places:
             modules[key] = old
 
+    def without(self, unit: Unit) -> Swap | None:
+        """The same but for one unit; None if that is not among them. To be called when off."""
+        own = {path for node in unit.convs for path, _ in node.folded()} | {unit.name}
+        rest = {path: new for path, new in self.replacements.items() if path not in own}
+        return Swap(self.model, rest) if len(rest) < len(self.replacements) else None
+
 
 class Whole(nn.Module):
     """The trunk of a model, looked up by name at each call, or all of it where there is none.
@@ -52,12 +74,12 @@ class Whole(nn.Module):
     Without a recognised stem the part that holds the residual stages runs, or the whole model.
     """
 
-    def __init__(self, subject: PlanSubject) -> None:
+    def __init__(self, model: nn.Module, trunk: Trunk) -> None:
         super().__init__()
-        self.model = subject.model
-        self.__dict__["trunk"] = subject.trunk
-        self.root = subject.trunk.prefix.rstrip(".")
-        self.what = "trunk" if subject.trunk.stem is not None else self.root or "model"
+        self.model = model
+        self.__dict__["trunk"] = trunk
+        self.root = trunk.prefix.rstrip(".")
+        self.what = "trunk" if trunk.stem is not None else self.root or "model"
 
     def channels(self) -> int:
         """Channels of the image: those of the first convolution."""
@@ -69,10 +91,55 @@ class Whole(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.trunk.stem is not None:
             return forward_trunk(self.trunk, x)[-1]
+        return next(iter(self.outputs(x)))
+
+    def outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Floating tensors that the part with the stages, or the model, returns by its own forward.
+
+        Raises whatever that forward raises, and UnsupportedModelError if it returns none.
+        """
         y = self.model.get_submodule(self.root)(x)
-        if isinstance(y, torch.Tensor):
-            return y
-        return next(t for t in torch.utils._pytree.tree_leaves(y) if isinstance(t, torch.Tensor))
+        leaves = torch.utils._pytree.tree_leaves(y)
+        found = [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if not found:
+            raise UnsupportedModelError(
+                f"{self.root or 'the model'} returns no floating tensor for an image, so it cannot "
+                "be compared or timed. Pass the tower that returns feature maps."
+            )
+        return found
+
+
+class Agreement(nn.Module):
+    """What is compared before and after: the trunk, and what the model's own forward returns.
+
+    A head may reject the image (attention pools take one size): then it is the trunk alone.
+    """
+
+    def __init__(self, whole: Whole, x: torch.Tensor) -> None:
+        super().__init__()
+        self.whole = whole
+        self.own = False
+        if whole.trunk.stem is not None:
+            try:
+                whole.outputs(x.clone())
+                self.own = True
+            except Exception as error:  # the model's own code, and only an additional check
+                _log.info("only the trunk is compared: %s: %s", type(error).__name__, error)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = [self.whole(x.clone())]
+        return found + self.whole.outputs(x.clone()) if self.own else found
+
+
+def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Largest difference of any output, relative to the largest value of that output."""
+    worst = 0.0
+    for got, want in zip(found, expected, strict=True):
+        if want.numel():
+            scale = max(float(want.abs().max()), torch.finfo(torch.float32).tiny)
+            error = float((got - want).abs().max()) / scale
+            worst = error if error != error else max(worst, error)
+    return worst
 
 
 class Outcome:
@@ -84,7 +151,7 @@ class Outcome:
 
     def __init__(self, subject: PlanSubject, plan: Plan, batch: int, measure: bool) -> None:
         self.subject, self.plan, self.measure = subject, plan, measure
-        self.whole = Whole(subject)
+        self.whole = Whole(subject.model, subject.trunk)
         generator = torch.Generator().manual_seed(0)
         height, width = plan.input_size
         if not measure:
@@ -96,24 +163,27 @@ class Outcome:
         self.measured = "measure=False"
         self.max_rel_err: float | None = None
         self.notes: list[str] = []
+        self.parts: list[PartError] = []
 
     def compare(self, swap: Swap) -> None:
-        """Error and times; the model is left as it was."""
+        """Error and times; the model is left as it was.
+
+        Raises Culprit for a unit that the model uses in another way than by calling it.
+        """
         with torch.no_grad():
             try:
-                expected = self._masked_dense()
+                agreement = Agreement(self.whole, self.x)
+                expected = self._dense(agreement)
             except OpenTransError:
                 raise
             except Exception as error:  # the model's own forward: its failure is only reported
                 self.measured = f"{type(error).__name__} in the model's own forward: {error}"
                 self.notes.append(f"not measured as a whole: {self.measured}")
                 return
-            swap.on()
-            try:
-                found = self.whole(self.x)
-            finally:
-                swap.off()
-        self._check(expected, found)
+            found = self._swapped(agreement, swap)
+            self._check(agreement, swap, expected, found)
+            if self.subject.collapse.zero and self.subject.collapse.cut is None:
+                self._note_constant(swap)
         if not self.measure:
             return
 
@@ -138,40 +208,85 @@ class Outcome:
         height, width = self.plan.input_size
         self.measured = f"{self.whole.what} at {height}x{width}"
 
-    def _masked_dense(self) -> torch.Tensor:
-        """The masked dense network; weights are masked in temporary copies."""
-        masked = {}
-        units = {c.name: u for u in self.subject.units for c in u.convs}
-        for name, mask in self.subject.masks.items():
-            conv = next(c.conv for c in units[name].convs if c.name == name)
-            if not units[name].must_mask:
-                continue
-            if "weight" not in conv._parameters:
-                raise UnsupportedModelError(
-                    f"{name}: its weight is computed from others (pruned or parametrized) and a "
-                    f"further mask is given. Make it permanent first: {make_permanent(conv)}."
-                )
-            masked[f"model.{name}.weight"] = conv.weight.detach() * mask
-        if not masked:
-            return self.whole(self.x)
-        return torch.func.functional_call(self.whole, masked, (self.x,))
+    def _swapped(
+        self, call: nn.Module, swap: Swap, weights: dict[str, torch.Tensor] | None = None
+    ) -> Any:
+        swap.on()
+        try:
+            if not weights:
+                return call(self.x)
+            return torch.func.functional_call(call, weights, (self.x,))
+        finally:
+            swap.off()
 
-    def _check(self, expected: torch.Tensor, found: torch.Tensor) -> None:
-        scale = float(expected.abs().max()) if expected.numel() else 0.0
-        if not torch.isfinite(torch.tensor(scale)):
+    def _dense(self, agreement: Agreement) -> list[torch.Tensor]:
+        """The masked dense network; weights are masked in temporary copies."""
+        masked: dict[str, torch.Tensor] = {}
+        for unit in self.subject.units:
+            masked |= self._masked(unit)
+        if not masked:
+            return agreement(self.x)
+        return torch.func.functional_call(agreement, masked, (self.x,))
+
+    def _masked(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """Masked weights of a unit whose masks are not in them, named as in Agreement."""
+        found = {}
+        for node in unit.convs if unit.must_mask else ():
+            if node.name not in self.subject.masks:
+                continue
+            require_own_weight(node)
+            weight = node.conv.weight.detach() * self.subject.masks[node.name]
+            found[f"whole.model.{node.name}.weight"] = weight
+        return found
+
+    def _check(
+        self, agreement: Agreement, swap: Swap,
+        expected: list[torch.Tensor], found: list[torch.Tensor],
+    ) -> None:  # fmt: skip
+        if not all(bool(torch.isfinite(want).all()) for want in expected):
             self.notes.append(
                 "the dense network's own output on a random image is NaN or Inf, so the two could "
                 "not be compared"
             )
             return
-        error = float((found - expected).abs().max()) if expected.numel() else 0.0
-        self.max_rel_err = error / max(scale, torch.finfo(torch.float32).tiny)
-        if not self.max_rel_err <= BROKEN:
-            raise UnsupportedModelError(
-                f"the accelerated network differs from the masked dense one by "
-                f"{self.max_rel_err:.1e} of its largest output; rounding explains at most about "
-                f"{BROKEN:.0e}. Nothing was changed. Activations may cancel or overflow in this "
-                "network; otherwise report this with the output of 'opentrans info'."
+        error = difference(found, expected)
+        if error <= BROKEN:
+            self.max_rel_err = error
+            return
+        again = difference(self._dense(agreement), expected)
+        if again > BROKEN:
+            self.notes.append(
+                f"the dense network itself answers the same image differently from call to call "
+                f"(by {again:.1e}), so the whole could not be compared; every part was"
+            )
+            return
+        for unit in self.subject.units:
+            less = swap.without(unit)
+            if less is None:
+                continue
+            now = self._swapped(agreement, less, self._masked(unit))
+            if difference(now, expected) <= BROKEN:
+                raise Culprit(unit, error)
+        raise UnsupportedModelError(
+            f"the accelerated network differs from the masked dense one by {error:.1e} of its "
+            f"largest output, although every part alone is exact; rounding explains at most about "
+            f"{BROKEN:.0e}. Nothing was changed. Either the network multiplies rounding errors "
+            "(activations that cancel), or its forward uses several layers in another way than by "
+            "calling them, such as reading their weights."
+        )
+
+    def _note_constant(self, swap: Swap) -> None:
+        """Layers are all zero and their order is not known: ask the network itself."""
+        other = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(1))
+        swap.on()
+        try:
+            same = torch.equal(self.whole(self.x.clone()), self.whole(other))
+        finally:
+            swap.off()
+        if same:
+            self.notes.append(
+                f"the {self.whole.what}'s output no longer depends on the input: two random images "
+                "give the same answer"
             )
 
     def give_up(
@@ -183,32 +298,21 @@ class Outcome:
             f"{self.before_ms:.2f} ms)"
         )
         builder = Builder(self.subject)
-        kinds: dict[str, str] = {}
-        swaps: dict[str, Replacement] = {}
+        compact: dict[str, Choice] = {}
         for unit in self.subject.units:
-            kinds[unit.name] = "compact" if unit.must_mask else "dense"
-            if unit.must_mask:
-                swaps.update(builder.build(unit, "compact").swaps)
+            kind = "compact" if unit.must_mask else "dense"
+            built = builder.build(unit, kind) if unit.must_mask else None
             builder.release()
-        units = tuple(
-            replace(entry, kind=kinds[entry.name], reason=f"{kinds[entry.name]}: {slower}")
-            if choices[entry.name].kind != kinds[entry.name]
-            else entry
-            for entry in plan.units
-        )
-        rows = tuple(
-            row
-            if row.kind == kinds[row.unit]
-            else replace(
-                row, kind=kinds[row.unit], executed_macs=row.nominal_macs, predicted_ms=None
-            )
-            for row in plan.rows
-        )
+            compact[unit.name] = Choice(kind, f"{kind}: {slower}", built)
+        compact, self.parts = check_parts(self.subject, compact, builder)
+        swaps: dict[str, Replacement] = {}
+        for choice in compact.values():
+            swaps.update(choice.built.swaps if choice.built is not None else {})
+        kinds = {n: (c.kind, c.reason) for n, c in compact.items() if c.kind != choices[n].kind}
         if swaps:
             self.notes.append(f"{slower}: it runs densely, with the masks applied")
             self.compare(Swap(self.subject.model, swaps))
         else:
             self.notes.append(f"{slower}: it was left as it was")
             self.after_ms, self.speedup = self.before_ms, 1.0
-        totals = totals_of(units, rows, plan.totals["predicted_dense_ms"])
-        return replace(plan, units=units, rows=rows, totals=totals), swaps
+        return plan.changed(kinds), swaps

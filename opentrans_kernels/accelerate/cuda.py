@@ -36,8 +36,11 @@ from ..gpu.modules import Passed, PlannedStage, PlannedStem, TrunkRunner
 from ..gpu.precision import float32_products
 from ..gpu.tune import FLOORS
 from ..nn import Replacement
-from ..plan.subject import Masks, PlanSubject, accelerated_parts, prepare
+from ..plan.models import accelerated_parts, require_module
+from ..plan.subject import Masks, PlanSubject, prepare
 from ..topology import find_trunk, forward_trunk
+from ..topology.behaviour import added_behaviour
+from ..watch import Watch
 from .compare import Swap
 
 __all__ = ["CudaReport", "accelerate_cuda"]
@@ -130,11 +133,10 @@ def accelerate_cuda(
     target = _device(device)
     place = Place.of(target, Precision.of(precision))
     subject = prepare(_twin(model), masks, input_size)
-    hooked = [unit.hooks for unit in subject.units if unit.hooks and unit.role != "loose"]
-    if hooked:
+    if (what := _changed(subject)) is not None:
         raise UnsupportedModelError(
-            f"{hooked[0]} has hooks, which a planned trunk would not call. Remove them, or "
-            "accelerate on the CPU, where such layers stay as they are."
+            f"{what}, which a planned trunk would not call. Remove it, or accelerate on the CPU, "
+            "where such layers stay as they are."
         )
     folder = default_folder() if cache == "" else cache
     plan, network = plan_trunk(subject, place, batch=batch, timer=timer, cache=TuneCache(folder))
@@ -202,7 +204,8 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _twin(model: nn.Module) -> nn.Module:
     """A float32 copy on the CPU, where folding and packing happen in float64."""
-    if isinstance(model, nn.Module) and (found := accelerated_parts(model)):
+    require_module(model)
+    if found := accelerated_parts(model):
         raise UnsupportedModelError(
             f"the model is already accelerated ({len(found)} modules, the first is "
             f"{found[0] or type(model).__name__!r}). Call opentrans_kernels.restore(model) first "
@@ -215,7 +218,20 @@ def _twin(model: nn.Module) -> nn.Module:
             f"the model cannot be copied ({error}). Make pruned weights permanent first: "
             "torch.nn.utils.prune.remove(module, 'weight')."
         ) from error
-    return twin.to("cpu", torch.float32) if isinstance(twin, nn.Module) else twin
+    return twin.to("cpu", torch.float32)
+
+
+def _changed(subject: PlanSubject) -> str | None:
+    """What was added to a module of the trunk, none of which is called as it was."""
+    trunk = subject.trunk
+    inside = list(trunk.stem.steps) if trunk.stem is not None else []
+    for stage in trunk.stages:
+        parts = subject.model.get_submodule(stage).named_modules()
+        inside += [f"{stage}.{name}" if name else stage for name, _ in parts]
+    for path in inside:
+        if extra := added_behaviour(subject.model.get_submodule(path)):
+            return f"{path} {extra}"
+    return next((u.changed for u in subject.units if u.role != "loose" and u.changed), None)
 
 
 def _channels(subject: PlanSubject) -> int:
@@ -263,6 +279,7 @@ def replacements(model: nn.Module, runner: TrunkRunner) -> dict[str, Replacement
     found: dict[str, Replacement] = {first: PlannedStem(model.get_submodule(first), runner)}
     for step in rest:
         found[step] = Passed(model.get_submodule(step))
+    found[first].opentrans_watch = Watch([(name, part, None) for name, part in found.items()], {})
     for index, stage in enumerate(trunk.stages):
-        found[stage] = PlannedStage(model.get_submodule(stage), runner, index)
+        found[stage] = PlannedStage(model.get_submodule(stage), runner, index, stage)
     return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..plan import Plan
+from .parts import PartError
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Report:
         measured.
     max_rel_err: largest difference from the masked dense network in float32 on a random image,
         relative to its largest output; it includes the rounding of both.
+    worst_part: the replaced layer that comes closest to its bound, twice dense's own error against
+        float64, with both errors; of parts_checked. None if nothing was replaced.
     packed_bytes: memory that acceleration adds; bytes_per_nonzero: of the sparse layers.
     dense: layer left as it was -> reason.
     accelerated: False if nothing was replaced.
@@ -30,6 +33,8 @@ class Report:
     speedup: float | None
     measured: str
     max_rel_err: float | None
+    worst_part: PartError | None
+    parts_checked: int
     packed_bytes: int
     bytes_per_nonzero: float | None
     dense: Mapping[str, str]
@@ -40,6 +45,7 @@ class Report:
         record = {key: getattr(self, key) for key in _REPORTED}
         return {
             **record,
+            "worst_part": None if self.worst_part is None else asdict(self.worst_part),
             "dense": dict(self.dense),
             "notes": list(self.notes),
             "plan": self.plan.to_dict(),
@@ -57,6 +63,11 @@ class Report:
             lines.append(f"speed-up not measured: {self.measured}")
         if self.max_rel_err is not None:
             lines.append(f"difference from the masked dense network: {self.max_rel_err:.1e}")
+        if self.worst_part is not None:
+            lines.append(
+                f"{self.parts_checked} replaced layers checked alone; the worst is "
+                f"{self.worst_part}"
+            )
         if self.bytes_per_nonzero is not None:
             lines.append(
                 f"packed weights: {self.packed_bytes / 1e6:.1f} MB, "
@@ -65,10 +76,11 @@ class Report:
         if self.dense:
             kept = "everything" if not self.accelerated else f"{len(self.dense)} layers"
             lines.append(f"left as it was: {kept}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        notes = (note for note in self.notes if note not in self.plan.notes)  # already above
+        return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
 _REPORTED = (
-    "accelerated", "before_ms", "after_ms", "speedup", "measured", "max_rel_err", "packed_bytes",
-    "bytes_per_nonzero",
+    "accelerated", "before_ms", "after_ms", "speedup", "measured", "max_rel_err", "parts_checked",
+    "packed_bytes", "bytes_per_nonzero",
 )  # fmt: skip

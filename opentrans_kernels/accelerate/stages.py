@@ -10,7 +10,8 @@ from torch import nn
 from ..nn import Replacement
 from ..plan.clock import interleaved_ms, undisturbed
 from ..plan.subject import PlanSubject
-from ..stage import AcceleratedStage, fused_runs, hooked
+from ..stage import AcceleratedStage, fused_runs
+from ..topology.behaviour import own_behaviour
 
 __all__ = ["stage_swaps"]
 
@@ -27,7 +28,7 @@ def stage_swaps(
     notes = []
     for path in subject.trunk.stages:
         original = subject.model.get_submodule(path)
-        if type(original) is not nn.Sequential or hooked(original):
+        if type(original) is not nn.Sequential or own_behaviour(original):
             continue
         future = nn.Sequential()
         for key, child in original._modules.items():

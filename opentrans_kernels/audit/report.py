@@ -23,6 +23,8 @@ from opentrans_kernels.compact import (
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.topology import Trunk, conv_shapes, find_trunk
+from opentrans_kernels.topology.collapse import collapse_of, find_collapse
+from opentrans_kernels.topology.shapes import checked_size
 
 
 @dataclass(frozen=True)
@@ -144,18 +146,28 @@ def audit(
 
     Raises MaskError if masks and model do not fit, or nothing can be inferred without a model.
     """
+    input_size = checked_size(input_size)
+    if model is not None and not isinstance(model, nn.Module):
+        raise MaskError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if masks is None and model is None:
         raise MaskError("audit needs masks, a model whose zeros are the mask, or both. Pass one.")
     if masks is None:
         masks = MaskSet.from_model_zeros(model)  # type: ignore[arg-type]
-    elif not isinstance(masks, MaskSet):
+    elif isinstance(masks, Mapping):
         masks = MaskSet.from_tensors(masks)
+    elif not isinstance(masks, MaskSet):
+        raise MaskError(
+            f"audit takes a MaskSet or a dict of name -> 0/1 tensor, got {type(masks).__name__}. "
+            "Read a file with load_masks(path)."
+        )
     if model is None:
         given = dict(masks.masks)
         network = infer_network(given, input_size)
         given = {layer.name: given[layer.name] for layer in network.layers if layer.name in given}
         own: dict[str, torch.Tensor] = {}
         channels = _from_masks(network, given)
+        kept = {layer.name: _bits(layer, given, own) for layer in network.layers}
+        collapse = find_collapse(network.stem, network.blocks, kept)
     else:
         match = masks.match(model)
         if not match.masks:
@@ -166,6 +178,11 @@ def audit(
         if match.unmatched_masks:
             network = _noted(network, str(match).split("\n"))
         channels = _compacted(trunk, given)
+        weights = {node.name: node.conv.weight.detach() for node in trunk.convs()}
+        collapse = collapse_of(
+            trunk, lambda name: given[name] if name in given else weights[name] != 0
+        )
+    network = _noted(network, collapse.notes())
     rows = tuple(
         make_row(
             layer,
@@ -186,6 +203,12 @@ def audit(
         totals=_totals(rows, {name for _, path, _ in network.blocks for name in path[:-1]}),
         notes=network.notes,
     )
+
+
+def _bits(layer: Layer, *found: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """bool: kept weights of a layer, all of them where nothing is known."""
+    masks = (masks[layer.name] for masks in found if layer.name in masks)
+    return next(masks, torch.ones(layer.shape, dtype=torch.bool))
 
 
 def _noted(network: Network, notes: list[str]) -> Network:

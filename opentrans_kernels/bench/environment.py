@@ -40,6 +40,8 @@ _LIMITS: dict[str, dict[str, str]] = {
         "OPENTRANS_CPU_CAPABILITY": "avx512",
     },
 }
+#: CPU flag that an instruction set needs.
+_FLAGS = {"avx2": "avx2", "avx512": "avx512f"}
 #: Bits of a vector that torch.compile may use under each limit (None: its own choice).
 SIMD_BITS = {"native": None, "avx2": 256, "avx512": 512}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -67,11 +69,25 @@ def missing_limits(isa: str, threads: int, environ: Mapping[str, str] | None = N
     return [name for name, value in wanted.items() if environ.get(name) != value]
 
 
+def check_isa(isa: str) -> None:
+    """Raise OpenTransError if this CPU lacks ``isa``; nothing where its flags are not known."""
+    flags = set(machine()["flags"])
+    needed = _FLAGS.get(isa)
+    if needed is not None and flags and needed not in flags:
+        others = ", ".join(name for name in ISAS if _FLAGS.get(name) in (None, *flags))
+        raise OpenTransError(
+            f"--isa {isa}: this CPU ({machine()['cpu']}) has no {needed}, so neither side can be "
+            f"run on it. Use one of --isa {others}."
+        )
+
+
 def rerun(arguments: list[str], isa: str, threads: int) -> int:
     """Run ``opentrans`` again in a process limited to ``isa``; returns its exit code.
 
-    The child shares stdin, stdout and stderr; this process only waits.
+    The child shares stdin, stdout and stderr; this process only waits. Raises OpenTransError if
+    this CPU lacks ``isa``.
     """
+    check_isa(isa)
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environ = {**os.environ, **isa_environment(isa, threads), "PYTHONPATH": os.pathsep.join(paths)}

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, MaskError, OpenTransError, UnsupportedModelError
-from ..masks import MaskMatch, MaskSet, read_state_dict, split_entry
-from ..synthetic import is_mask_spec, parse_mask_spec, synthetic_masks, synthetic_rn50
+from ..masks import MaskMatch, MaskSet, read_state_dict
+from ..synthetic import MaskSpec, read_masks, synthetic_masks, synthetic_rn50
+from ..synthetic import load_masks_file as load_masks_file
 from ..topology import conv_shapes, find_trunk
 
 _FAMILIES = ("torchvision", "timm")
@@ -117,16 +118,18 @@ def load_subject(
             "neither a mask nor a checkpoint was given, so there are no zeros to work on. Pass a "
             "mask file, or a recipe such as global:0.90."
         )
-    # Errors of the mask come first: building a tower takes seconds.
-    spec = parse_mask_spec(mask) if mask is not None and is_mask_spec(mask) else None
-    found = load_masks_file(mask) if mask is not None and spec is None else None
+    # Errors of files come first: building a tower takes seconds.
+    given = None if mask is None else read_masks(mask)
+    state = None if checkpoint is None else read_state_dict(checkpoint)
     model = build_tower(arch, seed=seed)
     weights = f"synthetic weights (seed {seed})"
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
+    if checkpoint is not None and state is not None:
+        load_weights_from(model, state, Path(checkpoint).name)
         weights = f"weights of {Path(checkpoint).name}"
-    if found is None:
-        found = MaskSet.from_model_zeros(model) if spec is None else synthetic_masks(model, spec)
+    if given is None:
+        found = MaskSet.from_model_zeros(model)
+    else:
+        found = synthetic_masks(model, given) if isinstance(given, MaskSpec) else given
     match = found.match(model)
     if not match.masks:
         raise MaskError(f"no mask of {mask} fits {arch}.\n{match}")
@@ -279,18 +282,3 @@ def _matching_prefix(
                 f"{where}{'.' if ':' in where else ':'}{names[0] or names[1]}."
             )
     return best
-
-
-def load_masks_file(path: str) -> MaskSet:
-    """Masks of FILE, or of FILE:ENTRY.
-
-    Raises:
-        MaskError: ``path`` is no file, or holds no valid masks.
-        CheckpointError: the file cannot be read safely.
-    """
-    if not Path(split_entry(path)[0]).exists():
-        raise MaskError(
-            f"mask {path!r} is neither a file nor a recipe. Pass an existing file, or a recipe "
-            "such as global:0.90 or uniform:0.90."
-        )
-    return MaskSet.load(path)

@@ -79,6 +79,7 @@ def run(
     """
     tell = progress or (lambda _: None)
     options.check()
+    TrunkModule(subject.model)  # refuses what is no ResNet before anything is measured
     torch.set_num_threads(options.threads)
     cores_before = _core_checks(options, tell)
     tell("fixed dense kernel, before")

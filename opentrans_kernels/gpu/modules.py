@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..nn import Replacement
+from ..watch import Watch
 from .graphs import GraphCache
 from .kernels import Place
 from .program import Program
@@ -94,8 +95,13 @@ class TrunkRunner:
             f"model.state_dict(), which is that of the dense model. {_FIX} to pickle the model."
         )
 
-    def check(self, module: nn.Module, x: torch.Tensor) -> None:
+    def check(self, module: nn.Module, x: torch.Tensor, watch: Watch | None) -> None:
         """Raise UnsupportedModelError, with the fix, for what the plan cannot serve."""
+        if watch is not None and (why := watch.changed()) is not None:
+            raise UnsupportedModelError(
+                f"{why} since acceleration, and a planned trunk does not call it. Remove it. To "
+                f"keep it: {_FIX}, and accelerate on the CPU, where such layers run as they are."
+            )
         if module.training:
             raise UnsupportedModelError(
                 f"this {type(module).__name__} is in training mode, but batch norms are folded "
@@ -125,9 +131,10 @@ class PlannedStem(Replacement):
     def __init__(self, original: nn.Module, runner: TrunkRunner) -> None:
         super().__init__(original)
         self.__dict__["opentrans_runner"] = runner
+        self.opentrans_watch: Watch | None = None  # of the whole stem, once all of it stands
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.opentrans_runner.check(self, x)
+        self.opentrans_runner.check(self, x, self.opentrans_watch)
         return self.opentrans_runner.run(x)[0]
 
 
@@ -141,11 +148,12 @@ class Passed(Replacement):
 class PlannedStage(Replacement):
     """In the place of one stage."""
 
-    def __init__(self, original: nn.Module, runner: TrunkRunner, index: int) -> None:
+    def __init__(self, original: nn.Module, runner: TrunkRunner, index: int, name: str) -> None:
         super().__init__(original)
+        self.opentrans_watch = Watch.inside(original, name, self._modules, {})
         self.__dict__["opentrans_runner"] = runner
         self.__dict__["opentrans_index"] = index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.opentrans_runner.check(self, x)
+        self.opentrans_runner.check(self, x, self.opentrans_watch)
         return self.opentrans_runner.stage(self.opentrans_index, x)

@@ -14,10 +14,11 @@ from ..audit import predicted_speedup
 from ..errors import PlanError
 from ..flops import effective_macs, executed_macs, nominal_macs
 from ..topology import ConvShape
+from .arguments import checked_batch, device_of, thread_count
 from .build import Builder
 from .choose import Choice, Chooser
 from .records import Plan, PlanRow, PlanUnit, totals_of
-from .subject import Masks, PlanSubject, Unit, prepare, thread_count
+from .subject import Masks, PlanSubject, Unit, prepare
 
 __all__ = ["Plan", "PlanRow", "PlanUnit", "make_plan", "plan_and_build", "prepare"]
 
@@ -38,7 +39,8 @@ def make_plan(
 
     Args:
         model: float32, eval mode, on the CPU.
-        masks: a MaskSet, name -> 0/1 tensors, or a mask file; None: the weights' own zeros.
+        masks: a MaskSet, name -> 0/1 tensors, a mask file, or a recipe for synthetic ones such as
+            "global:0.90"; None: the weights' own zeros.
         input_size: (height, width) in pixels the times are for; other sizes still work. None:
             the tower's ``image_size``, else 224x224.
         device: "cpu".
@@ -49,14 +51,13 @@ def make_plan(
     Raises:
         UnsupportedModelError, MaskError, CheckpointError, PlanError: see the messages.
     """
-    if torch.device(device).type != "cpu":
+    if device_of(device) != "cpu":
         raise PlanError(
             f"device={device!r}: this version accelerates on the CPU only. Pass device='cpu'."
         )
-    if not isinstance(batch, int) or batch < 1:
-        raise PlanError(f"batch={batch!r} must be a whole number of at least 1.")
-    subject = prepare(model, masks, input_size)
-    with thread_count(threads) as count:
+    batch = checked_batch(batch)
+    with torch.inference_mode(False), thread_count(threads) as count:
+        subject = prepare(model, masks, input_size)
         return plan_and_build(subject, count, measure, batch, keep=False)[0]
 
 

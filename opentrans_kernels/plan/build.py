@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..compact import CompactBlock, FoldedConv, compact_trunk, fold_conv
@@ -22,6 +21,7 @@ from ..nn import (
     Replacement,
     SparseConv2d,
     SparseEngine,
+    watch_together,
 )
 from ..topology import ConvNode, fold_bn
 from .subject import PlanSubject, Unit
@@ -76,7 +76,11 @@ class Builder:
             for role, conv in folded.items()
         }
         block = unit.block
-        module = AcceleratedBlock(block.module, engines, block.pool, block.down_pool)
+        inside = len(block.name) + 1
+        masks = {name[inside:]: mask for name, mask in self._masks(unit).items()}
+        module = AcceleratedBlock(
+            block.module, engines, block.pool, block.down_pool, masks, block.name
+        )
         return Built(
             kind,
             module,
@@ -105,59 +109,50 @@ class Builder:
             return "downsample"
         return f"conv{unit.convs.index(node) + 1}"
 
+    def _masks(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """The masks of a unit that are not in its weights."""
+        if not unit.must_mask:
+            return {}
+        given = self.subject.masks
+        return {node.name: given[node.name] for node in unit.convs if node.name in given}
+
     def _conv(self, unit: Unit, kind: str) -> Built:
         node = unit.convs[0]
-        if unit.unsupported is None:
-            folded = self.compact.stem.get(node.name)
-            folded = folded or fold_conv(node, self.subject.masks.get(node.name))
-            weight, bias = folded.weight, folded.bias
-        else:
-            weight, bias = fold_bn(node, masked_weight(node, self.subject.masks.get(node.name)))
+        mask = self.subject.masks.get(node.name)
+        relu = node.act is not None  # one that others share still runs, and is not folded
         if kind == "sparse":
+            folded = fold_conv(node, mask)
+            weight = folded.weight
             module: AcceleratedConv2d = SparseConv2d(
-                node.conv, SparseEngine.from_folded(folded), node.relu
+                node.conv, SparseEngine.from_folded(folded), relu
             )
         else:
-            module = AcceleratedConv2d(node.conv, DenseEngine(weight, bias, node.conv), node.relu)
+            weight, bias = fold_bn(node, masked_weight(node, mask))
+            module = AcceleratedConv2d(node.conv, DenseEngine(weight, bias, node.conv), relu)
         swaps: dict[str, Replacement] = {node.name: module}
         if node.bn is not None and node.bn_name is not None:
             swaps[node.bn_name] = FoldedBatchNorm(node.bn)
-        if node.relu and node.act_name is not None:
-            swaps[node.act_name] = FoldedActivation(self._activation(node.act_name))
+        if node.act is not None and node.act_name is not None:
+            swaps[node.act_name] = FoldedActivation(node.act)
+        if len(swaps) > 1:
+            masks = {"": mask} if unit.must_mask and mask is not None else {}
+            watch_together(swaps, masks)
         nnz = {node.name: module.opentrans_engine.nnz}
         return Built(kind, module, swaps, nnz, {node.name: tuple(weight.shape[:2])})
-
-    def _activation(self, path: str) -> nn.Module:
-        return self.subject.model.get_submodule(path)
 
 
 def check_replaceable(unit: Unit) -> None:
     """Raise UnsupportedModelError if a unit that needs its mask applied cannot be replaced."""
-    if unit.must_mask and (where := unit.hooks):
+    if unit.must_mask and (what := unit.changed):
         raise UnsupportedModelError(
-            f"{where} has hooks, which a replacement of {unit.name} would not call, and its mask "
-            "is not in the weights yet. Remove the hooks, or multiply the mask into the weights "
-            "first (MaskSet.apply_)."
+            f"{what}, which a replacement of {unit.name} would not call, and its mask is not in "
+            "the weights yet, so the layer cannot stay as it is either. Remove what was added, or "
+            "multiply the mask into the weights first (MaskSet.apply_)."
         )
 
 
 def dense_call(unit: Unit) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The unit as the model runs it now: block, or convolution, norm and activation."""
+    """The unit as the model runs it now: block, or convolution, norm and activation of its own."""
     if unit.block is not None:
         return unit.block.module
-    node = unit.convs[0]
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        y = node.conv(x)
-        y = y if node.bn is None else node.bn(y)
-        return F.relu(y, inplace=True) if node.relu else y
-
-    return run
-
-
-def built_call(unit: Unit, built: Built) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The replacement with what stays behind it: an activation that others share still runs."""
-    node = unit.convs[0]
-    if unit.block is None and node.relu and node.act_name is None:
-        return lambda x: F.relu(built.module(x))
-    return built.module
+    return nn.Sequential(*(module for _, module in unit.convs[0].folded()))

@@ -8,7 +8,7 @@ import torch
 
 from ..audit import predicted_speedup
 from ..ops.library import plane_padded
-from .build import Builder, Built, built_call, check_replaceable, dense_call
+from .build import Builder, Built, check_replaceable, dense_call
 from .clock import interleaved_ms, undisturbed
 from .subject import PlanSubject, Unit
 
@@ -52,8 +52,8 @@ class Chooser:
             return Choice("dense", "dense: no zeros")
         if unit.must_mask:
             return None
-        if unit.hooks:
-            return Choice("dense", f"dense: {unit.hooks} has hooks, which would not run")
+        if what := unit.changed:
+            return Choice("dense", f"dense: {what}, which would not run")
         if unit.unsupported:
             return Choice("dense", f"dense: the convolution {unit.unsupported}")
         return None
@@ -74,7 +74,7 @@ class Chooser:
         forms = {kind: self.builder.build(unit, kind) for kind in kinds}
         native, arriving = self._inputs(unit)
         dense = dense_call(unit)
-        calls = {kind: _bind(built_call(unit, built), arriving) for kind, built in forms.items()}
+        calls = {kind: _bind(built.module, arriving) for kind, built in forms.items()}
         calls["dense"] = _bind(dense, native)
         if arriving is not native:
             calls["dense here"] = _bind(dense, arriving)

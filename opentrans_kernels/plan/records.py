@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import PlanError
@@ -116,6 +116,23 @@ class Plan:
                 f"the plan is for other masks ({self.masks_label}, hash {self.masks_hash[:12]}), "
                 f"given were {subject.masks_label} (hash {subject.masks_hash[:12]}). {fix}"
             )
+
+    def changed(self, kinds: Mapping[str, tuple[str, str]]) -> Plan:
+        """The plan with other decisions: unit -> (kind, reason)."""
+        own = {unit.name: (unit.kind, unit.reason) for unit in self.units} | dict(kinds)
+        units = tuple(
+            replace(unit, kind=own[unit.name][0], reason=own[unit.name][1]) for unit in self.units
+        )
+        rows = tuple(
+            row
+            if row.kind == own[row.unit][0]
+            else replace(
+                row, kind=own[row.unit][0], executed_macs=row.nominal_macs, predicted_ms=None
+            )
+            for row in self.rows
+        )
+        totals = totals_of(units, rows, self.totals.get("predicted_dense_ms"))
+        return replace(self, units=units, rows=rows, totals=totals)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

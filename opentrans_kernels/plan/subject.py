@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn.utils.prune import BasePruningMethod
 
-from ..errors import MaskError, PlanError, UnsupportedModelError
-from ..masks import MaskSet
+from ..errors import MaskError, UnsupportedModelError
+from ..masks import MaskSet, make_permanent
+from ..synthetic import is_mask_spec, masks_for
 from ..topology import BlockNode, ConvNode, ConvShape, Trunk, conv_shapes, find_trunk
-from ..topology.blocks import plain_conv
-from ..topology.fold import count_non_finite
+from ..topology.behaviour import added_behaviour, first_changed
+from ..topology.blocks import alone, plain_conv
+from ..topology.collapse import Collapse, collapse_of
+from .arguments import checked_size
+from .models import accelerated_parts as accelerated_parts
+from .models import check_model as check_model
 
 Masks = MaskSet | Mapping[str, torch.Tensor] | str | os.PathLike[str] | None
 
@@ -56,26 +58,15 @@ class Unit:
         return plain_conv(self.convs[0].conv)
 
     @property
-    def hooks(self) -> str | None:
-        """A module with hooks that a replacement would not call; None if there is none."""
+    def changed(self) -> str | None:
+        """What a replacement would not call ("layer1.0.bn2 has hooks"); None if there is none."""
         if self.block is not None:
-            modules = [(f"{self.name}.{n}" if n else self.name, m)
-                       for n, m in self.block.module.named_modules()]  # fmt: skip
-        else:
-            node = self.convs[0]
-            modules = [(node.name, node.conv), *((p, b) for p, b in [(node.bn_name, node.bn)] if b)]
-        return next((str(name) for name, module in modules if _has_hooks(module)), None)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    state = vars(module)
-    before = [
-        hook
-        for hook in state.get("_forward_pre_hooks", {}).values()
-        if not isinstance(hook, BasePruningMethod)  # computes the weight, which is read instead
-    ]
-    others = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return bool(before) or any(state.get(key) for key in others)
+            # The class of the block is proved by tracing; what its instance adds is not.
+            if extra := added_behaviour(self.block.module):
+                return f"{self.name} {extra}"
+            inner = self.block.module.named_modules()
+            return first_changed((f"{self.name}.{n}", m) for n, m in inner if n)
+        return first_changed((n, m) for n, m in self.convs[0].folded())
 
 
 @dataclass(frozen=True)
@@ -95,11 +86,18 @@ class PlanSubject:
     input_size: tuple[int, int]
     shapes: Mapping[str, ConvShape]
     units: tuple[Unit, ...]
+    collapse: Collapse
     notes: tuple[str, ...]
 
     @property
     def has_zeros(self) -> bool:
         return any(unit.density < 1 for unit in self.units)
+
+    def unfolded(self, unit: Unit) -> tuple[PlanSubject, Unit]:
+        """The subject with nothing claimed about what follows the convolution of ``unit``."""
+        bare = replace(unit, convs=tuple(alone(node) for node in unit.convs))
+        units = tuple(bare if other is unit else other for other in self.units)
+        return replace(self, units=units), bare
 
     def architecture(self) -> str:
         """SHA-256 (hex) over names, shapes, strides and paddings of all convolutions."""
@@ -109,63 +107,6 @@ class PlanSubject:
             for node in unit.convs
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def accelerated_parts(model: nn.Module) -> list[str]:
-    """Names of the replacements that an earlier ``accelerate`` put into the model."""
-    return [n for n, m in model.named_modules() if "opentrans_original" in vars(m)]
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise UnsupportedModelError unless ``model`` is a dense float32 CPU model in eval mode."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"a torch.nn.Module is needed, got {type(model).__name__}. Build the network and load "
-            "its weights first."
-        )
-    if found := accelerated_parts(model):
-        raise UnsupportedModelError(
-            f"the model is already accelerated ({len(found)} modules, the first is "
-            f"{found[0] or type(model).__name__!r}). Call opentrans_kernels.restore(model) first "
-            "to plan it again."
-        )
-    if isinstance(model, nn.Conv2d):
-        raise UnsupportedModelError(
-            "the model is a bare Conv2d, which cannot be replaced in place. Use "
-            "opentrans_kernels.nn.SparseConv2d.from_conv(conv, mask), or wrap it in nn.Sequential."
-        )
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d):
-            continue
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
-                hook(module, None)  # weight = weight_orig * weight_mask, as each forward does
-        _check_conv(name, module)
-
-
-def _check_conv(name: str, conv: nn.Conv2d) -> None:
-    weight = conv.weight
-    if weight.device.type != "cpu":
-        raise UnsupportedModelError(
-            f"{name} is on {weight.device}; this version accelerates on the CPU only. Call "
-            "model.cpu() first."
-        )
-    if weight.dtype != torch.float32:
-        raise UnsupportedModelError(
-            f"{name} is {weight.dtype}; the sparse kernels compute in float32. Call model.float() "
-            "first."
-        )
-    if conv.training:
-        raise UnsupportedModelError(
-            f"{name} is in training mode; acceleration folds batch norms and packs weights for "
-            "inference. Call model.eval() first."
-        )
-    for label, tensor in (("weight", weight), ("bias", conv.bias)):
-        if tensor is not None and (bad := count_non_finite(tensor.detach())):
-            raise UnsupportedModelError(
-                f"{name}: {bad} of {tensor.numel()} {label} values are NaN or Inf. The checkpoint "
-                "is damaged or diverged; load a sound one."
-            )
 
 
 def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) -> PlanSubject:
@@ -185,6 +126,11 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
         shapes = {}
         notes.append(f"no sizes and no timings: {error}")
     given, digest, label = _resolve_masks(model, masks)
+    if isinstance(masks, str) and is_mask_spec(masks):
+        notes.append(
+            f"SYNTHETIC mask from the recipe {masks!r}: speed and exactness are real measurements, "
+            "the network's predictions mean nothing"
+        )
     known = {node.name for node in trunk.convs()}
     if stray := [name for name in given if name not in known]:
         raise MaskError(
@@ -192,6 +138,7 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
             f"({'; '.join(trunk.notes)}). Leave this mask out, or multiply it into the weights "
             "first (MaskSet.apply_)."
         )
+    collapse = collapse_of(trunk, lambda name: _nonzero(trunk.conv(name), given))
     return PlanSubject(
         model=model,
         trunk=trunk,
@@ -201,7 +148,8 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
         input_size=size,
         shapes=shapes,
         units=tuple(_units(trunk, given)),
-        notes=tuple(notes),
+        collapse=collapse,
+        notes=(*notes, *collapse.notes()),
     )
 
 
@@ -210,12 +158,7 @@ def _input_size(trunk: Trunk, given: tuple[int, int] | None) -> tuple[int, int]:
         root = trunk.model.get_submodule(trunk.prefix.rstrip("."))
         side = getattr(root, "image_size", 224)
         given = tuple(side) if isinstance(side, tuple | list) else (side, side)
-    valid = isinstance(given, tuple | list) and len(given) == 2
-    if not valid or not all(isinstance(n, int) and n > 0 for n in given):
-        raise PlanError(
-            f"input_size={given!r} must be (height, width) in pixels, such as (224, 224)."
-        )
-    return given[0], given[1]
+    return checked_size(given)
 
 
 def _resolve_masks(model: nn.Module, masks: Masks) -> tuple[dict[str, torch.Tensor], str, str]:
@@ -224,9 +167,14 @@ def _resolve_masks(model: nn.Module, masks: Masks) -> tuple[dict[str, torch.Tens
         zeros = MaskSet.from_model_zeros(model)
         return {}, zeros.content_hash(), "the weights' own zeros"
     if isinstance(masks, str | os.PathLike):
-        masks = MaskSet.load(masks)
-    elif not isinstance(masks, MaskSet):
+        masks = masks_for(masks, model)
+    elif isinstance(masks, Mapping):
         masks = MaskSet.from_tensors(masks)
+    elif not isinstance(masks, MaskSet):
+        raise MaskError(
+            f"masks must be a MaskSet, a dict of name -> 0/1 tensor, a mask file or a recipe such "
+            f"as 'global:0.90', got {type(masks).__name__}. None takes the weights' own zeros."
+        )
     found = masks.transfer_to(model)
     return dict(found.masks), found.content_hash(), str(found)
 
@@ -240,36 +188,28 @@ def _units(trunk: Trunk, masks: Mapping[str, torch.Tensor]) -> Iterator[Unit]:
         yield _unit(node.name, "loose", (node,), None, masks)
 
 
+def require_own_weight(node: ConvNode) -> None:
+    """Raise UnsupportedModelError unless the weight is a parameter, which a mask can be put on."""
+    if "weight" not in node.conv._parameters:
+        raise UnsupportedModelError(
+            f"{node.name}: its weight is computed from others (pruned or parametrized) and a "
+            f"further mask is given. Make it permanent first: {make_permanent(node.conv)}."
+        )
+
+
+def _nonzero(node: ConvNode, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """bool: weights that are not zero after masking."""
+    nonzero = node.conv.weight.detach() != 0
+    return nonzero & masks[node.name] if node.name in masks else nonzero
+
+
 def _unit(
     name: str, role: str, convs: tuple[ConvNode, ...], block: BlockNode | None,
     masks: Mapping[str, torch.Tensor],
 ) -> Unit:  # fmt: skip
     nnz, must_mask = {}, False
     for node in convs:
-        nonzero = node.conv.weight.detach() != 0
-        before = int(torch.count_nonzero(nonzero))
-        if node.name in masks:
-            nonzero &= masks[node.name]
-        nnz[node.name] = int(torch.count_nonzero(nonzero))
+        before = int(torch.count_nonzero(node.conv.weight.detach()))
+        nnz[node.name] = int(torch.count_nonzero(_nonzero(node, masks)))
         must_mask |= nnz[node.name] != before
     return Unit(name, role, convs, block, nnz, must_mask)
-
-
-@contextlib.contextmanager
-def thread_count(threads: int | None) -> Iterator[int]:
-    """Run with this many torch threads (None: as they are); yields the number in force."""
-    before = torch.get_num_threads()
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise PlanError(f"threads={threads!r} must be a whole number of at least 1.")
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        yield torch.get_num_threads()
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
-
-
-def as_plain(value: Any) -> Any:
-    """Tuples as lists, recursively: what JSON gives back."""
-    return json.loads(json.dumps(value))

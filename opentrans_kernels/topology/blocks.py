@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -208,6 +207,6 @@ def _call(module: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def as_loose(convs: Iterable[ConvNode]) -> list[ConvNode]:
-    """The same convolutions with nothing claimed about what follows them."""
-    return [replace(c, bn=None, bn_name=None, relu=False, act_name=None) for c in convs]
+def alone(node: ConvNode) -> ConvNode:
+    """The same convolution with nothing claimed about what follows it."""
+    return replace(node, bn=None, bn_name=None, relu=False, act_name=None, act=None)

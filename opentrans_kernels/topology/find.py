@@ -171,7 +171,8 @@ def _read_stem(
             raise Unrecognised(f"no ReLU module after conv{i} (act{i}, relu{i} or relu)")
         shared = count > 1 and keys[0] in ("relu", "act")
         paths = (f"{prefix}conv{i}", f"{prefix}bn{i}", None if shared else f"{prefix}{keys[0]}")
-        nodes.append(conv_node(paths, child(root, f"conv{i}"), child(root, f"bn{i}"), True))
+        node = conv_node(paths, child(root, f"conv{i}"), child(root, f"bn{i}"), True)
+        nodes.append(node if shared else replace(node, act=child(root, keys[0])))
         steps += [f"conv{i}", f"bn{i}", keys[0]]
     # Order matters: in torchvision ``avgpool`` is the head's pool and ``maxpool`` the stem's.
     pools = [k for k in ("maxpool", "avgpool") if child(root, k) is not None]
@@ -234,7 +235,7 @@ def _loose(model: nn.Module, taken: set[int]) -> tuple[list[ConvNode], list[str]
         else:
             loose[name] = ConvNode(name, module)
     for path, module in walk_modules(model):
-        if type(module) is not nn.Sequential:
+        if type(module) is not nn.Sequential or "forward" in vars(module):
             continue
         parts = [(f"{path}.{k}" if path else k, original(m)) for k, m in module.named_children()]
         for (name, conv), (bn_name, bn) in zip(parts, parts[1:], strict=False):
@@ -247,6 +248,11 @@ def _loose(model: nn.Module, taken: set[int]) -> tuple[list[ConvNode], list[str]
             relu = is_relu(act)
             alone = relu and uses[id(act)] == 1
             loose[name] = replace(
-                loose[name], bn=bn, bn_name=bn_name, relu=relu, act_name=act_name if alone else None
+                loose[name],
+                bn=bn,
+                bn_name=bn_name,
+                relu=relu,
+                act_name=act_name if alone else None,
+                act=act if alone else None,
             )
     return list(loose.values()), notes

@@ -30,6 +30,7 @@ class ConvNode:
     act_name: module path of that ReLU when it serves this convolution alone, so that it may be
         swapped for ``Identity``; None when it is shared or sits behind the addition. Leaving a ReLU
         in place after a fused one is harmless: relu(relu(x)) = relu(x).
+    act: that module, with ``act_name``.
     """
 
     name: str
@@ -38,6 +39,15 @@ class ConvNode:
     bn_name: str | None = None
     relu: bool = False
     act_name: str | None = None
+    act: nn.Module | None = None
+
+    def folded(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) of the convolution and of what a replacement of it computes as well."""
+        yield self.name, self.conv
+        if self.bn is not None:
+            yield str(self.bn_name), self.bn
+        if self.act is not None:
+            yield str(self.act_name), self.act
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from opentrans_kernels.errors import UnsupportedModelError
+from opentrans_kernels.errors import PlanError, UnsupportedModelError
 from opentrans_kernels.topology.find import find_trunk, walk_modules
 from opentrans_kernels.topology.nodes import ConvShape, Trunk
 from opentrans_kernels.topology.tracing import meta_copy
+
+_MOST_PIXELS = 2**31 - 1
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def checked_size(given: Any) -> tuple[int, int]:
+    """(height, width) in pixels. Raises PlanError for anything else."""
+    if not isinstance(given, tuple | list) or len(given) != 2 or not all(map(is_count, given)):
+        raise PlanError(
+            f"input_size={given!r} must be (height, width) in pixels, such as (224, 224)."
+        )
+    if given[0] * given[1] > _MOST_PIXELS:
+        raise PlanError(f"input_size={given!r} has more than {_MOST_PIXELS} pixels. Use a smaller.")
+    return given[0], given[1]
 
 
 def forward_trunk(trunk: Trunk, x: torch.Tensor) -> list[torch.Tensor]:

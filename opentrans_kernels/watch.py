@@ -1,0 +1,127 @@
+"""Modules that a replacement stands for without calling them: noticed when they come to matter.
+
+A block that runs as one op does not call its convolutions, so a hook that somebody gives one of
+them after acceleration would be dropped. The replacement asks its :class:`Watch` at every call, and
+where something was added, the masked dense modules run instead, hooks included.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import UnsupportedModelError
+from .masks.packed import pack_bits
+from .topology.behaviour import added_behaviour
+
+__all__ = ["Watch", "hooked"]
+
+_log = logging.getLogger(__name__)
+_FIX = "Call opentrans_kernels.restore(model) first"
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks of any kind, or a forward set on the instance."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+class _Place:
+    """One watched module: where it hangs, and how it looked when acceleration was built."""
+
+    def __init__(self, name: str, module: nn.Module, parent: dict[str, Any] | None) -> None:
+        self.name, self.module, self.parent = name, module, parent
+        self.key = name.rpartition(".")[2]
+        self.size = len(module.__dict__)
+
+    def changed(self) -> str | None:
+        if self.parent is not None and self.parent[self.key] is not self.module:
+            raise UnsupportedModelError(
+                f"{self.name} was exchanged after acceleration, but the packed weights are those "
+                f"of the module that was there. {_FIX}, exchange it, and accelerate again."
+            )
+        if (extra := added_behaviour(self.module)) is not None:
+            return f"{self.name} {extra}"
+        self.size = len(self.module.__dict__)  # an attribute that calling it does not use
+        return None
+
+
+class Watch:
+    """The modules of one replaced part, and the masks that make it the masked dense part.
+
+    modules: (name, module, the ``_modules`` that holds it or None).
+    masks: path of a convolution below the replaced module ("" for itself) -> bool mask, for
+        those whose mask is not in the weights.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[tuple[str, nn.Module, dict[str, Any] | None]],
+        masks: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._places = [_Place(*entry) for entry in modules]
+        self._masks = {p: (tuple(m.shape), pack_bits(m)) for p, m in masks.items()}
+        self._told = False
+        self._newest: int | None = None  # number of the newest hook when nothing was found
+
+    @classmethod
+    def inside(
+        cls, block: nn.Module, name: str, held: dict[str, Any], masks: Mapping[str, torch.Tensor]
+    ) -> Watch:
+        """Everything below ``block`` (``name`` in the model), whose replacement holds ``held``."""
+        places = []
+        for path, module in block.named_modules():
+            if path:
+                above = path.rpartition(".")[0]
+                parent = block.get_submodule(above)._modules if above else held
+                places.append((f"{name}.{path}".lstrip("."), module, parent))
+        return cls(places, masks)
+
+    def changed(self) -> str | None:
+        """What was added since, in words; None for nothing."""
+        newest = -1 if torch.compiler.is_compiling() else RemovableHandle.next_id
+        quiet = newest == self._newest  # nobody anywhere has registered a hook since
+        for place in self._places:
+            state = place.module.__dict__
+            if (
+                len(state) != place.size
+                or (place.parent is not None and place.parent[place.key] is not place.module)
+                or not (
+                    quiet
+                    or (not state["_forward_hooks"] and not state["_forward_pre_hooks"])
+                    and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
+                )
+            ) and (why := place.changed()) is not None:
+                return why
+        if newest >= 0:
+            self._newest = newest
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_newest": None}  # another process counts its hooks anew
+
+    def dense(self, original: nn.Module, x: torch.Tensor, why: str) -> torch.Tensor:
+        """The masked dense part; said once per part, because it is slower."""
+        if not self._told:
+            self._told = True
+            _log.warning(
+                "%s since acceleration: this %s runs densely, so that it is called. Remove it to "
+                "be fast again.", why, type(original).__name__,
+            )  # fmt: skip
+        if not self._masks:
+            return original(x)
+        weights = {}
+        for path, (shape, bits) in self._masks.items():
+            conv = original.get_submodule(path)
+            keep = np.unpackbits(bits, count=math.prod(shape)).view(np.bool_)
+            mask = torch.from_numpy(keep).view(shape)
+            weights[f"{path}.weight".lstrip(".")] = conv.weight.detach() * mask
+        return torch.func.functional_call(original, weights, (x,))
