@@ -7,13 +7,13 @@ import io
 import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import accel_nets as nets
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import ForkingPickler
 
 from opentrans_kernels import (
     PlanError,
