@@ -20,6 +20,7 @@ from torch import nn
 from . import dispatch, native
 from .compact import FoldedConv, fold_conv
 from .errors import UnsupportedModelError
+from .freshness import Watch, watch_over
 from .ops.sparse_bottleneck import fusible
 from .pack import SparseWeight
 from .topology import ConvNode
@@ -153,6 +154,8 @@ class Replacement(nn.Module):
     """Stands in for ``opentrans_original``: same parameters, buffers, children and attributes."""
 
     opentrans_original: nn.Module
+    #: Over what the packed tensors were made from.
+    opentrans_watch: Watch | None = None
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -181,8 +184,15 @@ class Replacement(nn.Module):
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        if self.opentrans_watch is not None:
+            self.opentrans_watch.arm()  # to know afterwards what a conversion started from
+        return super()._apply(fn, recurse)
+
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as the kernels take it. Raises UnsupportedModelError with the fix."""
+        if self.opentrans_watch is not None and not torch.compiler.is_compiling():
+            self.opentrans_watch.require()
         if self.training:
             raise UnsupportedModelError(
                 f"this {type(self).__name__} is in training mode, but its batch norm is folded "
@@ -265,7 +275,9 @@ class SparseConv2d(AcceleratedConv2d):
                 "apply it yourself."
             )
         node = ConvNode("conv", conv, bn, None if bn is None else "bn", relu)
-        return cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), relu).eval()
+        found = cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), relu).eval()
+        found.opentrans_watch = watch_over([node])
+        return found
 
     def sparse_weight(self) -> SparseWeight:
         """The packed weight."""

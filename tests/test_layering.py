@@ -18,7 +18,7 @@ FLOORS = (
     ("errors", "settings", "native", "lazy"),
     ("masks", "synthetic", "topology"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
-    ("plan", "nn", "stage", "spectrum", "gpu"),
+    ("plan", "nn", "stage", "freshness", "spectrum", "gpu"),
     ("accelerate", "checkpoint"),
     ("bench",),
     ("opentrans",),
