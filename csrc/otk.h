@@ -148,17 +148,16 @@ void gram_eigenvalues(const StridedMatrices& a, double scale, double threshold, 
                       double* values, int64_t* redone, const Parallel& par);
 
 // Checksums of memory, block by block of kBlockBytes, the last one shorter. A block is read as 64-bit
-// words w, the last one filled up with zeros; its checksum is the sum of (w ^ (w >> 32)) * key of
-// the position, keys being odd, modulo 2^64. One changed word is always noticed, more than one but
-// for 2^-33 of the cases.
+// words w, the last one filled up with zeros; its checksum is the sum of (w ^ (w >> 29)) * key of
+// the position, keys being odd, modulo 2^64. One changed word always changes it.
 constexpr int64_t kBlockBytes = 2048;
 struct Memory {
   const void* data;
   int64_t bytes;
 };
 void block_sums(const Memory& memory, int64_t* sums, const Parallel& par);
-// Whether a block differs from its checksum. Of every `turns` blocks that follow each other the one
-// at position `turn` is read; where there are fewer, one of them.
+// Whether a block differs from its checksum. Read are the blocks of the part `turn` of `turns`, one
+// at least; turns = 1: all of them.
 bool blocks_differ(const Memory& memory, const int64_t* sums, int64_t turn, int64_t turns,
                    const Parallel& par);
 

@@ -10,16 +10,22 @@ something looks different, all bits are compared: the same weights at another pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import itertools
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils._mode_utils import no_dispatch
 
 from . import settings
 from .errors import UnsupportedModelError
 from .ops.contents import Contents
+from .ops.library import in_dispatch_mode
 from .topology import ConvNode
 
 __all__ = ["TURNS", "Watch", "watch_over"]
@@ -29,7 +35,15 @@ TURNS = 128
 # Counts training batches; no inference reads it.
 _UNREAD = ("num_batches_tracked",)
 # What is taken down anew where a watch was copied or loaded.
-_PLACES = ("_places", "_seen", "_uncounted", "_views", "_memory")
+_PLACES = ("_seen", "_views", "number")
+_numbers = itertools.count(1)
+_WATCHES: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _changed_at_capture(number: int) -> str:
+    """Path of what changed, or ""."""
+    return _WATCHES[number].at_capture() or ""
 
 
 class Watch:
@@ -38,22 +52,29 @@ class Watch:
     Args:
         modules: path for messages -> module; all parameters and buffers in it, and its ``eps``.
         parent: (path, module) that holds them; replacing one of them is noticed as well.
+        leave_out: how the paths of tensors begin that do not matter.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], parent: tuple[str, nn.Module] | None = None
+        self,
+        modules: Mapping[str, nn.Module],
+        parent: tuple[str, nn.Module] | None = None,
+        leave_out: tuple[str, ...] = (),
     ) -> None:
         self._tensors: list[tuple[str, nn.Module, str, str]] = []
         # Places that must stay as they are: children of the parent, and tensors that are missing.
         self._objects: list[tuple[str, nn.Module, str, str, Any]] = []
         for path, module in modules.items():
             for name, owner, kind, key, tensor in _entries(path, module):
+                if name.startswith(leave_out):
+                    continue
                 if tensor is None:
                     self._objects.append((name, owner, kind, key, None))
                 else:
                     self._tensors.append((name, owner, kind, key))
         if parent is not None:
-            self._objects += _steps(*parent, modules)
+            inside = [p for path, m in modules.items() for p, _ in m.named_modules(prefix=path)]
+            self._objects += _steps(*parent, [p for p in inside if not p.startswith(leave_out)])
         self._numbers = [
             (f"{path}.eps", module, module.eps)
             for path, module in modules.items()
@@ -62,7 +83,13 @@ class Watch:
         now = self._now()
         self._contents = Contents(now)  # type: ignore[arg-type]
         self._turn = 0
+        self._register()
         self._arm(now)
+
+    def _register(self) -> None:
+        #: By which compilers, which take numbers for constants, know the watch.
+        self.number = next(_numbers)
+        _WATCHES[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:
         # Where tensors lie is true of this process and of these tensors only.
@@ -70,6 +97,7 @@ class Watch:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, **dict.fromkeys(_PLACES))
+        self._register()
 
     def arm(self) -> None:
         """Take the places of the tensors down, if that is still to be done."""
@@ -78,37 +106,44 @@ class Watch:
 
     def changed(self) -> str | None:
         """Path of the first tensor, module or number that is not what it was; None if all are."""
-        if self._seen is None:
-            return self._look()
-        for holder, key, value in self._places:
-            if holder.get(key) is not value:
-                return self._look()
-        for holder, key, tensor, version, address in self._seen:
-            now = holder.get(key)
-            if now is not tensor or now._version != version or now.data_ptr() != address:
-                return self._look()
-        for holder, key, tensor, address in self._uncounted:
-            now = holder.get(key)
-            if now is not tensor or now.data_ptr() != address:
-                return self._look()
-        for _, module, value in self._numbers:
-            if module.eps != value:
-                return self._look()
-        if settings.get().strict:
+        if not (in_dispatch_mode() or torch.jit.is_tracing()):
+            return self._changed()
+        with _unseen():
+            return self._changed()
+
+    def _changed(self) -> str | None:
+        seen = self._seen
+        if seen is None or not seen.unmoved() or settings.get().strict:
             return self._look()
         self._turn = turn = (self._turn + 1) % TURNS
-        if self._memory and self._contents.first_rewritten(self._memory, turn, TURNS) >= 0:
+        if seen.look is not None and seen.look(turn, TURNS) >= 0:
             return self._look()
         return None
 
+    def at_capture(self) -> str | None:
+        """:meth:`changed`, comparing everything, while a tracer's tensors stand in the module."""
+        with _unseen():
+            return self._look()
+
     def require(self) -> None:
-        """Raise UnsupportedModelError, with the path and the fix, if :meth:`changed`."""
-        if (path := self.changed()) is not None:
+        """Raise UnsupportedModelError, with the path and the fix, if :meth:`changed`.
+
+        Where a compiler captures the call, it is asked then, once, and everything is compared.
+        """
+        if torch.compiler.is_compiling():
+            path = _changed_at_capture(self.number)
+        else:
+            path = self.changed() or ""
+        if path:
             raise UnsupportedModelError(
                 f"{path} was written to or replaced since it was packed, and the packed copy would "
                 "keep computing the old network. Call opentrans_kernels.restore(model), which "
                 "brings back the modules with the weights they hold now, and accelerate again."
             )
+
+    def digest(self) -> str:
+        """Hash of what the tensors held when the watch was made: dtypes, shapes and checksums."""
+        return self._contents.digest()
 
     def _now(self) -> list[torch.Tensor | None]:
         return [vars(owner)[kind].get(key) for _, owner, kind, key in self._tensors]
@@ -124,7 +159,12 @@ class Watch:
                 return name
         now = self._now()
         if any(tensor is not None and is_fake(tensor) for tensor in now):
-            return None  # a tracer's: it has no bits, and what is traced is not computed
+            if self._views is None:
+                return None
+            # A tracer's, without bits, in the place of those that were there before.
+            now = list(self._views)
+            changed = self._contents.first_change(now)
+            return None if changed < 0 else self._tensors[changed][0]
         alike = [self._as_recorded(i, tensor) for i, tensor in enumerate(now)]
         for (name, *_), tensor in zip(self._tensors, alike, strict=True):
             if tensor is None:
@@ -142,6 +182,8 @@ class Watch:
         dtype, shape, strides = self._contents.forms[index]
         if tensor is None or tensor.is_meta or tuple(tensor.shape) != shape:
             return None
+        if tensor.numel() and not tensor.untyped_storage().nbytes():
+            return None  # freed behind the parameter
         if tensor.dtype != dtype:
             # ``.half()`` and ``.double()`` give the same weights in another dtype, if it was those
             # that they converted.
@@ -154,18 +196,61 @@ class Watch:
         return like.copy_(tensor.detach())
 
     def _arm(self, now: list[Any]) -> None:
-        self._places = [(vars(o)[kind], key, value) for _, o, kind, key, value in self._objects]
         # Views keep what they show, also when a parameter's ``data`` is replaced.
         self._views = [tensor.detach() for tensor in now]
-        on_cpu = all(tensor.device.type == "cpu" for tensor in now)
-        self._memory = Contents.views(self._views) if on_cpu else []
-        self._seen, self._uncounted = [], []
-        for (_, owner, kind, key), tensor in zip(self._tensors, now, strict=True):
-            holder, address = vars(owner)[kind], tensor.data_ptr()
-            if tensor.is_inference():  # counts no writes
-                self._uncounted.append((holder, key, tensor, address))
-            else:
-                self._seen.append((holder, key, tensor, tensor._version, address))
+        on_cpu = all(tensor.is_cpu for tensor in now)
+        look = self._contents.hold(self._views) if on_cpu else None
+        self._seen = _Seen(self._tensors, now, self._objects, self._numbers, look)
+
+
+class _Seen:
+    """How the tensors of a watch stood when their bits were compared. Lists, for C to walk them."""
+
+    def __init__(
+        self,
+        tensors: list[tuple[str, nn.Module, str, str]],
+        now: list[torch.Tensor],
+        objects: list[tuple[str, nn.Module, str, str, Any]],
+        numbers: list[tuple[str, nn.Module, float]],
+        look: Callable[[int, int], int] | None,
+    ) -> None:
+        places = [*tensors, *(place[:4] for place in objects)]
+        self._holders = [vars(owner)[kind] for _, owner, kind, _ in places]
+        self._keys = [key for *_, key in places]
+        self._values = [*now, *(place[4] for place in objects)]
+        self._tensors = now
+        self._addresses = [tensor.data_ptr() for tensor in now]
+        # Inference tensors count no writes.
+        self._counted = [tensor for tensor in now if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._counted]
+        self._modules = [module for _, module, _ in numbers]
+        self._numbers = [value for _, _, value in numbers]
+        self.look = look
+
+    def unmoved(self) -> bool:
+        """Whether the same objects stand at the same places, without a write PyTorch counted."""
+        return (
+            all(map(operator.is_, map(dict.get, self._holders, self._keys), self._values))
+            and list(map(_VERSION, self._counted)) == self._versions
+            and list(map(_ADDRESS, self._tensors)) == self._addresses
+            and list(map(_EPS, self._modules)) == self._numbers
+        )
+
+
+_VERSION, _EPS = operator.attrgetter("_version"), operator.attrgetter("eps")
+_ADDRESS = torch.Tensor.data_ptr
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """Counters and tracers see the network only."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with no_dispatch():
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)
 
 
 def watch_over(nodes: Iterable[ConvNode], parent: tuple[str, nn.Module] | None = None) -> Watch:
@@ -184,7 +269,7 @@ def _entries(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str
         for kind in ("_parameters", "_buffers"):
             for key, tensor in vars(owner)[kind].items():
                 if key not in _UNREAD:
-                    yield f"{inner}.{key}", owner, kind, key, tensor
+                    yield f"{inner}.{key}".lstrip("."), owner, kind, key, tensor
 
 
 def _steps(
@@ -194,8 +279,8 @@ def _steps(
     done = set()
     for path in paths:
         owner, at = root, root_path
-        for key in path.removeprefix(f"{root_path}.").split("."):
-            child, at = owner._modules[key], f"{at}.{key}"
+        for key in filter(None, path.removeprefix(root_path).split(".")):
+            child, at = owner._modules[key], f"{at}.{key}".lstrip(".")
             if at not in done:
                 done.add(at)
                 yield at, owner, "_modules", key, child

@@ -185,13 +185,17 @@ class Replacement(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        if self.opentrans_watch is not None:
-            self.opentrans_watch.arm()  # to know afterwards what a conversion started from
-        return super()._apply(fn, recurse)
+        watch = self.opentrans_watch
+        if watch is not None:
+            watch.arm()  # to know afterwards what a conversion started from
+        super()._apply(fn, recurse)
+        if watch is not None:
+            watch.changed()  # takes down what is the same in another form; forward tells the rest
+        return self
 
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as the kernels take it. Raises UnsupportedModelError with the fix."""
-        if self.opentrans_watch is not None and not torch.compiler.is_compiling():
+        if self.opentrans_watch is not None:
             self.opentrans_watch.require()
         if self.training:
             raise UnsupportedModelError(

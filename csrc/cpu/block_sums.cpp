@@ -29,8 +29,9 @@ alignas(64) constexpr std::array<uint64_t, kWords> kKeys = make_keys();
 uint64_t term(const unsigned char* at, int i) {
   uint64_t word;
   std::memcpy(&word, at + 8 * i, 8);
-  // A sign flipped in the upper half alone would be 2^63 times any key: two of them would cancel.
-  return (word ^ (word >> 32)) * kKeys[i];
+  // The highest bit alone would be 2^63 times any key, so that two flipped signs would cancel. By 32
+  // the signs of both floats of a word would meet.
+  return (word ^ (word >> 29)) * kKeys[i];
 }
 
 int64_t block_sum(const Memory& memory, int64_t block) {
@@ -45,7 +46,7 @@ int64_t block_sum(const Memory& memory, int64_t block) {
   if (const int64_t rest = bytes % 8) {
     uint64_t word = 0;
     std::memcpy(&word, at + 8 * words, rest);
-    sum[0] += (word ^ (word >> 32)) * kKeys[words];
+    sum[0] += (word ^ (word >> 29)) * kKeys[words];
   }
   return static_cast<int64_t>(sum[0] + sum[1] + sum[2] + sum[3]);
 }
@@ -65,15 +66,15 @@ void block_sums(const Memory& memory, int64_t* sums, const Parallel& par) {
 bool blocks_differ(const Memory& memory, const int64_t* sums, int64_t turn, int64_t turns,
                    const Parallel& par) {
   const int64_t blocks = blocks_of(memory);
-  const int64_t step = std::min(turns, blocks);
-  if (step == 0) return false;
-  const int64_t first = turn % step, count = (blocks - first + step - 1) / step;
+  if (blocks == 0) return false;
+  // One run of neighbours: the processor fetches ahead, and their checksums lie together.
+  const int64_t first = blocks < turns ? turn % blocks : turn * blocks / turns;
+  const int64_t last = blocks < turns ? first + 1 : (turn + 1) * blocks / turns;
   std::atomic<bool> differ{false};
-  parallel_for(par, (count + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kPiece; i < std::min(end * kPiece, count) && !differ; ++i) {
-      const int64_t block = first + i * step;
-      if (block_sum(memory, block) != sums[block]) differ = true;
-    }
+  parallel_for(par, (last - first + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
+    const int64_t stop = std::min(first + end * kPiece, last);
+    for (int64_t b = first + begin * kPiece; b < stop && !differ; ++b)
+      if (block_sum(memory, b) != sums[b]) differ = true;
   });
   return differ;
 }

@@ -7,7 +7,10 @@ The bits of floats are read as integers, so NaN and -0.0 are values like others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import hashlib
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +26,9 @@ BLOCK_BYTES = 2048
 # Implemented by the extension; without it the functions below serve.
 LIBRARY.define("block_sums(Tensor[] tensors) -> Tensor")
 LIBRARY.define("first_changed(Tensor[] tensors, Tensor sums, int turn, int turns) -> int")
+LIBRARY.define("hold_contents(Tensor[] tensors, Tensor sums) -> int")
+LIBRARY.define("first_changed_held(int handle, int turn, int turns) -> int")
+LIBRARY.define("release_contents(int handle) -> ()")
 
 
 def _signed(number: int) -> int:
@@ -49,7 +55,7 @@ def _sums_of(tensor: torch.Tensor) -> torch.Tensor:
         raw = raw.clone()
     words = raw.view(torch.int64).view(-1, BLOCK_BYTES // 8)
     keys = torch.tensor(_keys(), device=raw.device)
-    return ((words ^ (words >> 32 & 0xFFFFFFFF)) * keys).sum(1)
+    return ((words ^ (words >> 29 & 0x7FFFFFFFF)) * keys).sum(1)
 
 
 def _as_stored(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,41 +91,52 @@ class Contents:
         else:
             self._sums = torch.cat([_sums_of(t).cpu() for t in stored])
 
-    def first_change(self, tensors: Sequence[torch.Tensor], turn: int = 0, turns: int = 1) -> int:
-        """Index of the first tensor that holds something else, or -1.
-
-        turns: of every so many blocks that follow each other only the one at ``turn`` is read, and
-        at least one of each tensor; 1 reads everything.
-        """
+    def first_change(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Index of the first tensor that holds something else or has another form, or -1."""
         for index, (tensor, form) in enumerate(zip(tensors, self.forms, strict=True)):
             if _form(tensor) != form:
                 return index
-        return self.first_rewritten([_as_stored(t) for t in tensors], turn, turns)
-
-    def first_rewritten(self, stored: Sequence[torch.Tensor], turn: int, turns: int) -> int:
-        """``first_change`` for tensors known to have the recorded forms, as :meth:`views` are."""
-        if not stored:
-            return -1
+        stored = [_as_stored(t) for t in tensors]
         if _natively(stored):
-            return torch.ops.opentrans_kernels.first_changed(stored, self._sums, turn, turns)
+            return torch.ops.opentrans_kernels.first_changed(stored, self._sums, 0, 1)
+        return self._compare(stored, 0, 1)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over forms and checksums."""
+        found = hashlib.sha256(repr(self.forms).encode())
+        found.update(self._sums.numpy().tobytes())
+        return found.hexdigest()
+
+    def hold(self, tensors: Sequence[torch.Tensor]) -> Callable[[int, int], int]:
+        """``first_change`` of tensors that keep their form, as ``look(turn, turns)``.
+
+        It reads the part ``turn`` of ``turns`` of each tensor, one block at least.
+        """
+        stored = [_as_stored(t) for t in tensors]
+        if not stored or not _natively(stored):
+            return functools.partial(self._compare, stored)
+        handle = torch.ops.opentrans_kernels.hold_contents(stored, self._sums)
+        look = functools.partial(torch.ops.opentrans_kernels.first_changed_held.default, handle)
+        release = torch.ops.opentrans_kernels.release_contents
+        weakref.finalize(look, release, handle).atexit = False
+        return look
+
+    def _compare(self, stored: Sequence[torch.Tensor], turn: int, turns: int) -> int:
         at = 0
         for index, tensor in enumerate(stored):
-            blocks = -(-tensor.numel() * tensor.element_size() // BLOCK_BYTES)
-            step = max(1, min(turns, blocks))
-            found = _sums_of(tensor).cpu()[turn % step :: step]
-            if not torch.equal(found, self._sums[at : at + blocks][turn % step :: step]):
+            found = _sums_of(tensor).cpu()
+            blocks = len(found)
+            part = slice(turn * blocks // turns, (turn + 1) * blocks // turns)
+            if blocks and blocks < turns:
+                part = slice(turn % blocks, turn % blocks + 1)
+            if not torch.equal(found[part], self._sums[at : at + blocks][part]):
                 return index
             at += blocks
         return -1
 
-    @staticmethod
-    def views(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Views of the memory of tensors, made once for many calls of :meth:`first_rewritten`."""
-        return [_as_stored(t) for t in tensors]
-
 
 def _natively(tensors: Sequence[torch.Tensor]) -> bool:
-    return native.load() and all(t.device.type == "cpu" for t in tensors)
+    return native.load() and all(t.is_cpu for t in tensors)
 
 
 def mark_of(tensor: torch.Tensor) -> tuple[int, int, torch.device]:
