@@ -40,10 +40,13 @@ _numbers = itertools.count(1)
 _WATCHES: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result
 def _changed_at_capture(number: int) -> str:
     """Path of what changed, or ""."""
     return _WATCHES[number].at_capture() or ""
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler, and triton.
+_changed_at_capture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Watch:

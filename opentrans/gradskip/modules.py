@@ -233,11 +233,10 @@ class PrefixBlock(SkipBlock):
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return super().forward(x)
         block: BlockNode = self.__dict__["opentrans_node"]
-        parts = [
-            part
-            for node in block.all_convs
-            for part in (*node.conv.parameters(), *node.bn.parameters(), *node.bn.buffers(), node.bn.eps)  # type: ignore[union-attr]
-        ]
+        parts: list[torch.Tensor | float] = []
+        for node in block.all_convs:
+            bn: Any = node.bn
+            parts += (*node.conv.parameters(), *bn.parameters(), *bn.buffers(), bn.eps)
         packed = self.__dict__["opentrans_packed"]
         if packed is None or not packed[0].still(*parts):
             packed = self.__dict__["opentrans_packed"] = (Source(*parts), _inference_block(block))

@@ -111,9 +111,7 @@ def _current(
     source: Source | None, parts: tuple[torch.Tensor | float | None, ...], backward: bool
 ) -> bool:
     """Whether what was made from ``parts`` serves. Backward follows a forward that read them."""
-    return source is not None and (
-        source.unmoved(*parts) if backward else source.still(*parts)
-    )
+    return source is not None and (source.unmoved(*parts) if backward else source.still(*parts))
 
 
 def _affine(norm: Norm, dtype: torch.dtype, source: Source | None) -> Affine:

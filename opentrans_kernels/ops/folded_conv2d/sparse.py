@@ -91,7 +91,7 @@ def _packed(
         # A frozen layer's norm is folded in float64 and rounded once, as elsewhere.
         values = (values.double() * scale.take(pattern.rows)).float()
     # Of a weight that trains no bits are summed up only to find them changed in the next step.
-    kept = entry is None or (values.shape == entry.values.shape and torch.equal(values, entry.values))
+    kept = entry is None or torch.equal(values, entry.values)
     entry = _PACKED[weight] = _Packed(
         Source(*parts, kept=kept), values, None if shift is None else shift.float()
     )
