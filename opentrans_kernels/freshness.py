@@ -31,7 +31,7 @@ from .topology import ConvNode
 __all__ = ["TURNS", "Watch", "watch_over"]
 
 #: Calls after which every bit was looked at.
-TURNS = 128
+TURNS = 256
 # Counts training batches; no inference reads it.
 _UNREAD = ("num_batches_tracked",)
 # What is taken down anew where a watch was copied or loaded.

@@ -11,7 +11,7 @@ namespace otk {
 namespace {
 
 constexpr int kWords = kBlockBytes / 8;
-constexpr int64_t kPiece = 64;  // blocks of one unit of work
+constexpr int64_t kPiece = 256;  // blocks of one unit of work
 
 // SplitMix64 of the position, made odd; opentrans_kernels/ops/contents.py has the same keys.
 constexpr std::array<uint64_t, kWords> make_keys() {
@@ -29,8 +29,8 @@ alignas(64) constexpr std::array<uint64_t, kWords> kKeys = make_keys();
 uint64_t term(const unsigned char* at, int i) {
   uint64_t word;
   std::memcpy(&word, at + 8 * i, 8);
-  // The highest bit alone would be 2^63 times any key, so that two flipped signs would cancel. By 32
-  // the signs of both floats of a word would meet.
+  // The highest bit alone would be 2^63 times any key, so that two flipped signs would cancel. By
+  // 32 the signs of both floats of a word would meet.
   return (word ^ (word >> 29)) * kKeys[i];
 }
 
@@ -53,6 +53,17 @@ int64_t block_sum(const Memory& memory, int64_t block) {
 
 int64_t blocks_of(const Memory& memory) { return (memory.bytes + kBlockBytes - 1) / kBlockBytes; }
 
+// One run of neighbours: the processor fetches ahead, and their checksums lie together.
+struct Part {
+  int64_t first, last;
+};
+Part part_of(const Memory& memory, int64_t turn, int64_t turns) {
+  const int64_t blocks = blocks_of(memory);
+  if (blocks == 0) return {0, 0};
+  if (blocks < turns) return {turn % blocks, turn % blocks + 1};
+  return {turn * blocks / turns, (turn + 1) * blocks / turns};
+}
+
 }  // namespace
 
 void block_sums(const Memory& memory, int64_t* sums, const Parallel& par) {
@@ -65,18 +76,24 @@ void block_sums(const Memory& memory, int64_t* sums, const Parallel& par) {
 
 bool blocks_differ(const Memory& memory, const int64_t* sums, int64_t turn, int64_t turns,
                    const Parallel& par) {
-  const int64_t blocks = blocks_of(memory);
-  if (blocks == 0) return false;
-  // One run of neighbours: the processor fetches ahead, and their checksums lie together.
-  const int64_t first = blocks < turns ? turn % blocks : turn * blocks / turns;
-  const int64_t last = blocks < turns ? first + 1 : (turn + 1) * blocks / turns;
+  const Part part = part_of(memory, turn, turns);
   std::atomic<bool> differ{false};
-  parallel_for(par, (last - first + kPiece - 1) / kPiece, [&](int64_t begin, int64_t end) {
-    const int64_t stop = std::min(first + end * kPiece, last);
-    for (int64_t b = first + begin * kPiece; b < stop && !differ; ++b)
+  const int64_t pieces = (part.last - part.first + kPiece - 1) / kPiece;
+  parallel_for(par, pieces, [&](int64_t begin, int64_t end) {
+    const int64_t stop = std::min(part.first + end * kPiece, part.last);
+    for (int64_t b = part.first + begin * kPiece; b < stop && !differ; ++b)
       if (block_sum(memory, b) != sums[b]) differ = true;
   });
   return differ;
+}
+
+void prefetch_blocks(const Memory& memory, const int64_t* sums, int64_t turn, int64_t turns) {
+  const Part part = part_of(memory, turn, turns);
+  if (part.first == part.last) return;
+  const char* at = static_cast<const char*>(memory.data) + part.first * kBlockBytes;
+  const int64_t bytes = std::min(kBlockBytes, memory.bytes - part.first * kBlockBytes);
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+  __builtin_prefetch(sums + part.first);
 }
 
 }  // namespace otk

@@ -74,12 +74,19 @@ int64_t first_differing(const std::vector<Tensor>& tensors, const Tensor& sums, 
   otk::Parallel par = torch_threads();
   if (turns > 1) par.threads = 1;
   const int64_t* at = sums.const_data_ptr<int64_t>();
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const otk::Memory of = memory(tensors[i]);
+  std::vector<otk::Memory> parts;
+  parts.reserve(tensors.size());
+  for (const Tensor& t : tensors) {
+    parts.push_back(memory(t));
     // A storage may be freed behind the tensors that share it.
-    if ((of.bytes > 0 && !of.data) || otk::blocks_differ(of, at, turn, turns, par))
-      return static_cast<int64_t>(i);
-    at += blocks(of);
+    if (parts.back().bytes > 0 && !parts.back().data) return static_cast<int64_t>(parts.size()) - 1;
+    if (turns > 1) otk::prefetch_blocks(parts.back(), at, turn, turns);
+    at += blocks(parts.back());
+  }
+  at = sums.const_data_ptr<int64_t>();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    if (otk::blocks_differ(parts[i], at, turn, turns, par)) return static_cast<int64_t>(i);
+    at += blocks(parts[i]);
   }
   return -1;
 }

@@ -21,7 +21,7 @@ from .library import LIBRARY
 __all__ = ["BLOCK_BYTES", "Contents", "Source", "mark_of"]
 
 #: Bytes under one checksum (``otk::kBlockBytes``).
-BLOCK_BYTES = 2048
+BLOCK_BYTES = 512
 
 # Implemented by the extension; without it the functions below serve.
 LIBRARY.define("block_sums(Tensor[] tensors) -> Tensor")
