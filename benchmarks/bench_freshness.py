@@ -78,7 +78,7 @@ def inference(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from opentrans_kernels import accelerate
-    from opentrans_kernels.freshness import Watch
+    from opentrans_kernels.freshness import Freshness
     from opentrans_kernels.synthetic import synthetic_masks, synthetic_rn50
     from opentrans_kernels.topology import find_trunk, forward_trunk
 
@@ -90,7 +90,7 @@ def inference(options: argparse.Namespace) -> dict[str, Any]:
         with torch.no_grad():
             forward_trunk(trunk, x)
 
-    blind = mock.patch.object(Watch, "require", lambda self: None)
+    blind = mock.patch.object(Freshness, "require", lambda self: None)
     return compared("accelerated trunk, forward", forward, blind, options.rounds)
 
 

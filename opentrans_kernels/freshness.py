@@ -1,6 +1,6 @@
 """Nobody computes with copies of weights that are no longer the weights.
 
-What was packed or folded from parameters and buffers keeps a :class:`Watch` over them. Asked at
+What was packed or folded from parameters and buffers keeps a :class:`Freshness` over them. Asked at
 every call, it compares, of every tensor, which object stands in the module, where it lies, its
 version counter, and the bits of one block in :data:`TURNS`, another one each time: writes PyTorch
 counts and tensors that were replaced are noticed at once, whatever else wrote (``tensor.data``,
@@ -28,28 +28,28 @@ from .ops.contents import Contents
 from .ops.library import in_dispatch_mode
 from .topology import ConvNode
 
-__all__ = ["TURNS", "Watch", "watch_over"]
+__all__ = ["TURNS", "Freshness", "freshness_of"]
 
 #: Calls after which every bit was looked at.
 TURNS = 256
 # Counts training batches; no inference reads it.
 _UNREAD = ("num_batches_tracked",)
-# What is taken down anew where a watch was copied or loaded.
+# What is taken down anew where one was copied or loaded.
 _PLACES = ("_seen", "_views", "number")
 _numbers = itertools.count(1)
-_WATCHES: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()
+_ALIVE: weakref.WeakValueDictionary[int, Freshness] = weakref.WeakValueDictionary()
 
 
 def _changed_at_capture(number: int) -> str:
     """Path of what changed, or ""."""
-    return _WATCHES[number].at_capture() or ""
+    return _ALIVE[number].at_capture() or ""
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler, and triton.
 _changed_at_capture._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class Watch:
+class Freshness:
     """The tensors that something was derived from, and whether they are still what they were.
 
     Args:
@@ -90,9 +90,9 @@ class Watch:
         self._arm(now)
 
     def _register(self) -> None:
-        #: By which compilers, which take numbers for constants, know the watch.
+        #: By which compilers, which take numbers for constants, know it.
         self.number = next(_numbers)
-        _WATCHES[self.number] = self
+        _ALIVE[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:
         # Where tensors lie is true of this process and of these tensors only.
@@ -145,7 +145,7 @@ class Watch:
             )
 
     def digest(self) -> str:
-        """Hash of what the tensors held when the watch was made: dtypes, shapes and checksums."""
+        """Hash of what the tensors held when it was made: dtypes, shapes and checksums."""
         return self._contents.digest()
 
     def _now(self) -> list[torch.Tensor | None]:
@@ -207,7 +207,7 @@ class Watch:
 
 
 class _Seen:
-    """How the tensors of a watch stood when their bits were compared. Lists, for C to walk them."""
+    """How the tensors it stands for stood when their bits were compared. Lists, for C to walk them."""
 
     def __init__(
         self,
@@ -256,14 +256,16 @@ def _unseen() -> Iterator[None]:
         torch._C._set_tracing_state(tracing)
 
 
-def watch_over(nodes: Iterable[ConvNode], parent: tuple[str, nn.Module] | None = None) -> Watch:
-    """A watch over convolutions and the batch norms behind them."""
+def freshness_of(
+    nodes: Iterable[ConvNode], parent: tuple[str, nn.Module] | None = None
+) -> Freshness:
+    """Of convolutions and the batch norms behind them."""
     modules: dict[str, nn.Module] = {}
     for node in nodes:
         modules[node.name] = node.conv
         if node.bn is not None:
             modules[str(node.bn_name)] = node.bn
-    return Watch(modules, parent)
+    return Freshness(modules, parent)
 
 
 def _entries(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, Any]]:

@@ -20,7 +20,7 @@ from torch import nn
 from . import dispatch, native
 from .compact import FoldedConv, fold_conv
 from .errors import UnsupportedModelError
-from .freshness import Watch, watch_over
+from .freshness import Freshness, freshness_of
 from .ops.sparse_bottleneck import fusible
 from .pack import SparseWeight
 from .topology import ConvNode
@@ -155,7 +155,7 @@ class Replacement(nn.Module):
 
     opentrans_original: nn.Module
     #: Over what the packed tensors were made from.
-    opentrans_watch: Watch | None = None
+    opentrans_freshness: Freshness | None = None
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -185,18 +185,18 @@ class Replacement(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        watch = self.opentrans_watch
-        if watch is not None:
-            watch.arm()  # to know afterwards what a conversion started from
+        fresh = self.opentrans_freshness
+        if fresh is not None:
+            fresh.arm()  # to know afterwards what a conversion started from
         super()._apply(fn, recurse)
-        if watch is not None:
-            watch.changed()  # takes down what is the same in another form; forward tells the rest
+        if fresh is not None:
+            fresh.changed()  # takes down what is the same in another form; forward tells the rest
         return self
 
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as the kernels take it. Raises UnsupportedModelError with the fix."""
-        if self.opentrans_watch is not None:
-            self.opentrans_watch.require()
+        if self.opentrans_freshness is not None:
+            self.opentrans_freshness.require()
         if self.training:
             raise UnsupportedModelError(
                 f"this {type(self).__name__} is in training mode, but its batch norm is folded "
@@ -280,7 +280,7 @@ class SparseConv2d(AcceleratedConv2d):
             )
         node = ConvNode("conv", conv, bn, None if bn is None else "bn", relu)
         found = cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), relu).eval()
-        found.opentrans_watch = watch_over([node])
+        found.opentrans_freshness = freshness_of([node])
         return found
 
     def sparse_weight(self) -> SparseWeight:

@@ -92,14 +92,14 @@ def test_a_single_bit_is_found_within_the_promised_calls(
         monkeypatch.setattr("opentrans_kernels.native.load", lambda: False)
     conv = nn.Conv2d(300, 40, 3).eval().requires_grad_(False)
     sparse = SparseConv2d.from_conv(conv)
-    sparse.opentrans_watch.require()
+    sparse.opentrans_freshness.require()
     conv.weight.detach().numpy().view("int32")[37, 250, 1, 1] ^= 1
     calls = 0
-    while sparse.opentrans_watch.changed() is None:
+    while sparse.opentrans_freshness.changed() is None:
         calls += 1
         assert calls < TURNS
     conv.weight.detach().numpy().view("int32")[37, 250, 1, 1] ^= 1
-    sparse.opentrans_watch.require()  # as it was
+    sparse.opentrans_freshness.require()  # as it was
 
 
 def test_strict_mode_looks_at_everything(set_env: Callable) -> None:
@@ -227,10 +227,10 @@ def test_copies_and_averages_watch_their_own_weights() -> None:
 
 def test_a_pickled_watch_is_held_against_the_weights_it_brings() -> None:
     sparse = SparseConv2d.from_conv(nn.Conv2d(7, 12, 3).eval().requires_grad_(False))
-    pickle.loads(pickle.dumps(sparse.opentrans_watch)).require()
+    pickle.loads(pickle.dumps(sparse.opentrans_freshness)).require()
     sparse.weight.data.mul_(0.5)
     with pytest.raises(UnsupportedModelError, match="conv.weight"):
-        pickle.loads(pickle.dumps(sparse.opentrans_watch)).require()
+        pickle.loads(pickle.dumps(sparse.opentrans_freshness)).require()
 
 
 def test_parts_that_are_replaced_are_refused() -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
-from opentrans_kernels.freshness import Watch
+from opentrans_kernels.freshness import Freshness
 
 __all__ = ["CacheStats", "TextCache"]
 
@@ -77,7 +77,7 @@ class TextCache:
         self._rows: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self._vocabularies: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
         self._versions: dict[tuple[Any, ...], int] = {}
-        self._watched: tuple[Watch, tuple[Any, ...], int] | None = None
+        self._watched: tuple[Freshness, tuple[Any, ...], int] | None = None
 
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
         """Unit-length embeddings [n, D] of ``prompts``, on the encoder's device.
@@ -209,7 +209,7 @@ class TextCache:
             watch, _, version = self._watched
             if watch.changed() is None:
                 return version
-        watch = Watch({"": self.encoder}, ("", self.encoder), self._left_out())
+        watch = Freshness({"": self.encoder}, ("", self.encoder), self._left_out())
         state = (watch.digest(), places)
         if state not in self._versions:
             if len(self._versions) >= 1000:  # weights that keep changing; old rows are of no use

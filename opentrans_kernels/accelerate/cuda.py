@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import settings
 from ..errors import KernelUnavailable, UnsupportedModelError
-from ..freshness import Watch, watch_over
+from ..freshness import Freshness, freshness_of
 from ..gpu import (
     GraphCache,
     Place,
@@ -181,9 +181,9 @@ def accelerate_cuda(
         programs[chosen], like, capacity=graph_capacity, max_bytes=graph_bytes, capturer=capturer
     )
     swaps = replacements(model, TrunkRunner(programs[chosen], cached, kept))
-    watch = _watch(model)
+    freshness = _freshness(model)
     for module in swaps.values():
-        module.opentrans_watch = watch
+        module.opentrans_freshness = freshness
     Swap(model, swaps).on()
     report = CudaReport(plan, chosen, times["dense"], times["planned"], error, own, tuple(notes))
     for note in notes:
@@ -260,11 +260,11 @@ def _worst(found: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float
     return max(errors, key=lambda e: float("inf") if e != e else e)  # NaN is the worst
 
 
-def _watch(model: nn.Module) -> Watch:
+def _freshness(model: nn.Module) -> Freshness:
     """Over everything the trunk's program was made from."""
     trunk = find_trunk(model)
     stem = trunk.stem.convs if trunk.stem is not None else ()
-    return watch_over([*stem, *(node for block in trunk.blocks for node in block.all_convs)])
+    return freshness_of([*stem, *(node for block in trunk.blocks for node in block.all_convs)])
 
 
 def replacements(model: nn.Module, runner: TrunkRunner) -> dict[str, Replacement]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..freshness import Watch
+from ..freshness import Freshness
 from ..nn import Replacement
 from .graphs import GraphCache
 from .kernels import Place
@@ -70,10 +70,10 @@ class TrunkRunner:
         setattr(tensor, _MARK, _Mark(self, later, index, tensor._version))  # type: ignore[arg-type]
         return tensor
 
-    def stage(self, index: int, x: torch.Tensor, watch: Watch | None = None) -> torch.Tensor:
+    def stage(self, index: int, x: torch.Tensor, fresh: Freshness | None = None) -> torch.Tensor:
         """Output of stage ``index`` for ``x``, computed already or now.
 
-        watch: asked before something is computed.
+        fresh: asked before something is computed.
         """
         mark = getattr(x, _MARK, None)
         if (
@@ -83,8 +83,8 @@ class TrunkRunner:
             and x._version == mark.version
         ):
             return mark.outputs[index + 1]
-        if watch is not None:
-            watch.require()
+        if fresh is not None:
+            fresh.require()
         given = x.to(self.place.precision.dtype).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.no_grad():
             return self.program.stage(index, given.clone() if given.is_inference() else given).to(
@@ -134,8 +134,8 @@ class PlannedStem(Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.opentrans_runner.check(self, x)
-        if self.opentrans_watch is not None:
-            self.opentrans_watch.require()
+        if self.opentrans_freshness is not None:
+            self.opentrans_freshness.require()
         return self.opentrans_runner.run(x)[0]
 
 
@@ -156,4 +156,4 @@ class PlannedStage(Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.opentrans_runner.check(self, x)
-        return self.opentrans_runner.stage(self.opentrans_index, x, self.opentrans_watch)
+        return self.opentrans_runner.stage(self.opentrans_index, x, self.opentrans_freshness)

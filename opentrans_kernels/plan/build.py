@@ -12,7 +12,7 @@ from torch import nn
 from ..compact import CompactBlock, FoldedConv, compact_trunk, fold_conv
 from ..compact.layers import masked_weight
 from ..errors import UnsupportedModelError
-from ..freshness import Watch, watch_over
+from ..freshness import freshness_of
 from ..nn import (
     AcceleratedBlock,
     AcceleratedConv2d,
@@ -57,7 +57,6 @@ class Builder:
         # Every block stays exact on its own, whatever runs before it.
         self.compact = compact_trunk(subject.trunk, subject.masks, residual_constants=False)
         self._folded: tuple[str, dict[str, FoldedConv]] = ("", {})
-        self._stem_watch: Watch | None = None
 
     def shrinks(self, unit: Unit) -> bool:
         """True if inner channels of the block disappear."""
@@ -79,7 +78,7 @@ class Builder:
         }
         block = unit.block
         module = AcceleratedBlock(block.module, engines, block.pool, block.down_pool)
-        module.opentrans_watch = watch_over(unit.convs, (unit.name, module))
+        module.opentrans_freshness = freshness_of(unit.convs, (unit.name, module))
         return Built(
             kind,
             module,
@@ -122,23 +121,15 @@ class Builder:
             )
         else:
             module = AcceleratedConv2d(node.conv, DenseEngine(weight, bias, node.conv), node.relu)
-        watch = module.opentrans_watch = self._watch(unit)
+        freshness = module.opentrans_freshness = freshness_of(unit.convs)
         swaps: dict[str, Replacement] = {node.name: module}
         if node.bn is not None and node.bn_name is not None:
             swaps[node.bn_name] = FoldedBatchNorm(node.bn)
-            swaps[node.bn_name].opentrans_watch = watch
+            swaps[node.bn_name].opentrans_freshness = freshness
         if node.relu and node.act_name is not None:
             swaps[node.act_name] = FoldedActivation(self._activation(node.act_name))
         nnz = {node.name: module.opentrans_engine.nnz}
         return Built(kind, module, swaps, nnz, {node.name: tuple(weight.shape[:2])})
-
-    def _watch(self, unit: Unit) -> Watch:
-        """Of a convolution; those of the stem were compacted together, so they share one."""
-        if unit.role != "stem":
-            return watch_over(unit.convs)
-        if self._stem_watch is None:
-            self._stem_watch = watch_over(self.subject.trunk.stem.convs)  # type: ignore[union-attr]
-        return self._stem_watch
 
     def _activation(self, path: str) -> nn.Module:
         return self.subject.model.get_submodule(path)
