@@ -158,6 +158,22 @@ struct StridedMatrices {
 void gram_eigenvalues(const StridedMatrices& a, double scale, double threshold, double relative,
                       double* values, int64_t* redone, const Parallel& par);
 
+// Checksums of memory, block by block of kBlockBytes, the last one shorter. A block is read as 64-bit
+// words w, the last one filled up with zeros; its checksum is the sum of (w ^ (w >> 29)) * key of
+// the position, keys being odd, modulo 2^64. One changed word always changes it.
+constexpr int64_t kBlockBytes = 512;
+struct Memory {
+  const void* data;
+  int64_t bytes;
+};
+void block_sums(const Memory& memory, int64_t* sums, const Parallel& par);
+// Whether a block differs from its checksum. Read are the blocks of the part `turn` of `turns`, one
+// at least; turns = 1: all of them.
+bool blocks_differ(const Memory& memory, const int64_t* sums, int64_t turn, int64_t turns,
+                   const Parallel& par);
+// Asks for the first of these blocks, so that those of many tensors arrive together.
+void prefetch_blocks(const Memory& memory, const int64_t* sums, int64_t turn, int64_t turns);
+
 // The instruction set in use ("avx512", "avx2", "neon", "generic"). Chosen once, from the CPU and
 // OPENTRANS_CPU_CAPABILITY. Returns null if the forced one is unknown or not supported here, with
 // the reason in *why.

@@ -10,7 +10,7 @@ Replacements are for inference. They compute gradients of their input, not of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from .compact import fold_conv
 from .engines import DenseEngine, Engine, Operators, SparseEngine, operator_of
 from .errors import MaskError, UnsupportedModelError
+from .freshness import Freshness, freshness_of
 from .ops.sparse_bottleneck import fusible
 from .pack import SparseWeight
 from .topology import ConvNode
@@ -62,6 +63,8 @@ class Replacement(Operators):
     """Stands in for ``opentrans_original``: same parameters, buffers, children and attributes."""
 
     opentrans_original: nn.Module
+    #: Over what the packed tensors were made from.
+    opentrans_freshness: Freshness | None = None
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -90,8 +93,19 @@ class Replacement(Operators):
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        fresh = self.opentrans_freshness
+        if fresh is not None:
+            fresh.arm()  # to know afterwards what a conversion started from
+        super()._apply(fn, recurse)
+        if fresh is not None:
+            fresh.changed()  # takes down what is the same in another form; forward tells the rest
+        return self
+
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as the kernels take it. Raises UnsupportedModelError with the fix."""
+        if self.opentrans_freshness is not None:
+            self.opentrans_freshness.require()
         if self.training:
             raise UnsupportedModelError(
                 f"this {type(self).__name__} is in training mode, but its batch norm is folded "
@@ -196,7 +210,9 @@ class SparseConv2d(AcceleratedConv2d):
             raise UnsupportedModelError(f"{what}, which would not be called. Remove it first.")
         node = ConvNode("conv", conv, bn, None if bn is None else "bn", relu)
         with torch.inference_mode(False):  # or autograd could not use the packed tensors
-            return cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), relu).eval()
+            found = cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), relu).eval()
+            found.opentrans_freshness = freshness_of([node])
+        return found
 
     def sparse_weight(self) -> SparseWeight:
         """The packed weight."""
@@ -308,9 +324,15 @@ class FoldedActivation(_Folded):
     """In the place of an activation that the convolution before it already applied."""
 
 
-def watch_together(parts: Mapping[str, Replacement], masks: Mapping[str, torch.Tensor]) -> None:
-    """Let a convolution and what is folded into it run densely together; names as in the model."""
-    watch = Watch([(name, part, None) for name, part in parts.items()], masks)
+def watch_together(
+    model: nn.Module, parts: Mapping[str, Replacement], masks: Mapping[str, torch.Tensor]
+) -> None:
+    """Let a convolution and what is folded into it run densely together; names as in the model.
+
+    One that is exchanged is an error of the others: a folded norm alone would pass everything on.
+    """
+    parents = {name: model.get_submodule(name.rpartition(".")[0])._modules for name in parts}
+    watch = Watch([(name, part, parents[name]) for name, part in parts.items()], masks)
     for part in parts.values():
         part.opentrans_watch = watch
 

@@ -48,7 +48,8 @@ class Settings:
         "OPENTRANS_STRICT",
         False,
         ("0", "1"),
-        "1: a fallback to a slower kernel is an error instead of a logged warning.",
+        "1: a fallback to a slower kernel is an error instead of a logged warning, and every call "
+        "of an accelerated module compares all bits of its weights.",
     )
     cpu_capability: str = _variable(
         "OPENTRANS_CPU_CAPABILITY",

@@ -41,9 +41,11 @@ class _Place:
         self.name, self.module, self.parent = name, module, parent
         self.key = name.rpartition(".")[2]
         self.size = len(module.__dict__)
+        # A replacement is timed before it takes its original's place.
+        self._in_place = (module, module.__dict__.get("opentrans_original", module))
 
     def changed(self) -> str | None:
-        if self.parent is not None and self.parent[self.key] is not self.module:
+        if self.parent is not None and self.parent.get(self.key) not in self._in_place:
             raise UnsupportedModelError(
                 f"{self.name} was exchanged after acceleration, but the packed weights are those "
                 f"of the module that was there. {_FIX}, exchange it, and accelerate again."
@@ -93,7 +95,7 @@ class Watch:
             state = place.module.__dict__
             if (
                 len(state) != place.size
-                or (place.parent is not None and place.parent[place.key] is not place.module)
+                or (place.parent is not None and place.parent.get(place.key) is not place.module)
                 or not (
                     quiet
                     or (not state["_forward_hooks"] and not state["_forward_pre_hooks"])

@@ -72,6 +72,22 @@ def forward_like(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return stage(x.clone())
 
 
+@pytest.mark.parametrize("path", ["conv2.weight", "layer3.0.bn2.running_mean"])
+def test_written_weights_are_refused_by_name(path: str) -> None:
+    model = nets.tower()
+    planned(model, nets.killing_masks(model))
+    x, twin = torch.randn(1, 3, 64, 64), copy.deepcopy(model)
+    with torch.no_grad():
+        want = model(x)
+        owner, _, key = path.rpartition(".")
+        getattr(model.get_submodule(owner), key).data.add_(1)
+        for call in (lambda: model(x), lambda: model.layer2(torch.randn(1, 32, 16, 16))):
+            with pytest.raises(UnsupportedModelError, match="restore") as info:
+                call()
+            assert path in str(info.value)
+        assert torch.equal(twin(x), want), "a copy has its own weights"
+
+
 def test_where_planned_is_not_faster_the_dense_program_runs() -> None:
     model = nets.tower()
     prices = {"gemm": 1.0, "whole trunk, planned": 3.0, "whole trunk, dense": 3.0}

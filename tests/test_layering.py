@@ -18,7 +18,7 @@ FLOORS = (
     ("errors", "settings", "native", "lazy"),
     ("masks", "synthetic", "topology"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
-    ("plan", "nn", "engines", "stage", "watch", "spectrum", "gpu"),
+    ("plan", "nn", "engines", "stage", "watch", "freshness", "spectrum", "gpu"),
     ("accelerate", "checkpoint"),
     ("bench",),
     ("opentrans",),

@@ -92,10 +92,14 @@ def test_new_weights_are_never_mistaken_for_old_ones() -> None:
     encoder.mix = nn.Linear(16, 16).requires_grad_(False)
     cache(["a photo of a cat."])
     assert encoder.seen == 4
-    encoder.mix.bias.data.add_(0.5)  # the one kind of write that cannot be seen
+    one, kept = cache(["a photo of a cat."]), encoder.mix.bias.clone()
+    encoder.mix.bias.data.add_(0.5)
+    assert not torch.equal(cache(["a photo of a cat."]), one) and encoder.seen == 5
+    encoder.mix.bias.data.copy_(kept)
+    assert torch.equal(cache(["a photo of a cat."]), one) and encoder.seen == 5, "known weights"
     cache.clear()
     cache(["a photo of a cat."])
-    assert encoder.seen == 5 and len(cache) == 1
+    assert encoder.seen == 6 and len(cache) == 1
 
 
 def test_dtypes_do_not_mix() -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.freshness import Freshness
 
 __all__ = ["CacheStats", "TextCache"]
 
@@ -38,9 +39,10 @@ class TextCache:
     """Embeddings of prompts by (token ids, weights of the encoder, dtype).
 
     The encoder runs on prompts it has not seen, once; everything else is a look-up. Weights count
-    as changed when a parameter or buffer was written in place or replaced (``load_state_dict``, an
-    optimizer step, ``.to()``); writes through ``parameter.data`` cannot be seen: call :meth:`clear`
-    after them.
+    as changed when a parameter or buffer holds other bits. Writes that PyTorch counts and those to
+    a whole tensor are seen by the next call, a few elements written through ``parameter.data``
+    within the number of calls that :mod:`opentrans_kernels.freshness` states; on a GPU only writes
+    that PyTorch counts.
 
     Args:
         encoder: an open_clip CLIP (its ``encode_text`` is used, its visual tower ignored) or a
@@ -75,6 +77,7 @@ class TextCache:
         self._rows: OrderedDict[Key, torch.Tensor] = OrderedDict()
         self._vocabularies: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
         self._versions: dict[tuple[Any, ...], int] = {}
+        self._watched: tuple[Freshness, tuple[Any, ...], int] | None = None
 
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
         """Unit-length embeddings [n, D] of ``prompts``, on the encoder's device.
@@ -119,6 +122,7 @@ class TextCache:
         self._rows.clear()
         self._vocabularies.clear()
         self._versions.clear()
+        self._watched = None
 
     def __len__(self) -> int:
         """Prompts kept."""
@@ -171,10 +175,13 @@ class TextCache:
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Parameters and buffers that text embeddings depend on."""
-        clip = hasattr(self.encoder, "encode_text")
-        skipped = ("visual.", "logit_scale", "logit_bias") if clip else ()
+        skipped = self._left_out()
         named = [*self.encoder.named_parameters(), *self.encoder.named_buffers()]
-        return [(name, t) for name, t in named if not (skipped and name.startswith(skipped))]
+        return [(name, t) for name, t in named if not name.startswith(skipped)]
+
+    def _left_out(self) -> tuple[str, ...]:
+        clip = hasattr(self.encoder, "encode_text")
+        return ("visual.", "logit_scale", "logit_bias") if clip else ()
 
     def _version(self) -> int:
         """A number that changes with the weights. Raises OpenTransError for a live encoder."""
@@ -196,14 +203,19 @@ class TextCache:
                 f"the text encoder is in training mode and {moody[0]!r} behaves differently there, "
                 "so embeddings would be random. Call encoder.eval() first."
             )
-        state = tuple(
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, tuple(t.shape))
-            for _, t in tensors
-        )
+        # The watch knows of writes and of modules replaced, not of places and of tensors added.
+        places = tuple((name, t.device) for name, t in tensors)
+        if self._watched is not None and self._watched[1] == places:
+            watch, _, version = self._watched
+            if watch.changed() is None:
+                return version
+        watch = Freshness({"": self.encoder}, ("", self.encoder), self._left_out())
+        state = (watch.digest(), places)
         if state not in self._versions:
             if len(self._versions) >= 1000:  # weights that keep changing; old rows are of no use
                 self.clear()
             self._versions[state] = len(self._versions)
+        self._watched = (watch, places, self._versions[state])
         return self._versions[state]
 
     def _trim(self) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from opentrans_kernels.compact.layers import fold_block
 from opentrans_kernels.nn import AcceleratedBlock, Replacement, SparseEngine
+from opentrans_kernels.ops.contents import Source
 from opentrans_kernels.ops.folded_conv2d import folded_conv2d
 from opentrans_kernels.ops.folded_conv2d.average import mean_pool2d
 from opentrans_kernels.ops.folded_conv2d.fold import Norm
@@ -218,8 +219,8 @@ class SkipBlock(Skipping):
 class PrefixBlock(SkipBlock):
     """A pruned block before which nothing trains: one fused kernel of the inference plan.
 
-    The packed block is made again when a version counter of its tensors has moved. Compiled graphs
-    cannot look at those, so there it runs as any other block.
+    The packed block is made again when its tensors hold other bits. Compiled graphs cannot look at
+    those, so there it runs as any other block.
     """
 
     def __init__(self, block: BlockNode, sparse: Mapping[str, Sparse]) -> None:
@@ -232,14 +233,13 @@ class PrefixBlock(SkipBlock):
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return super().forward(x)
         block: BlockNode = self.__dict__["opentrans_node"]
-        source = tuple(
-            (t.data_ptr(), -1 if t.is_inference() else t._version)
-            for node in block.all_convs
-            for t in (*node.conv.parameters(), *node.bn.parameters(), *node.bn.buffers())  # type: ignore[union-attr]
-        )
+        parts: list[torch.Tensor | float] = []
+        for node in block.all_convs:
+            bn: Any = node.bn
+            parts += (*node.conv.parameters(), *bn.parameters(), *bn.buffers(), bn.eps)
         packed = self.__dict__["opentrans_packed"]
-        if packed is None or packed[0] != source:
-            packed = self.__dict__["opentrans_packed"] = (source, _inference_block(block))
+        if packed is None or not packed[0].still(*parts):
+            packed = self.__dict__["opentrans_packed"] = (Source(*parts), _inference_block(block))
         return packed[1](x.float())
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import settings
 from ..errors import KernelUnavailable, UnsupportedModelError
+from ..freshness import Freshness, freshness_of
 from ..gpu import (
     GraphCache,
     Place,
@@ -181,7 +182,11 @@ def accelerate_cuda(
     cached = GraphCache(
         programs[chosen], like, capacity=graph_capacity, max_bytes=graph_bytes, capturer=capturer
     )
-    Swap(model, replacements(model, TrunkRunner(programs[chosen], cached, kept))).on()
+    swaps = replacements(model, TrunkRunner(programs[chosen], cached, kept))
+    freshness = _freshness(model)
+    for module in swaps.values():
+        module.opentrans_freshness = freshness
+    Swap(model, swaps).on()
     report = CudaReport(plan, chosen, times["dense"], times["planned"], error, own, tuple(notes))
     for note in notes:
         _log.info("%s", note)
@@ -269,6 +274,13 @@ def _worst(found: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float
         scale = exact.abs().max().clamp_min(1e-30)
         errors.append(float((got.double() - exact).abs().max() / scale))
     return max(errors, key=lambda e: float("inf") if e != e else e)  # NaN is the worst
+
+
+def _freshness(model: nn.Module) -> Freshness:
+    """Over everything the trunk's program was made from."""
+    trunk = find_trunk(model)
+    stem = trunk.stem.convs if trunk.stem is not None else ()
+    return freshness_of([*stem, *(node for block in trunk.blocks for node in block.all_convs)])
 
 
 def replacements(model: nn.Module, runner: TrunkRunner) -> dict[str, Replacement]:

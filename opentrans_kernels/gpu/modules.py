@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..freshness import Freshness
 from ..nn import Replacement
 from ..watch import Watch
 from .graphs import GraphCache
@@ -70,8 +71,11 @@ class TrunkRunner:
         setattr(tensor, _MARK, _Mark(self, later, index, tensor._version))  # type: ignore[arg-type]
         return tensor
 
-    def stage(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Output of stage ``index`` for ``x``, computed already or now."""
+    def stage(self, index: int, x: torch.Tensor, fresh: Freshness | None = None) -> torch.Tensor:
+        """Output of stage ``index`` for ``x``, computed already or now.
+
+        fresh: asked before something is computed.
+        """
         mark = getattr(x, _MARK, None)
         if (
             isinstance(mark, _Mark)
@@ -80,6 +84,8 @@ class TrunkRunner:
             and x._version == mark.version
         ):
             return mark.outputs[index + 1]
+        if fresh is not None:
+            fresh.require()
         given = x.to(self.place.precision.dtype).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.no_grad():
             return self.program.stage(index, given.clone() if given.is_inference() else given).to(
@@ -135,6 +141,8 @@ class PlannedStem(Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.opentrans_runner.check(self, x, self.opentrans_watch)
+        if self.opentrans_freshness is not None:
+            self.opentrans_freshness.require()
         return self.opentrans_runner.run(x)[0]
 
 
@@ -156,4 +164,4 @@ class PlannedStage(Replacement):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.opentrans_runner.check(self, x, self.opentrans_watch)
-        return self.opentrans_runner.stage(self.opentrans_index, x)
+        return self.opentrans_runner.stage(self.opentrans_index, x, self.opentrans_freshness)

@@ -11,6 +11,7 @@ from torch import nn
 from ..compact import CompactBlock, FoldedConv, compact_trunk, fold_conv
 from ..compact.layers import masked_weight
 from ..errors import UnsupportedModelError
+from ..freshness import freshness_of
 from ..nn import (
     AcceleratedBlock,
     AcceleratedConv2d,
@@ -81,6 +82,7 @@ class Builder:
         module = AcceleratedBlock(
             block.module, engines, block.pool, block.down_pool, masks, block.name
         )
+        module.opentrans_freshness = freshness_of(unit.convs, (unit.name, module))
         return Built(
             kind,
             module,
@@ -129,14 +131,16 @@ class Builder:
         else:
             weight, bias = fold_bn(node, masked_weight(node, mask))
             module = AcceleratedConv2d(node.conv, DenseEngine(weight, bias, node.conv), relu)
+        freshness = module.opentrans_freshness = freshness_of(unit.convs)
         swaps: dict[str, Replacement] = {node.name: module}
         if node.bn is not None and node.bn_name is not None:
             swaps[node.bn_name] = FoldedBatchNorm(node.bn)
+            swaps[node.bn_name].opentrans_freshness = freshness
         if node.act is not None and node.act_name is not None:
             swaps[node.act_name] = FoldedActivation(node.act)
         if len(swaps) > 1:
             masks = {"": mask} if unit.must_mask and mask is not None else {}
-            watch_together(swaps, masks)
+            watch_together(self.subject.model, swaps, masks)
         nnz = {node.name: module.opentrans_engine.nnz}
         return Built(kind, module, swaps, nnz, {node.name: tuple(weight.shape[:2])})
 

@@ -118,7 +118,7 @@ def _backward(
     norm = Norm(bias, gamma, beta, mean, var, eps)
     out = [grad.new_empty(0)] * 6
     layout = _layout(channels_last)
-    affine = None if frozen else affine_of(weight, norm, grad.dtype)
+    affine = None if frozen else affine_of(weight, norm, grad.dtype, backward=True)
     scale = None if affine is None else affine.scale
     wants_weight = x is not None and (needs[_WEIGHT] or needs[_GAMMA])
     # Without the scale gamma's gradient divides by nothing; with it no pass over the weight's
@@ -139,7 +139,7 @@ def _backward(
     conv = (list(stride), list(padding), list(dilation))
     with _without_autocast(grad):
         if frozen:
-            main = folded(weight, norm, grad.dtype, channels_last)[0]
+            main = folded(weight, norm, grad.dtype, channels_last, backward=True)[0]
         else:
             main = in_format(weight.detach(), grad.dtype, channels_last)
         if needs[_X]:
@@ -287,7 +287,7 @@ def folded_conv2d(
     Args:
         x: ``[N, Cin, H, W]``, floating; contiguous or channels_last, which the result follows.
         weight: ``[Cout, Cin / groups, kh, kw]``. If it does not require grad it counts as frozen:
-            its folded copy is kept, in ``x.dtype``, until its version counter moves.
+            its folded copy is kept, in ``x.dtype``, until the weight is written to.
         norm: bias and batch norm, in eval mode.
         residual: the output's shape, added before the activation.
         relu: apply a ReLU. bits: keep one bit per element for it; False: keep its output.

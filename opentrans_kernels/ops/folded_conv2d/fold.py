@@ -1,21 +1,23 @@
 """The folded weight of a convolution with an eval-mode batch norm, or its scale and shift.
 
-Folded copies of frozen weights are kept as long as the weight lives and made again when the version
-counter of a tensor they came from has moved (``load_state_dict``, an optimizer step). They are
-found by the weight itself, so a compiled graph, which knows the weight only, finds them too.
+Folded copies of frozen weights are kept as long as the weight lives. Every forward holds them
+against the bits of what they came from and folds again what was written to, by whatever means;
+backward uses what its forward folded. They are found by the weight itself, so a compiled graph,
+which knows the weight only, finds them too. On other devices than the CPU, where looking at the
+bits would wait for the device, every forward folds anew.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...errors import PlanError
+from ..contents import Source
 
-__all__ = ["Affine", "Norm", "affine_of", "folded", "folded_bytes", "in_format", "source_of"]
+__all__ = ["Affine", "Norm", "affine_of", "folded", "folded_bytes", "in_format"]
 
 _FOLDED = WeakTensorKeyDictionary()  # weight -> {(dtype, channels_last): _Folded}
 _AFFINE = WeakTensorKeyDictionary()  # weight -> {dtype: Affine}
@@ -65,7 +67,7 @@ class Norm:
 class _Folded:
     """Folded tensors, and what they were made from."""
 
-    source: tuple[Any, ...]
+    source: Source
     weight: torch.Tensor
     bias: torch.Tensor | None
 
@@ -81,29 +83,38 @@ class Affine:
     divides: no scale is so small that a gradient divided by it loses its digits.
     """
 
-    source: tuple[Any, ...]
+    source: Source | None
     scale: torch.Tensor | None
     shift: torch.Tensor | None
     divides: bool
 
 
-def affine_of(weight: torch.Tensor, norm: Norm, dtype: torch.dtype) -> Affine:
+def affine_of(
+    weight: torch.Tensor, norm: Norm, dtype: torch.dtype, *, backward: bool = False
+) -> Affine:
     """Scale and shift of the norm behind ``weight``; computed in float64 and rounded once.
 
-    Those of a norm that does not train are kept until a version counter of its tensors moves. One
-    that trains is read anew, because optimizers that write to ``.data`` move no counter.
+    Those of a norm that does not train are kept until it is written to. One that trains is read
+    anew, because it is written to in every step.
     """
     if any(t is not None and t.requires_grad for t in norm.tensors()):
-        return _affine(norm, dtype, ())
+        return _affine(norm, dtype, None)
     entries = _AFFINE.setdefault(weight, {})
-    source = source_of(*norm.tensors(), norm.eps)
+    parts = (*norm.tensors(), norm.eps)
     entry = entries.get(dtype)
-    if entry is None or entry.source != source:
-        entry = entries[dtype] = _affine(norm, dtype, source)
+    if entry is None or not _current(entry.source, parts, backward):
+        entry = entries[dtype] = _affine(norm, dtype, Source(*parts))
     return entry
 
 
-def _affine(norm: Norm, dtype: torch.dtype, source: tuple[Any, ...]) -> Affine:
+def _current(
+    source: Source | None, parts: tuple[torch.Tensor | float | None, ...], backward: bool
+) -> bool:
+    """Whether what was made from ``parts`` serves. Backward follows a forward that read them."""
+    return source is not None and (source.unmoved(*parts) if backward else source.still(*parts))
+
+
+def _affine(norm: Norm, dtype: torch.dtype, source: Source | None) -> Affine:
     scale = norm.scale()
     shift = norm.shift(scale)
     # Elsewhere than on the CPU the question would wait for the device.
@@ -116,17 +127,6 @@ def _affine(norm: Norm, dtype: torch.dtype, source: tuple[Any, ...]) -> Affine:
     )
 
 
-def source_of(*parts: torch.Tensor | float | None) -> tuple[Any, ...]:
-    """Changes whenever one of the tensors is written to, replaced or moved, or a number differs."""
-    return tuple(
-        # Inference tensors have no counter, and cannot be written to outside inference mode.
-        (part.data_ptr(), -1 if part.is_inference() else part._version, part.device)
-        if isinstance(part, torch.Tensor)
-        else part
-        for part in parts
-    )
-
-
 def in_format(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """``t`` in ``dtype`` and in one of the two layouts."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -134,23 +134,24 @@ def in_format(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch
 
 
 def folded(
-    weight: torch.Tensor, norm: Norm, dtype: torch.dtype, channels_last: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight: torch.Tensor, norm: Norm, dtype: torch.dtype, channels_last: bool, *,
+    backward: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Weight and bias, in ``dtype``, of the convolution that includes the norm.
 
     Folded in float64, rounded once, and kept for the next call.
     """
     entries = _FOLDED.setdefault(weight, {})
-    source = source_of(weight, *norm.tensors(), norm.eps)
+    parts = (weight, *norm.tensors(), norm.eps)
     entry = entries.get((dtype, channels_last))
-    if entry is None or entry.source != source:
+    if entry is None or not _current(entry.source, parts, backward):
         scale = norm.scale()
         shift = norm.shift(scale)
         exact = weight.detach()
         if scale is not None:
             exact = exact.double() * scale.view(-1, 1, 1, 1)
         entry = _Folded(
-            source,
+            Source(*parts),
             in_format(exact, dtype, channels_last),
             None if shift is None else shift.to(dtype),
         )

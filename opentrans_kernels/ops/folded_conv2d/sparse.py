@@ -1,15 +1,14 @@
 """``sparse_folded_conv2d``: as ``folded_conv2d``, on the sparse kernels in all three passes.
 
 The dense weight stays the parameter. Its live values are gathered, scaled by the norm and kept
-until a version counter moves: once for a frozen layer, once per step for one that trains. Its
-gradient has the dense shape and is zero outside the mask. The input gradient is the forward kernel
-on the mirrored pattern.
+until what they came from is written to: forward looks at the bits of a weight that stays as it is,
+and gathers again, without looking, while it keeps changing. The gradient has the dense shape and is
+zero outside the mask. The input gradient is the forward kernel on the mirrored pattern.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -17,9 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ... import flops
 from ...pack import packed_indices, transposed_structure, version_of
 from ..arguments import BadArgument, conv_size, packed_header
+from ..contents import Source
 from ..library import LIBRARY, NAMESPACE, kernel_for, once_differentiable, plane_padded
 from ..relu_bits import bits_shape, relu_bits_, relu_bits_backward
-from .fold import Norm, source_of
+from .fold import Norm
 
 __all__ = ["packed_bytes", "sparse_folded_conv2d"]
 
@@ -55,7 +55,7 @@ class _Pattern:
 class _Packed:
     """Folded values in both orders, and what they were made from."""
 
-    source: tuple[Any, ...]
+    source: Source
     values: torch.Tensor
     bias: torch.Tensor | None
     mirrored: torch.Tensor | None = None
@@ -76,10 +76,14 @@ def _pattern(structure: torch.Tensor) -> _Pattern:
     return found
 
 
-def _packed(weight: torch.Tensor, structure: torch.Tensor, norm: Norm) -> _Packed:
-    source = source_of(structure, weight, *norm.tensors(), norm.eps)
+def _packed(
+    weight: torch.Tensor, structure: torch.Tensor, norm: Norm, *, backward: bool = False
+) -> _Packed:
+    parts = (structure, weight, *norm.tensors(), norm.eps)
     entry = _PACKED.get(weight)
-    if entry is not None and entry.source == source:
+    if entry is not None and (
+        entry.source.unmoved(*parts) if backward else entry.source.still(*parts)
+    ):
         return entry
     cin, cout, kernel = packed_header("sparse_folded_conv2d", structure)[:3]
     if weight.shape != (cout, cin, kernel, kernel):
@@ -94,7 +98,11 @@ def _packed(weight: torch.Tensor, structure: torch.Tensor, norm: Norm) -> _Packe
     if scale is not None:
         # A frozen layer's norm is folded in float64 and rounded once, as elsewhere.
         values = (values.double() * scale.take(pattern.rows)).float()
-    entry = _PACKED[weight] = _Packed(source, values, None if shift is None else shift.float())
+    # Of a weight that trains no bits are summed up only to find them changed in the next step.
+    kept = entry is None or torch.equal(values, entry.values)
+    entry = _PACKED[weight] = _Packed(
+        Source(*parts, kept=kept), values, None if shift is None else shift.float()
+    )
     return entry
 
 
@@ -171,7 +179,7 @@ def _backward(
     sparse_wgrad, nnz, needs,
 ):  # fmt: skip
     norm = Norm(bias, gamma, beta, mean, var, eps)
-    packed = _packed(weight, structure, norm)
+    packed = _packed(weight, structure, norm, backward=True)
     out = [grad.new_empty(0)] * 6
     if mask is not None or y is not None:
         grad = out[_RESIDUAL] = relu_bits_backward(grad, mask, False, y=y)[0]
