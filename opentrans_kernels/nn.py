@@ -30,7 +30,7 @@ from .topology import ConvNode
 from .topology.behaviour import first_changed
 from .topology.blocks import plain_conv
 from .topology.fold import is_plain_bn
-from .watch import Watch
+from .watch import RESTORE, Watch
 
 __all__ = [
     "AcceleratedBlock",
@@ -325,14 +325,15 @@ class FoldedActivation(_Folded):
 
 
 def watch_together(
-    model: nn.Module, parts: Mapping[str, Replacement], masks: Mapping[str, torch.Tensor]
-) -> None:
+    model: nn.Module, parts: Mapping[str, Replacement], masks: Mapping[str, torch.Tensor],
+    undo: str = RESTORE,
+) -> None:  # fmt: skip
     """Let a convolution and what is folded into it run densely together; names as in the model.
 
     One that is exchanged is an error of the others: a folded norm alone would pass everything on.
     """
     parents = {name: model.get_submodule(name.rpartition(".")[0])._modules for name in parts}
-    watch = Watch([(name, part, parents[name]) for name, part in parts.items()], masks)
+    watch = Watch([(name, part, parents[name]) for name, part in parts.items()], masks, undo)
     for part in parts.values():
         part.opentrans_watch = watch
 

@@ -24,7 +24,7 @@ from .topology.behaviour import added_behaviour
 __all__ = ["Watch", "hooked"]
 
 _log = logging.getLogger(__name__)
-_FIX = "Call opentrans_kernels.restore(model) first"
+RESTORE = "opentrans_kernels.restore(model)"
 
 
 def hooked(module: nn.Module) -> bool:
@@ -44,11 +44,12 @@ class _Place:
         # A replacement is timed before it takes its original's place.
         self._in_place = (module, module.__dict__.get("opentrans_original", module))
 
-    def changed(self) -> str | None:
+    def changed(self, undo: str) -> str | None:
         if self.parent is not None and self.parent.get(self.key) not in self._in_place:
             raise UnsupportedModelError(
-                f"{self.name} was exchanged after acceleration, but the packed weights are those "
-                f"of the module that was there. {_FIX}, exchange it, and accelerate again."
+                f"{self.name} was exchanged after the modules around it were replaced, and they "
+                f"compute with the one that was there. Call {undo}, exchange it then, and do the "
+                "rest again."
             )
         if (extra := added_behaviour(self.module)) is not None:
             return f"{self.name} {extra}"
@@ -62,13 +63,16 @@ class Watch:
     modules: (name, module, the ``_modules`` that holds it or None).
     masks: path of a convolution below the replaced module ("" for itself) -> bool mask, for
         those whose mask is not in the weights.
+    undo: the call that puts the original modules back, for messages.
     """
 
     def __init__(
         self,
         modules: Iterable[tuple[str, nn.Module, dict[str, Any] | None]],
         masks: Mapping[str, torch.Tensor],
+        undo: str = RESTORE,
     ) -> None:
+        self.undo = undo
         self._places = [_Place(*entry) for entry in modules]
         self._masks = {p: (tuple(m.shape), pack_bits(m)) for p, m in masks.items()}
         self._told = False
@@ -76,8 +80,9 @@ class Watch:
 
     @classmethod
     def inside(
-        cls, block: nn.Module, name: str, held: dict[str, Any], masks: Mapping[str, torch.Tensor]
-    ) -> Watch:
+        cls, block: nn.Module, name: str, held: dict[str, Any],
+        masks: Mapping[str, torch.Tensor], undo: str = RESTORE,
+    ) -> Watch:  # fmt: skip
         """Everything below ``block`` (``name`` in the model), whose replacement holds ``held``."""
         places = []
         for path, module in block.named_modules():
@@ -85,7 +90,7 @@ class Watch:
                 above = path.rpartition(".")[0]
                 parent = block.get_submodule(above)._modules if above else held
                 places.append((f"{name}.{path}".lstrip("."), module, parent))
-        return cls(places, masks)
+        return cls(places, masks, undo)
 
     def changed(self) -> str | None:
         """What was added since, in words; None for nothing."""
@@ -101,7 +106,7 @@ class Watch:
                     or (not state["_forward_hooks"] and not state["_forward_pre_hooks"])
                     and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
                 )
-            ) and (why := place.changed()) is not None:
+            ) and (why := place.changed(self.undo)) is not None:
                 return why
         if newest >= 0:
             self._newest = newest

@@ -98,8 +98,8 @@ def test_plans_of_a_wrong_type(plan: object) -> None:
 def test_plan_records_with_odd_entries() -> None:
     record = make_plan(small(), MASKS, input_size=(16, 16), measure=False).to_dict()
     for change, words in (
-        ({"batch": "x"}, "at least 1"),
-        ({"input_size": ["a", 1]}, "height, width"),
+        ({"batch": "x"}, "'batch' of the plan is 'x'"),
+        ({"input_size": ["a", 1]}, "'input_size' of the plan is"),
         ({"units": [5]}, "not a plan record"),
     ):
         refused(

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import PlanError, UnsupportedModelError
+from opentrans_kernels.nn import watch_together
 from opentrans_kernels.topology import ConvNode, Trunk, find_trunk
+from opentrans_kernels.topology.behaviour import first_changed, own_behaviour
 from opentrans_kernels.topology.nodes import original
 
 from ..freeze.plan import refuse_wrapped
 from .graph import ConvStep, Graph, PoolStep, build_graph
 from .modules import (
+    UNDO,
     PrefixBlock,
     SkipAvgPool2d,
     SkipBlock,
@@ -170,9 +173,9 @@ def _untouched(trunk: Trunk, policy: str) -> dict[str, str]:
             found[node.name] = "its ReLU module is shared, and each use decides for itself"
     for block in trunk.blocks:
         whys = [_why_not(node) for node in block.all_convs]
-        hooked = next((n for n, m in block.module.named_modules() if _hooked(m)), None)
-        if hooked is not None:
-            whys.append(f"{hooked or 'the block'} has hooks, which would not be called")
+        inside = ((n or "the block", m) for n, m in block.module.named_modules())
+        if more := first_changed(inside):
+            whys.append(f"{more}, which would not be called")
         if why := next(filter(None, whys), None):
             found[block.name] = why
     if policy == "train":
@@ -188,17 +191,12 @@ def _untouched(trunk: Trunk, policy: str) -> dict[str, str]:
 
 
 def _why_not(node: ConvNode) -> str | None:
-    for name, module in ((node.name, node.conv), (node.bn_name, node.bn)):
-        if module is not None and _hooked(module):
-            return f"{name} has hooks, which would not be called"
+    parts = ((node.name, node.conv), (node.bn_name, node.bn), (node.act_name, node.act))
+    if more := first_changed((str(name), part) for name, part in parts if part is not None):
+        return f"{more}, which would not be called"
     if "weight" not in node.conv._parameters:
         return f"the weight of {node.name} is computed from others (pruned or parametrized)"
     return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    keys = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(vars(module).get(key) for key in keys)
 
 
 def _replacements(
@@ -212,7 +210,7 @@ def _replacements(
     for step in graph.steps:
         if isinstance(step, PoolStep) and step.size is not None and step.name in graph.ends:
             pool = original(model.get_submodule(step.name))
-            if step.size > 1 and not _hooked(pool):
+            if step.size > 1 and own_behaviour(pool) is None:
                 swaps[step.name] = SkipAvgPool2d(pool, step.size)
         elif isinstance(step, ConvStep) and not step.block:
             bits = step.out in decisions.bits
@@ -227,7 +225,7 @@ def _replacements(
                 swaps[step.block] = SkipBlock(block, kept, batch, sparse)
     for node in trunk.loose:
         if not any(p.requires_grad for p in node.conv.parameters()):
-            swaps.update(_loose_conv(node, batch, untouched))
+            swaps.update(_loose_conv(model, node, batch, untouched))
     return swaps
 
 
@@ -247,10 +245,13 @@ def _stem_conv(
     }
     if node.bn is not None:
         found[str(node.bn_name)] = SkipPassed(node.bn)
+    watch_together(model, found, {}, UNDO)
     return found
 
 
-def _loose_conv(node: ConvNode, batch: bool, untouched: dict[str, str]) -> dict[str, Skipping]:
+def _loose_conv(
+    model: nn.Module, node: ConvNode, batch: bool, untouched: dict[str, str]
+) -> dict[str, Skipping]:
     """A frozen convolution outside the trunk; who reads its ReLU is unknown, so that stays."""
     conv = node.conv
     if type(conv).forward is not nn.Conv2d.forward or isinstance(conv.padding, str):
@@ -269,6 +270,7 @@ def _loose_conv(node: ConvNode, batch: bool, untouched: dict[str, str]) -> dict[
     }
     if fold and node.bn is not None:
         swaps[str(node.bn_name)] = SkipPassed(node.bn)
+        watch_together(model, swaps, {}, UNDO)
     return swaps
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from opentrans_kernels.compact.layers import fold_block
+from opentrans_kernels.errors import UnsupportedModelError
 from opentrans_kernels.nn import AcceleratedBlock, Replacement, SparseEngine
 from opentrans_kernels.ops.contents import Source
 from opentrans_kernels.ops.folded_conv2d import folded_conv2d
@@ -22,6 +23,7 @@ from opentrans_kernels.ops.folded_conv2d.fold import Norm
 from opentrans_kernels.ops.folded_conv2d.sparse import sparse_folded_conv2d
 from opentrans_kernels.ops.relu_bits.add_relu import add_relu
 from opentrans_kernels.topology import BlockNode
+from opentrans_kernels.watch import Watch
 
 from .sparse import Sparse
 
@@ -36,8 +38,23 @@ __all__ = [
 ]
 
 
+UNDO = "opentrans.restore_skipped(model)"
+
+
 class Skipping(Replacement):
     """Base: keeps ``opentrans_original``, and loads weights as the original would."""
+
+    #: Over the modules that are not called as they were, where there are some.
+    opentrans_watch: Watch | None = None
+
+    def _require_unchanged(self) -> None:
+        """Raise UnsupportedModelError if one of those got hooks or a forward of its own."""
+        watch = self.opentrans_watch
+        if watch is not None and (why := watch.changed()) is not None:
+            raise UnsupportedModelError(
+                f"{why} since skip_frozen, and it is not called as it was. Call {UNDO}, "
+                "add it then, and call skip_frozen again: that part stays as it is."
+            )
 
     def _load_from_state_dict(self, *args: Any) -> None:
         nn.Module._load_from_state_dict(self, *args)
@@ -123,6 +140,7 @@ class SkipConv2d(Skipping):
         self.opentrans_relu, self.opentrans_bits = relu, bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._require_unchanged()
         return run_conv(
             self, self.opentrans_bn, x, None, relu=self.opentrans_relu, bits=self.opentrans_bits,
             batch_statistics=False, sparse=self.opentrans_sparse,
@@ -147,6 +165,7 @@ class SkipPassed(Skipping):
     """In the place of a norm or ReLU that the convolution before it already applied."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._require_unchanged()
         return x
 
 
@@ -175,6 +194,7 @@ class SkipBlock(Skipping):
         sparse: Mapping[str, Sparse],
     ) -> None:
         super().__init__(block.module)
+        self.opentrans_watch = Watch.inside(block.module, block.name, self._modules, {}, UNDO)
         self.opentrans_sparse = tuple(sparse.get(node.name) for node in block.convs)
         down = block.downsample
         self.opentrans_sparse_shortcut = None if down is None else sparse.get(down.name)
@@ -187,6 +207,7 @@ class SkipBlock(Skipping):
             self.opentrans_shortcut = tuple(n.rpartition(".")[2] for n in names)  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._require_unchanged()
         shortcut = x
         if self.opentrans_shortcut is not None:
             pooled = x
@@ -232,6 +253,7 @@ class PrefixBlock(SkipBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return super().forward(x)
+        self._require_unchanged()
         block: BlockNode = self.__dict__["opentrans_node"]
         parts: list[torch.Tensor | float] = []
         for node in block.all_convs:

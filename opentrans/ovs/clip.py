@@ -15,7 +15,12 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from opentrans_kernels.errors import CheckpointError, OpenTransError
-from opentrans_kernels.masks import atomic_write, open_checkpoint
+from opentrans_kernels.masks import (
+    atomic_write,
+    open_checkpoint,
+    read_state_dict,
+    split_entry,
+)
 from opentrans_kernels.masks.limits import parse_json
 
 __all__ = ["RANDOM", "Clip", "build_clip", "load_clip", "save_clip"]
@@ -26,7 +31,6 @@ RANDOM = "random"
 METADATA = "opentrans_clip"  # the shape of a CLIP, in the metadata of a safetensors file
 # Numbers that OpenAI's archives keep beside the weights.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
-CONTAINERS = ("state_dict", "model")
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ def load_clip(weights: str, arch: str = "RN50") -> Clip:
     """CLIP with the weights of a file.
 
     Args:
-        weights: a file: one of :func:`save_clip` (which knows its own shape), an open_clip state
-            dict, or OpenAI's TorchScript archive; or a tag that open_clip downloads, such as
-            "openai"; or "random", for tests and timing.
+        weights: a file (or FILE:ENTRY): one of :func:`save_clip` (which knows its own shape), an
+            open_clip state dict, or OpenAI's TorchScript archive; or a tag that open_clip
+            downloads, such as "openai"; or "random", for tests and timing.
         arch: a CLIP of open_clip; not used for files of ``save_clip``.
 
     Raises:
@@ -63,9 +67,10 @@ def load_clip(weights: str, arch: str = "RN50") -> Clip:
             f"open_clip or OpenAI checkpoint of {arch}), a tag such as 'openai', or "
             f"{RANDOM!r} if random weights are what you want."
         )
-    if os.path.exists(weights) and (shape := _shape_of(weights)) is not None:
+    path = split_entry(weights)[0]
+    if os.path.exists(path) and (shape := _shape_of(path)) is not None:
         model = build_clip(shape)
-        _fill(model, open_checkpoint(weights).content, weights)
+        _fill(model, read_state_dict(weights), weights)
         return _frozen(
             model, open_clip.SimpleTokenizer(context_length=shape["text"]["context_length"]), False
         )
@@ -77,7 +82,7 @@ def load_clip(weights: str, arch: str = "RN50") -> Clip:
     if weights == RANDOM:
         log.warning("CLIP %s has random weights: its embeddings mean nothing.", arch)
         model = open_clip.create_model(arch)
-    elif not os.path.exists(weights) and not os.path.splitext(weights)[1] and "/" not in weights:
+    elif not os.path.exists(path) and not os.path.splitext(weights)[1] and "/" not in weights:
         tags = open_clip.list_pretrained_tags_by_model(arch)
         if weights not in tags:
             raise OpenTransError(
@@ -86,11 +91,10 @@ def load_clip(weights: str, arch: str = "RN50") -> Clip:
             )
         model = open_clip.create_model(arch, pretrained=weights)
     else:
-        file = open_checkpoint(weights)
         # OpenAI's models have another activation, which their archives do not mention.
-        openai = file.container == "torchscript"
+        openai = open_checkpoint(path).container == "torchscript"
         model = open_clip.create_model(arch, force_quick_gelu=openai)
-        _fill(model, file.content, weights)
+        _fill(model, read_state_dict(weights), weights)
     return _frozen(model, open_clip.get_tokenizer(arch), weights == RANDOM)
 
 
@@ -133,15 +137,12 @@ def _shape_of(weights: str) -> dict[str, Any] | None:
     return shape
 
 
-def _fill(model: nn.Module, content: Any, name: str) -> None:
-    for key in CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
     own = model.state_dict()
     given = {
         key.removeprefix("module."): value
-        for key, value in (content.items() if isinstance(content, Mapping) else ())
-        if isinstance(value, torch.Tensor) and key.removeprefix("module.") not in NOT_WEIGHTS
+        for key, value in state.items()
+        if key.removeprefix("module.") not in NOT_WEIGHTS
     }
     # A causal mask that some versions keep as a buffer; it follows from the context length.
     wanted = {key for key in own if key != "attn_mask" and not key.endswith("num_batches_tracked")}

@@ -36,6 +36,8 @@ from ..gpu.graphs import CudaCapturer
 from ..gpu.modules import Passed, PlannedStage, PlannedStem, TrunkRunner
 from ..gpu.precision import float32_products
 from ..gpu.tune import FLOORS
+from ..masks import make_permanent
+from ..masks.names import conv_modules
 from ..nn import Replacement
 from ..plan.models import accelerated_parts, require_module
 from ..plan.subject import Masks, PlanSubject, prepare
@@ -220,10 +222,17 @@ def _twin(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model)
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"the model cannot be copied ({error}). Make pruned weights permanent first: "
-            "torch.nn.utils.prune.remove(module, 'weight')."
+            f"the model cannot be copied ({error}). Make computed weights permanent first, such as "
+            f"{_computed(model)}."
         ) from error
     return twin.to("cpu", torch.float32)
+
+
+def _computed(model: nn.Module) -> str:
+    """How to make the first computed weight of the model permanent."""
+    convs = conv_modules(model).values()
+    computed = (conv for conv in convs if "weight" not in conv._parameters)
+    return make_permanent(next(computed, model))
 
 
 def _changed(subject: PlanSubject) -> str | None:
