@@ -16,14 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 from .compact import fold_conv
 from .engines import DenseEngine, Engine, Operators, SparseEngine, operator_of
 from .errors import MaskError, UnsupportedModelError
 from .freshness import Freshness, freshness_of
+from .ops.library import require_backward_alone
 from .ops.sparse_bottleneck import fusible
 from .pack import SparseWeight
 from .topology import ConvNode
@@ -47,16 +46,6 @@ __all__ = [
 ]
 
 _FIX = "Call opentrans_kernels.restore(model) first"
-
-
-def _functional_derivative() -> str | None:
-    """A derivative being taken that is not ordinary backward; ``torch.func.vmap`` is none."""
-    if forward_ad._current_level >= 0:
-        return "a forward-mode derivative (torch.autograd.forward_ad)"
-    layers = torch._C._functorch.get_interpreter_stack() or ()
-    if any(layer.key() in (TransformType.Grad, TransformType.Jvp) for layer in layers):
-        return "a derivative of torch.func (grad, jvp, ...)"
-    return None
 
 
 class Replacement(Operators):
@@ -111,11 +100,7 @@ class Replacement(Operators):
                 f"this {type(self).__name__} is in training mode, but its batch norm is folded "
                 f"and its weights are packed for inference. Call model.eval(). To train: {_FIX}."
             )
-        if not torch.compiler.is_compiling() and (mode := _functional_derivative()) is not None:
-            raise UnsupportedModelError(
-                f"{mode} is asked for, and the sparse kernels have the ordinary backward only. Use "
-                f"x.requires_grad_() and backward(). For other derivatives: {_FIX}."
-            )
+        require_backward_alone(f"For other derivatives: {_FIX}.")
         if x.dtype != torch.float32:
             if torch.is_autocast_enabled("cpu"):
                 return x.float()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from kernel_cases import EPSILON, bottleneck_parts, layouts, masked_weight
 
 from opentrans_kernels import ops
-from opentrans_kernels.errors import PlanError
+from opentrans_kernels.errors import PlanError, UnsupportedModelError
 from opentrans_kernels.pack import SparseWeight
 
 GEOMETRIES = [(k, s, p) for k in (1, 3) for s in (1, 2) for p in (0, 1)] + [(1, 1, 2), (3, 2, 3)]
@@ -241,3 +241,26 @@ def test_gradcheck_of_reference_pooling(set_env) -> None:
     set_env(OPENTRANS_BACKEND="reference")
     x = torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: ops.avg_pool2d(x, 2), x)
+
+
+def test_other_derivatives_are_refused_not_zero(extension: None) -> None:
+    """torch gives an op without a formula for them a derivative of zero."""
+    packed = SparseWeight.from_dense(masked_weight(7, 7, 3, 0.4), None, 1, 1)
+    packs = bottleneck_parts(7, 5, 7, 0.5, False)[1]
+    x = torch.randn(2, 7, 5, 6)
+    calls = (
+        lambda t: ops.sparse_conv2d(t, packed),
+        lambda t: ops.avg_pool2d(t, 2),
+        lambda t: ops.sparse_bottleneck(t, *packs),
+    )
+    for call in calls:
+        with pytest.raises(UnsupportedModelError, match="ordinary backward only"):
+            torch.func.jvp(call, (x,), (x,))
+        with pytest.raises(UnsupportedModelError, match="ordinary backward only"):
+            torch.func.grad(lambda t, call=call: call(t).sum())(x)
+        with (
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(UnsupportedModelError, match="forward-mode"),
+        ):
+            call(torch.autograd.forward_ad.make_dual(x, x))
+        assert call(x).isfinite().all()

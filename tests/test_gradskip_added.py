@@ -102,3 +102,10 @@ def test_hooks_on_whole_parts_are_called() -> None:
     for path, value in wanted.items():
         torch.testing.assert_close(seen[path], value)
     restore_skipped(model)
+
+
+def test_derivatives_that_the_operators_lack_are_refused() -> None:
+    model = small_trunk().double()
+    skip_frozen(model, conv_names(model)[::2], bn="frozen")
+    with pytest.raises(UnsupportedModelError, match=r"backward only.*restore_skipped"):
+        torch.func.jvp(model, (X,), (X,))

@@ -21,6 +21,7 @@ from opentrans_kernels.ops.folded_conv2d import folded_conv2d
 from opentrans_kernels.ops.folded_conv2d.average import mean_pool2d
 from opentrans_kernels.ops.folded_conv2d.fold import Norm
 from opentrans_kernels.ops.folded_conv2d.sparse import sparse_folded_conv2d
+from opentrans_kernels.ops.library import require_backward_alone
 from opentrans_kernels.ops.relu_bits.add_relu import add_relu
 from opentrans_kernels.topology import BlockNode
 from opentrans_kernels.watch import Watch
@@ -48,7 +49,11 @@ class Skipping(Replacement):
     opentrans_watch: Watch | None = None
 
     def _require_unchanged(self) -> None:
-        """Raise UnsupportedModelError if one of those got hooks or a forward of its own."""
+        """Raise UnsupportedModelError if one of those got hooks or a forward of its own.
+
+        Also inside a derivative that the operators do not have.
+        """
+        require_backward_alone(f"For other derivatives: {UNDO}.")
         watch = self.opentrans_watch
         if watch is not None and (why := watch.changed()) is not None:
             raise UnsupportedModelError(

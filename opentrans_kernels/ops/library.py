@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import dispatch, flops, native
@@ -28,6 +30,7 @@ __all__ = [
     "plane_padded",
     "plane_stride",
     "release_memory",
+    "require_backward_alone",
     "schemas",
     "scratch_bytes",
 ]
@@ -71,6 +74,28 @@ def schemas() -> list[str]:
     return [str(torch._C._get_schema(*name.partition(".")[::2])) for name in own]
 
 
+def require_backward_alone(otherwise: str) -> None:
+    """Raise UnsupportedModelError inside a derivative that the ops would give as zero.
+
+    They have the ordinary backward; torch takes any other derivative of an op for zero, without a
+    word. ``torch.func.vmap`` is none. ``otherwise``: what to do instead, for the message.
+    """
+    if torch.compiler.is_compiling():
+        return
+    mode = None
+    if forward_ad._current_level >= 0:
+        mode = "a forward-mode derivative (torch.autograd.forward_ad)"
+    else:
+        layers = torch._C._functorch.get_interpreter_stack() or ()
+        if any(layer.key() in (TransformType.Grad, TransformType.Jvp) for layer in layers):
+            mode = "a derivative of torch.func (grad, jvp, ...)"
+    if mode is not None:
+        raise UnsupportedModelError(
+            f"{mode} is asked for, and the sparse kernels have the ordinary backward only. Use "
+            f"x.requires_grad_() and backward(). {otherwise}"
+        )
+
+
 def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
     """The kernel that serves ``op`` for the activations ``x``.
 
@@ -78,7 +103,9 @@ def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
 
     Raises:
         KernelUnavailable: none does; the message says how to convert ``x``.
+        UnsupportedModelError: see :func:`require_backward_alone`.
     """
+    require_backward_alone(f"{op} has no other.")
     device = x.device.type
     dtype = _NAMES.get(x.dtype)
     if dtype is None:
