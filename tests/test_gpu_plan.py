@@ -314,7 +314,8 @@ def test_kernels_of_a_gpu_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) ->
     """Candidates of an H200, seen from a machine without one; launches are only recorded."""
     if (reason := why_no_triton()) is not None:
         pytest.skip(reason)
-    from opentrans_kernels.ops.implicit_gemm_conv2d import triton as kernels
+    from opentrans_kernels.ops.launch import OPTIONS
+from opentrans_kernels.ops.implicit_gemm_conv2d import triton as kernels
 
     model = wide_tower()
     subject = cases.subject(model, nets.killing_masks(model))
@@ -332,7 +333,8 @@ def test_kernels_of_a_gpu_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) ->
     )
     for job in jobs_of(network, place, (2, 64, 64)):
         job()
-    assert chained and len(chained[0][0]) + len(chained[0][1]) - 3 == len(
+    options = 3 + len(OPTIONS)  # grid, num_warps, num_stages
+    assert chained and len(chained[0][0]) + len(chained[0][1]) - options == len(
         chains.chain_kernel.arg_names
     )
     assert len(launched) > 60
@@ -342,7 +344,7 @@ def test_kernels_of_a_gpu_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) ->
     assert any(k["GATHER"] for _, k in launched) and any(k["SECOND"] for _, k in launched)
     arguments, keywords = launched[0]
     assert arguments[0] is torch.bfloat16 and arguments[2] is torch.float32
-    assert len(arguments) + len(keywords) - 3 == len(kernels.conv_kernel.arg_names)
+    assert len(arguments) + len(keywords) - options == len(kernels.conv_kernel.arg_names)
     layer = network.stem[1]
     old = Place(torch.device("cuda"), Precision.of("float16"), (7, 5))
     found, rejected = candidates(layer, old, (1, 32, 32))
