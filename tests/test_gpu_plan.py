@@ -314,8 +314,8 @@ def test_kernels_of_a_gpu_are_compiled_ahead(monkeypatch: pytest.MonkeyPatch) ->
     """Candidates of an H200, seen from a machine without one; launches are only recorded."""
     if (reason := why_no_triton()) is not None:
         pytest.skip(reason)
+    from opentrans_kernels.ops.implicit_gemm_conv2d import triton as kernels
     from opentrans_kernels.ops.launch import OPTIONS
-from opentrans_kernels.ops.implicit_gemm_conv2d import triton as kernels
 
     model = wide_tower()
     subject = cases.subject(model, nets.killing_masks(model))
