@@ -4,7 +4,8 @@ What was packed or folded from parameters and buffers keeps a :class:`Freshness`
 every call, it compares, of every tensor, which object stands in the module, where it lies, its
 version counter, and the bits of one block in :data:`TURNS`, another one each time: writes PyTorch
 counts and tensors that were replaced are noticed at once, whatever else wrote (``tensor.data``,
-numpy, another process) within ``TURNS`` calls, and at once where it wrote to a whole tensor. Where
+numpy, another process) within ``TURNS`` calls, and at once where it wrote to a whole weight. Biases
+and norms, which are four tensors in five, are looked at in every :data:`SMALL` th call. Where
 something looks different, all bits are compared: the same weights at another place are no change.
 """
 
@@ -32,6 +33,8 @@ __all__ = ["TURNS", "Freshness", "freshness_of"]
 
 #: Calls after which every bit was looked at.
 TURNS = 256
+#: Calls from one look at the place and the bits of a tensor of one dimension to the next.
+SMALL = 8
 # Counts training batches; no inference reads it.
 _UNREAD = ("num_batches_tracked",)
 # What is taken down anew where one was copied or loaded.
@@ -54,18 +57,16 @@ class Freshness:
 
     Args:
         modules: path for messages -> module; all parameters and buffers in it, and its ``eps``.
-        parent: (path, module) that holds them; replacing one of them is noticed as well.
         leave_out: how the paths of tensors begin that do not matter.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        parent: tuple[str, nn.Module] | None = None,
         leave_out: tuple[str, ...] = (),
     ) -> None:
         self._tensors: list[tuple[str, nn.Module, str, str]] = []
-        # Places that must stay as they are: children of the parent, and tensors that are missing.
+        # Places where no tensor stands, and none may appear.
         self._objects: list[tuple[str, nn.Module, str, str, Any]] = []
         for path, module in modules.items():
             for name, owner, kind, key, tensor in _entries(path, module):
@@ -75,9 +76,6 @@ class Freshness:
                     self._objects.append((name, owner, kind, key, None))
                 else:
                     self._tensors.append((name, owner, kind, key))
-        if parent is not None:
-            inside = [p for path, m in modules.items() for p, _ in m.named_modules(prefix=path)]
-            self._objects += _steps(*parent, [p for p in inside if not p.startswith(leave_out)])
         self._numbers = [
             (f"{path}.eps", module, module.eps)
             for path, module in modules.items()
@@ -120,6 +118,8 @@ class Freshness:
             return self._look()
         self._turn = turn = (self._turn + 1) % TURNS
         if seen.look is not None and seen.look(turn, TURNS) >= 0:
+            return self._look()
+        if (turn + self.number) % SMALL == 0 and not seen.small_alike(turn // SMALL):
             return self._look()
         return None
 
@@ -201,9 +201,13 @@ class Freshness:
     def _arm(self, now: list[Any]) -> None:
         # Views keep what they show, also when a parameter's ``data`` is replaced.
         self._views = [tensor.detach() for tensor in now]
-        on_cpu = all(tensor.is_cpu for tensor in now)
-        look = self._contents.hold(self._views) if on_cpu else None
-        self._seen = _Seen(self._tensors, now, self._objects, self._numbers, look)
+        held: list[tuple[list[torch.Tensor], Callable[[int, int], int] | None]] = []
+        for small in (False, True):
+            chosen = [i for i, tensor in enumerate(now) if (tensor.dim() < 2) == small]
+            on_cpu = all(now[i].is_cpu for i in chosen)
+            look = self._contents.hold(self._views, chosen) if on_cpu else None
+            held.append(([now[i] for i in chosen], look))
+        self._seen = _Seen(self._tensors, now, self._objects, self._numbers, *held)
 
 
 class _Seen:
@@ -215,29 +219,40 @@ class _Seen:
         now: list[torch.Tensor],
         objects: list[tuple[str, nn.Module, str, str, Any]],
         numbers: list[tuple[str, nn.Module, float]],
-        look: Callable[[int, int], int] | None,
+        large: tuple[list[torch.Tensor], Callable[[int, int], int] | None],
+        small: tuple[list[torch.Tensor], Callable[[int, int], int] | None],
     ) -> None:
         places = [*tensors, *(place[:4] for place in objects)]
         self._holders = [vars(owner)[kind] for _, owner, kind, _ in places]
         self._keys = [key for *_, key in places]
         self._values = [*now, *(place[4] for place in objects)]
-        self._tensors = now
-        self._addresses = [tensor.data_ptr() for tensor in now]
+        self._large, self.look = large
+        self._small, self._look_small = small
+        self._addresses = [tensor.data_ptr() for tensor in self._large]
+        self._small_addresses = [tensor.data_ptr() for tensor in self._small]
         # Inference tensors count no writes.
         self._counted = [tensor for tensor in now if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._counted]
         self._modules = [module for _, module, _ in numbers]
         self._numbers = [value for _, _, value in numbers]
-        self.look = look
 
     def unmoved(self) -> bool:
         """Whether the same objects stand at the same places, without a write PyTorch counted."""
         return (
             all(map(operator.is_, map(dict.get, self._holders, self._keys), self._values))
             and list(map(_VERSION, self._counted)) == self._versions
-            and list(map(_ADDRESS, self._tensors)) == self._addresses
+            and list(map(_ADDRESS, self._large)) == self._addresses
             and list(map(_EPS, self._modules)) == self._numbers
         )
+
+    def small_alike(self, turn: int) -> bool:
+        """Whether tensors of one dimension lie where they lay, and hold what is read in ``turn``.
+
+        A part in ``TURNS / SMALL`` is read, so that all of them were after ``TURNS`` calls.
+        """
+        if list(map(_ADDRESS, self._small)) != self._small_addresses:
+            return False
+        return self._look_small is None or self._look_small(turn, TURNS // SMALL) < 0
 
 
 _VERSION, _EPS = operator.attrgetter("_version"), operator.attrgetter("eps")
@@ -256,16 +271,14 @@ def _unseen() -> Iterator[None]:
         torch._C._set_tracing_state(tracing)
 
 
-def freshness_of(
-    nodes: Iterable[ConvNode], parent: tuple[str, nn.Module] | None = None
-) -> Freshness:
+def freshness_of(nodes: Iterable[ConvNode]) -> Freshness:
     """Of convolutions and the batch norms behind them."""
     modules: dict[str, nn.Module] = {}
     for node in nodes:
         modules[node.name] = node.conv
         if node.bn is not None:
             modules[str(node.bn_name)] = node.bn
-    return Freshness(modules, parent)
+    return Freshness(modules)
 
 
 def _entries(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, Any]]:
@@ -275,18 +288,3 @@ def _entries(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str
             for key, tensor in vars(owner)[kind].items():
                 if key not in _UNREAD:
                     yield f"{inner}.{key}".lstrip("."), owner, kind, key, tensor
-
-
-def _steps(
-    root_path: str, root: nn.Module, paths: Iterable[str]
-) -> Iterator[tuple[str, nn.Module, str, str, Any]]:
-    """The children of ``root`` on the way to ``paths``, as :func:`_entries` gives tensors."""
-    done = set()
-    for path in paths:
-        owner, at = root, root_path
-        for key in filter(None, path.removeprefix(root_path).split(".")):
-            child, at = owner._modules[key], f"{at}.{key}".lstrip(".")
-            if at not in done:
-                done.add(at)
-                yield at, owner, "_modules", key, child
-            owner = child  # type: ignore[assignment]

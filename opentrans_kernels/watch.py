@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -57,6 +58,24 @@ class _Place:
         return None
 
 
+class _Seen:
+    """How modules stood at one moment. Lists, for C to walk them."""
+
+    def __init__(self, places: Iterable[_Place]) -> None:
+        places = list(places)
+        self._states = [place.module.__dict__ for place in places]
+        self._sizes = list(map(len, self._states))
+        held = [place for place in places if place.parent is not None]
+        self._parents = [place.parent for place in held]
+        self._keys = [place.key for place in held]
+        self._children = [place.module for place in held]
+
+    def same(self) -> bool:
+        return list(map(len, self._states)) == self._sizes and all(
+            map(operator.is_, map(dict.get, self._parents, self._keys), self._children)
+        )
+
+
 class Watch:
     """The modules of one replaced part, and the masks that make it the masked dense part.
 
@@ -77,6 +96,7 @@ class Watch:
         self._masks = {p: (tuple(m.shape), pack_bits(m)) for p, m in masks.items()}
         self._told = False
         self._newest: int | None = None  # number of the newest hook when nothing was found
+        self._seen: _Seen | None = None  # how the modules stood then
 
     @classmethod
     def inside(
@@ -94,8 +114,18 @@ class Watch:
 
     def changed(self) -> str | None:
         """What was added since, in words; None for nothing."""
-        newest = -1 if torch.compiler.is_compiling() else RemovableHandle.next_id
+        if torch.compiler.is_compiling():
+            return self._walk(quiet=False)
+        newest = RemovableHandle.next_id
         quiet = newest == self._newest  # nobody anywhere has registered a hook since
+        if quiet and self._seen is not None and self._seen.same():
+            return None
+        if (why := self._walk(quiet)) is not None:
+            return why
+        self._newest, self._seen = newest, _Seen(self._places)
+        return None
+
+    def _walk(self, quiet: bool) -> str | None:
         for place in self._places:
             state = place.module.__dict__
             if (
@@ -108,12 +138,11 @@ class Watch:
                 )
             ) and (why := place.changed(self.undo)) is not None:
                 return why
-        if newest >= 0:
-            self._newest = newest
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_newest": None}  # another process counts its hooks anew
+        # Another process counts its hooks anew, and copies have dicts of their own.
+        return {**self.__dict__, "_newest": None, "_seen": None}
 
     def dense(self, original: nn.Module, x: torch.Tensor, why: str) -> torch.Tensor:
         """The masked dense part; said once per part, because it is slower."""

@@ -99,7 +99,7 @@ class Contents:
         stored = [_as_stored(t) for t in tensors]
         if _natively(stored):
             return torch.ops.opentrans_kernels.first_changed(stored, self._sums, 0, 1)
-        return self._compare(stored, 0, 1)
+        return _compare(stored, self._sums, 0, 1)
 
     def digest(self) -> str:
         """SHA-256 (hex) over forms and checksums."""
@@ -107,32 +107,38 @@ class Contents:
         found.update(self._sums.numpy().tobytes())
         return found.hexdigest()
 
-    def hold(self, tensors: Sequence[torch.Tensor]) -> Callable[[int, int], int]:
-        """``first_change`` of tensors that keep their form, as ``look(turn, turns)``.
+    def hold(
+        self, tensors: Sequence[torch.Tensor], chosen: Sequence[int]
+    ) -> Callable[[int, int], int]:
+        """``first_change`` of some of the tensors, which keep their form, as ``look(turn, turns)``.
 
-        It reads the part ``turn`` of ``turns`` of each tensor, one block at least.
+        It reads the part ``turn`` of ``turns`` of each, one block at least.
         """
-        stored = [_as_stored(t) for t in tensors]
+        counts = [-(-t.numel() * t.element_size() // BLOCK_BYTES) for t in tensors]
+        parts = self._sums.split(counts)
+        sums = torch.cat([parts[i] for i in chosen]) if chosen else self._sums[:0]
+        stored = [_as_stored(tensors[i]) for i in chosen]
         if not stored or not _natively(stored):
-            return functools.partial(self._compare, stored)
-        handle = torch.ops.opentrans_kernels.hold_contents(stored, self._sums)
+            return functools.partial(_compare, stored, sums)
+        handle = torch.ops.opentrans_kernels.hold_contents(stored, sums)
         look = functools.partial(torch.ops.opentrans_kernels.first_changed_held.default, handle)
         release = torch.ops.opentrans_kernels.release_contents
         weakref.finalize(look, release, handle).atexit = False
         return look
 
-    def _compare(self, stored: Sequence[torch.Tensor], turn: int, turns: int) -> int:
-        at = 0
-        for index, tensor in enumerate(stored):
-            found = _sums_of(tensor).cpu()
-            blocks = len(found)
-            part = slice(turn * blocks // turns, (turn + 1) * blocks // turns)
-            if blocks and blocks < turns:
-                part = slice(turn % blocks, turn % blocks + 1)
-            if not torch.equal(found[part], self._sums[at : at + blocks][part]):
-                return index
-            at += blocks
-        return -1
+
+def _compare(stored: Sequence[torch.Tensor], sums: torch.Tensor, turn: int, turns: int) -> int:
+    at = 0
+    for index, tensor in enumerate(stored):
+        found = _sums_of(tensor).cpu()
+        blocks = len(found)
+        part = slice(turn * blocks // turns, (turn + 1) * blocks // turns)
+        if blocks and blocks < turns:
+            part = slice(turn % blocks, turn % blocks + 1)
+        if not torch.equal(found[part], sums[at : at + blocks][part]):
+            return index
+        at += blocks
+    return -1
 
 
 def _natively(tensors: Sequence[torch.Tensor]) -> bool:

@@ -82,7 +82,7 @@ class Builder:
         module = AcceleratedBlock(
             block.module, engines, block.pool, block.down_pool, masks, block.name
         )
-        module.opentrans_freshness = freshness_of(unit.convs, (unit.name, module))
+        module.opentrans_freshness = freshness_of(unit.convs)
         return Built(
             kind,
             module,
