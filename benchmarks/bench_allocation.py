@@ -24,9 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opentrans_kernels.bench.environment import isa_environment, missing_limits
-from opentrans_kernels.cli.bench import ISAS, chosen_cpus
-from opentrans_kernels.cli.options import (
+from opentrans.cli.bench import ISAS, chosen_cpus
+from opentrans.cli.options import (
     add_json,
     add_model,
     add_size,
@@ -34,7 +33,8 @@ from opentrans_kernels.cli.options import (
     input_size,
     positive,
 )
-from opentrans_kernels.cli.render import Output
+from opentrans.cli.render import Output
+from opentrans_kernels.bench.environment import isa_environment, missing_limits
 from opentrans_kernels.errors import OpenTransError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

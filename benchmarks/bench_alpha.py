@@ -28,11 +28,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "peers"), str(HERE.parent / "tests")]
 
+from opentrans.cli.bench import chosen_cpus  # noqa: E402
+from opentrans.cli.options import add_json, add_model, add_threads, positive  # noqa: E402
+from opentrans.cli.render import Output  # noqa: E402
 from opentrans_kernels.bench.environment import environment_block, isa_environment  # noqa: E402
 from opentrans_kernels.bench.timing import Timing, TimingTable, pin  # noqa: E402
-from opentrans_kernels.cli.bench import chosen_cpus  # noqa: E402
-from opentrans_kernels.cli.options import add_json, add_model, add_threads, positive  # noqa: E402
-from opentrans_kernels.cli.render import Output  # noqa: E402
 from opentrans_kernels.errors import OpenTransError  # noqa: E402
 
 FITS = ("xmin_peak", "xmin_mid", "ks")

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from opentrans_kernels.cli.bench import chosen_cpus
-from opentrans_kernels.cli.options import add_json, add_threads, positive
-from opentrans_kernels.cli.render import Output
+from opentrans.cli.bench import chosen_cpus
+from opentrans.cli.options import add_json, add_threads, positive
+from opentrans.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

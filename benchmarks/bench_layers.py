@@ -16,9 +16,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from opentrans_kernels.bench.environment import missing_limits
-from opentrans_kernels.cli.bench import ISAS, chosen_cpus
-from opentrans_kernels.cli.options import (
+from opentrans.cli.bench import ISAS, chosen_cpus
+from opentrans.cli.options import (
     add_json,
     add_model,
     add_size,
@@ -27,7 +26,8 @@ from opentrans_kernels.cli.options import (
     positive,
     subject_of,
 )
-from opentrans_kernels.cli.render import Output
+from opentrans.cli.render import Output
+from opentrans_kernels.bench.environment import missing_limits
 from opentrans_kernels.errors import OpenTransError
 
 

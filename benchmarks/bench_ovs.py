@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
 from ovs_result import KIND, check_form  # noqa: E402
 
+from opentrans.cli.bench_session import INTERRUPTED, Session  # noqa: E402
+from opentrans.cli.options import positive  # noqa: E402
+from opentrans.cli.render import Output  # noqa: E402
 from opentrans_kernels.bench.timing import choose_cpus, pin  # noqa: E402
-from opentrans_kernels.cli.bench_session import INTERRUPTED, Session  # noqa: E402
-from opentrans_kernels.cli.options import positive  # noqa: E402
-from opentrans_kernels.cli.render import Output  # noqa: E402
 from opentrans_kernels.errors import OpenTransError  # noqa: E402
 from opentrans_kernels.synthetic import is_mask_spec  # noqa: E402
 

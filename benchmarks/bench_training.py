@@ -37,8 +37,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from opentrans.cli.render import Output
 from opentrans_kernels.bench.timing import TimingTable, choose_cpus, interleave, pin
-from opentrans_kernels.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.synthetic import synthetic_masks, synthetic_rn50
 

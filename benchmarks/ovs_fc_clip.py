@@ -32,10 +32,10 @@ from ovs_result import (
 )
 from torch import nn
 
+from opentrans.cli.render import Output
 from opentrans.d2 import attach, require_detectron2
 from opentrans_kernels.bench.timing import interleave
 from opentrans_kernels.bench.variants import fold_batch_norms_
-from opentrans_kernels.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.synthetic import synthetic_rn50
 

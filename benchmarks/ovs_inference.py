@@ -22,11 +22,11 @@ from ovs_result import (
 from torch import nn
 
 from opentrans import TextCache
+from opentrans.cli.render import Output
 from opentrans.ovs import DeepLabHead, PixelSegmenter, TextClassifier, TrunkFeatures
 from opentrans_kernels import accelerate
 from opentrans_kernels.bench.timing import interleave
 from opentrans_kernels.bench.variants import fold_batch_norms_
-from opentrans_kernels.cli.render import Output
 from opentrans_kernels.synthetic import synthetic_masks, synthetic_rn50
 
 CLASSES = 150  # of ADE20K, for the size of the classifier

@@ -11,9 +11,9 @@ from ovs_inference import segmenter
 from torch import nn
 
 from opentrans import TextCache
+from opentrans.cli.render import Output
 from opentrans.ovs import TextClassifier, load_clip
 from opentrans_kernels.bench.timing import Spread
-from opentrans_kernels.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.synthetic import synthetic_rn50
 

@@ -15,11 +15,10 @@ import pytest
 import torch
 from freeze_cases import Chain, alpha_row, alpha_table
 
-from opentrans import FreezePlan, freeze_plan
-from opentrans_kernels import cli
+from opentrans import FreezePlan, cli, freeze_plan
+from opentrans.cli import render
+from opentrans.cli.alpha import progress_bar
 from opentrans_kernels.bench.subject import build_tower
-from opentrans_kernels.cli import render
-from opentrans_kernels.cli.alpha import progress_bar
 from opentrans_kernels.report import alpha_files
 from opentrans_kernels.report.alpha_plots import Freezing, alphas_svg, spectra_svg, standalone
 from opentrans_kernels.spectrum import AlphaTable, estimate_alpha

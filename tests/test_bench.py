@@ -153,7 +153,7 @@ def test_an_instruction_set_that_the_cpu_lacks_is_said_before_anything_starts(
     monkeypatch.setattr(environment.subprocess, "Popen", refuse)
     monkeypatch.setattr(environment, "machine", lambda: {"cpu": "Test", "flags": ["avx2", "fma"]})
     with pytest.raises(OpenTransError) as info:
-        environment.rerun(["bench", "trunk"], "avx512", 1)
+        environment.rerun(["-m", "opentrans", "bench", "trunk"], "avx512", 1)
     text = str(info.value)
     assert "--isa avx512" in text and "no avx512f" in text and "native, avx2" in text
     assert "OPENTRANS_CPU_CAPABILITY" not in text

@@ -15,11 +15,11 @@ from pathlib import Path
 import bench_results as make
 import pytest
 
+from opentrans.cli import bench, bench_all, bench_scripts, build_parser, main
+from opentrans.cli.render import Output
 from opentrans_kernels.bench import schema
 from opentrans_kernels.bench.environment import isa_environment, machine, portable_words
 from opentrans_kernels.bench.machines import machine_slug
-from opentrans_kernels.cli import bench, bench_all, bench_scripts, build_parser, main
-from opentrans_kernels.cli.render import Output
 from opentrans_kernels.errors import OpenTransError
 
 ROOT = Path(__file__).resolve().parents[1]

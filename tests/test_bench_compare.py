@@ -10,9 +10,9 @@ from typing import Any
 import bench_results as make
 import pytest
 
+from opentrans.cli import main
 from opentrans_kernels.bench import compare, schema
 from opentrans_kernels.bench.machines import machine_differences, machine_slug
-from opentrans_kernels.cli import main
 from opentrans_kernels.errors import CheckpointError, OpenTransError
 
 

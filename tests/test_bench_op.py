@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from opentrans.cli import main
 from opentrans_kernels import dispatch, native
 from opentrans_kernels.bench import cases, derive, ops, schema
 from opentrans_kernels.bench.environment import isa_environment
-from opentrans_kernels.cli import main
 
 SMALL = cases.ConvCase(8, 12, 3, 1, 9, 10)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from opentrans.cli import main
 from opentrans_kernels.bench import schema
 from opentrans_kernels.bench.peers import environments, process, registry, session
-from opentrans_kernels.cli import main
 from opentrans_kernels.errors import OpenTransError
 
 PROTOCOL = session.WORKERS / "protocol.py"

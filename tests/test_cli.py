@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from opentrans_kernels import cli
+from opentrans import cli
+from opentrans.cli import bench, render, weights
+from opentrans_kernels import __version__
 from opentrans_kernels.bench.environment import isa_environment
 from opentrans_kernels.bench.subject import load_subject
-from opentrans_kernels.cli import bench, render, weights
 from opentrans_kernels.errors import CheckpointError, OpenTransError
 
 TINY = "torchvision:resnet18"
@@ -50,13 +51,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; from opentrans_kernels.cli import main; code = main(['plan', '--help']);"
+        "import sys; from opentrans.cli import main; code = main(['plan', '--help']);"
         "sys.exit(code or ('torch' in sys.modules and 9))"
     )
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "exit codes" in done.stdout and "MASK" in done.stdout
+
+
+def test_the_version_and_the_module_without_a_console_script() -> None:
+    command = [sys.executable, "-m", "opentrans", "--version"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and done.stdout == f"opentrans {__version__}\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -101,7 +109,7 @@ def test_a_bad_setting_is_2(
 
 
 def test_a_bug_is_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from opentrans_kernels.cli import info
+    from opentrans.cli import info
 
     def broken(options: Namespace, out: render.Output) -> int:
         raise ZeroDivisionError("oops")

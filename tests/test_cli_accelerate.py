@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from opentrans_kernels import cli
+from opentrans import cli
 from opentrans_kernels.bench import subject
 
 

@@ -18,7 +18,7 @@ from mask_cases import (
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from opentrans_kernels import cli
+from opentrans import cli
 from opentrans_kernels.bench.subject import load_weights
 from opentrans_kernels.errors import CheckpointError, MaskError
 from opentrans_kernels.masks import MaskSet, load_masks, make_permanent, read_state_dict

@@ -13,7 +13,7 @@ import torch
 from mask_cases import compressed
 from safetensors.torch import save_file
 
-from opentrans_kernels import cli
+from opentrans import cli
 from opentrans_kernels.errors import CheckpointError, MaskError
 from opentrans_kernels.masks import load_masks, read_state_dict
 

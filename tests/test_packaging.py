@@ -141,7 +141,7 @@ def test_the_wheel_is_one_abi3_wheel_with_the_extension(tree: Path) -> None:
         names = packed.namelist()
         record = json.loads(packed.read("opentrans_kernels/_build.json"))
         (scripts,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert b"opentrans = opentrans_kernels.cli:main" in packed.read(scripts)
+        assert b"opentrans = opentrans.cli:main" in packed.read(scripts)
         library = packed.read("opentrans_kernels/_C.abi3.so")
     assert record["built"] == ["_C"] and record["torch_target"] == "2.11"
     assert {"opentrans_kernels/py.typed", "opentrans/__init__.py", "opentrans/py.typed"} <= {*names}

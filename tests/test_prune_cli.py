@@ -10,10 +10,10 @@ import pytest
 import torch
 from trunk_models import OpenAITower, randomise
 
+from opentrans import cli
+from opentrans.cli import training
 from opentrans.images import ImageFolder
-from opentrans_kernels import cli
 from opentrans_kernels.bench import subject as subject_module
-from opentrans_kernels.cli import training
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.masks import MaskSet, read_state_dict
 from opentrans_kernels.report.prune import density_map, prune_page
@@ -229,7 +229,7 @@ def test_a_loss_without_a_value_keeps_what_was_saved(
 def test_example_settings_give_way_to_the_command_line() -> None:
     from argparse import ArgumentParser
 
-    from opentrans_kernels.cli.prune import EXAMPLE, add_arguments
+    from opentrans.cli.prune import EXAMPLE, add_arguments
 
     parser = ArgumentParser()
     add_arguments(parser)

@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 import bench_results as make
 import pytest
 
+from opentrans.cli import main
 from opentrans_kernels.bench import derive
 from opentrans_kernels.bench.compare import compare
-from opentrans_kernels.cli import main
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.report import results_page
 from opentrans_kernels.report.page import _SORT, Page

@@ -16,9 +16,9 @@ from typing import Any
 import bench_results as make
 import pytest
 
+from opentrans.cli import build_parser
 from opentrans_kernels import settings
 from opentrans_kernels.bench.machines import machine_slug
-from opentrans_kernels.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

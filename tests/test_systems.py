@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from opentrans.cli import main
 from opentrans.systems import (
     PAPER_SIZE,
     PRUNABLE,
@@ -19,7 +20,6 @@ from opentrans.systems import (
     reproduce,
 )
 from opentrans_kernels import OpenTransError
-from opentrans_kernels.cli import main
 
 pytest.importorskip("open_clip")
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from writing import structure
 
-from opentrans_kernels import cli
+from opentrans import cli
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.masks import MaskSet, load_masks, open_checkpoint, read_state_dict
 

@@ -81,8 +81,10 @@ def check_isa(isa: str) -> None:
         )
 
 
-def rerun(arguments: list[str], isa: str, threads: int) -> int:
-    """Run ``opentrans`` again in a process limited to ``isa``; returns its exit code.
+def rerun(command: Sequence[str], isa: str, threads: int) -> int:
+    """Run this Python with the words of ``command`` in a process limited to ``isa``.
+
+    Returns its exit code.
 
     The child shares stdin, stdout and stderr; this process only waits. Raises OpenTransError if
     this CPU lacks ``isa``.
@@ -91,8 +93,7 @@ def rerun(arguments: list[str], isa: str, threads: int) -> int:
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environ = {**os.environ, **isa_environment(isa, threads), "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "opentrans_kernels.cli", *arguments]
-    with subprocess.Popen(command, env=environ) as child:
+    with subprocess.Popen([sys.executable, *command], env=environ) as child:
         try:
             return child.wait()
         except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench_session import INTERRUPTED
-from .options import add_json
+from .options import AGAIN, add_json
 from .render import Output, check_writable
 
 SUMMARY = "the whole suite for this machine: under 30 minutes, --quick under 3"
@@ -60,9 +60,9 @@ def commands(quick: bool, cpus: int) -> Iterator[tuple[str, list[str]]]:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Run everything; 1 if a benchmark failed a check or crashed, 130 if interrupted."""
-    from ..bench.environment import machine
-    from ..bench.machines import machine_slug
-    from ..bench.timing import available_cpus
+    from opentrans_kernels.bench.environment import machine
+    from opentrans_kernels.bench.machines import machine_slug
+    from opentrans_kernels.bench.timing import available_cpus
 
     folder = check_writable(options.output, directory=True) / machine_slug(machine())
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         out.stdout.flush()
         target.unlink(missing_ok=True)  # a crash must not leave an older run's numbers
         start = time.monotonic()
-        command = [sys.executable, "-m", "opentrans_kernels.cli", "bench", *words]
+        command = [sys.executable, *AGAIN, "bench", *words]
         child = subprocess.Popen(
             [*command, "--json", str(target)],
             env=environ,

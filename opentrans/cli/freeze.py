@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from opentrans.freeze import FreezePlan
     from opentrans.state import SavedTraining, TrainingState
-
-    from ..masks import MaskSet
+    from opentrans_kernels.masks import MaskSet
 
 SUMMARY = "fine-tune with frozen layers (and masks) on a folder of images, by distillation"
 STATE, PLAN, LOG, WEIGHTS = "state.pt", "plan.json", "log.json", "weights.safetensors"
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Train; the folder holds the result."""
-    from ..errors import CheckpointError
+    from opentrans_kernels.errors import CheckpointError
 
     if options.example:
         example_settings(options, add_arguments, EXAMPLE)
@@ -103,8 +102,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
 def _saved(folder: Path, options: argparse.Namespace) -> SavedTraining | None:
     """Masks and plan of a run that is there already."""
     from opentrans.state import read_training_state
-
-    from ..errors import CheckpointError
+    from opentrans_kernels.errors import CheckpointError
 
     if not (folder / STATE).exists():
         return None
@@ -119,8 +117,8 @@ def _saved(folder: Path, options: argparse.Namespace) -> SavedTraining | None:
 def _masks(training: Training, options: argparse.Namespace) -> MaskSet | None:
     if options.mask is None:
         return None
-    from ..bench.subject import load_masks_file
-    from ..synthetic import is_mask_spec, synthetic_masks
+    from opentrans_kernels.bench.subject import load_masks_file
+    from opentrans_kernels.synthetic import is_mask_spec, synthetic_masks
 
     if is_mask_spec(options.mask):
         return synthetic_masks(training.model, options.mask)
@@ -142,7 +140,7 @@ def _plan(
     alphas = None
     rule = RULES.get(options.rule.partition(":")[0])
     if rule is not None and rule.needs_alphas:
-        from ..spectrum import estimate_alpha
+        from opentrans_kernels.spectrum import estimate_alpha
 
         with progress_bar(out, "alpha") as bar:
             alphas = estimate_alpha(training.model, options.fit, progress=bar)
@@ -201,7 +199,7 @@ def _train(
     out: Output,
 ) -> float:
     """Steps ``first`` to the last; saves on the way. Returns the CPU seconds of a step."""
-    from ..errors import OpenTransError
+    from opentrans_kernels.errors import OpenTransError
 
     folder, step = Path(options.output), training.stepper(optimizer)
     losses: list[float] = []
@@ -232,8 +230,8 @@ def _train(
 
 def _read_log(folder: Path) -> list[dict[str, Any]]:
     """The log up to the saved step; a run that was stopped while saving may be without it."""
-    from ..errors import CheckpointError
-    from ..masks.limits import parse_json
+    from opentrans_kernels.errors import CheckpointError
+    from opentrans_kernels.masks.limits import parse_json
 
     path = folder / LOG
     if not path.exists():
@@ -260,7 +258,7 @@ def _finish(
 ) -> None:
     from safetensors.torch import save
 
-    from ..masks import atomic_write
+    from opentrans_kernels.masks import atomic_write
 
     folder = Path(options.output)
     weights = {k: v.detach().contiguous() for k, v in training.model.state_dict().items()}

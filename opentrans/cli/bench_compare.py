@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Show the comparison; 1 if the gate is closed."""
-    from ..bench.compare import compare, load_results, parse_limit
+    from opentrans_kernels.bench.compare import compare, load_results, parse_limit
 
     limit = parse_limit(options.fail_if_slower) if options.fail_if_slower else None
     found = compare(load_results([options.base]), load_results([options.new]))

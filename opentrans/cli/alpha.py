@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from opentrans.freeze import FreezePlan
-
-    from ..spectrum import AlphaTable, LayerAlpha
+    from opentrans_kernels.spectrum import AlphaTable, LayerAlpha
 
 SUMMARY = "power-law exponent per layer, and a freeze plan from it"
 
@@ -66,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Estimate, decide, show, write."""
-    from ..errors import PlanError
+    from opentrans_kernels.errors import PlanError
 
     folder = check_writable(options.plot, directory=True) if options.plot else None
     for path in (options.csv, options.save_plan):
@@ -77,8 +76,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     import torch
 
     from opentrans.freeze import parse_rule
-
-    from ..spectrum import FitOptions, estimate_alpha
+    from opentrans_kernels.spectrum import FitOptions, estimate_alpha
 
     FitOptions(options.fit)  # both refuse what they do not know, before the work starts
     if options.freeze:
@@ -128,7 +126,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 def _subject(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], str | None]:
     """The network, all of it trainable; labels for JSON; what must be said about it."""
-    from ..bench.subject import build_tower, load_subject, load_weights
+    from opentrans_kernels.bench.subject import build_tower, load_subject, load_weights
 
     if options.mask is not None:
         subject = load_subject(
@@ -227,8 +225,8 @@ def _write_plots(
     banner: str | None,
     out: Output,
 ) -> None:
-    from ..errors import CheckpointError
-    from ..report import alpha_files
+    from opentrans_kernels.errors import CheckpointError
+    from opentrans_kernels.report import alpha_files
 
     try:
         folder.mkdir(exist_ok=True)

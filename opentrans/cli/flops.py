@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OpenTransError
+from opentrans_kernels.errors import OpenTransError
+
 from .options import add_json, add_model, positive, subject_of
 from .render import Output
 
 if TYPE_CHECKING:
-    from ..bench.subject import Subject
-    from ..plan import Plan
+    from opentrans_kernels.bench.subject import Subject
+    from opentrans_kernels.plan import Plan
 
 SUMMARY = "count parameters and multiply-adds; --table paper reproduces the published ones"
 SYSTEM_NAMES = ("han", "deeplab", "fc-clip")
@@ -80,7 +81,7 @@ def _subject(options: argparse.Namespace, out: Output, recipe: str) -> Subject:
 
 
 def _plan(subject: Subject, size: tuple[int, int]) -> Plan:
-    from ..plan import make_plan
+    from opentrans_kernels.plan import make_plan
 
     return make_plan(subject.model, subject.masks, input_size=size, measure=False)
 

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     """Make the plan and show it; the plan's own text is the documentation."""
     import torch
 
-    from ..plan import make_plan
+    from opentrans_kernels.plan import make_plan
 
     torch.set_num_threads(options.threads)
     subject = subject_of(options, out)

@@ -9,7 +9,16 @@ from typing import Any
 
 from . import bench_all, bench_compare, bench_model, bench_op, bench_peers, bench_scripts
 from .bench_session import INTERRUPTED, ISAS, chosen_cpus, command_of, show_canary
-from .options import add_json, add_model, add_size, add_threads, input_size, positive, subject_of
+from .options import (
+    AGAIN,
+    add_json,
+    add_model,
+    add_size,
+    add_threads,
+    input_size,
+    positive,
+    subject_of,
+)
 from .render import Output
 
 SUMMARY = "time dense against accelerated: ops, trunk, whole models; compare results"
@@ -96,19 +105,19 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 def run_trunk(options: argparse.Namespace, out: Output) -> int:
     """Start over in a limited process where needed, measure, show; 1 if inexact or too slow."""
-    from ..bench.environment import missing_limits, rerun
-    from ..bench.peers.registry import chosen
-    from ..bench.timing import pin
+    from opentrans_kernels.bench.environment import missing_limits, rerun
+    from opentrans_kernels.bench.peers.registry import chosen
+    from opentrans_kernels.bench.timing import pin
 
     peers = tuple(chosen(options.peers)) if options.peers else ()
     if missing_limits(options.isa, options.threads):
-        return rerun(options.arguments, options.isa, options.threads)
+        return rerun([*AGAIN, *options.arguments], options.isa, options.threads)
     cpus = chosen_cpus(options.cpus, options.threads)
     if cpus is not None:
         pin(cpus)  # before torch starts its threads, which inherit it
-    from ..bench.trunk import TrunkOptions
-    from ..bench.trunk import run as measure
-    from ..bench.variants import NAMES
+    from opentrans_kernels.bench.trunk import TrunkOptions
+    from opentrans_kernels.bench.trunk import run as measure
+    from opentrans_kernels.bench.variants import NAMES
 
     height, width = input_size(options)
     names = QUICK_VARIANTS if options.quick else NAMES

@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Collect and show; always 0, since a missing extension is a state and not a failure."""
-    from .. import native, settings
-    from ..bench.environment import machine, versions
-    from ..dispatch import backends
+    from opentrans_kernels import native, settings
+    from opentrans_kernels.bench.environment import machine, versions
+    from opentrans_kernels.dispatch import backends
 
     loaded = native.load()
     payload = {

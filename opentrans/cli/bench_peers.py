@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Set up if asked, then list; 1 if a setup failed (the others are still made)."""
-    from ..bench.peers.environments import absent, default_home, setup
-    from ..bench.peers.registry import PEERS
-    from ..errors import OpenTransError
+    from opentrans_kernels.bench.peers.environments import absent, default_home, setup
+    from opentrans_kernels.bench.peers.registry import PEERS
+    from opentrans_kernels.errors import OpenTransError
 
     home = Path(options.peer_envs) if options.peer_envs else default_home()
     names = options.names or list(PEERS)

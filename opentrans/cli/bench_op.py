@@ -32,8 +32,8 @@ def run(options: argparse.Namespace, out: Output) -> int:
     started = limit(options)
     if isinstance(started, int):
         return started
-    from ..bench import canary, ops
-    from ..bench.cases import DENSITIES, QUICK_DENSITIES
+    from opentrans_kernels.bench import canary, ops
+    from opentrans_kernels.bench.cases import DENSITIES, QUICK_DENSITIES
 
     names = _names(options.ops, list(ops.BUILDERS), "op")
     known = [row["backend"] for row in _records()]
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 def show(result: dict[str, Any], out: Output) -> None:
     """Speed-ups by density, one line per shape; then the crossovers."""
-    from ..bench.derive import crossovers
+    from opentrans_kernels.bench.derive import crossovers
 
     rows = result["rows"]
     densities = sorted({row["density_asked"] for row in rows})
@@ -119,13 +119,13 @@ def show(result: dict[str, Any], out: Output) -> None:
 
 
 def _records() -> list[dict[str, str]]:
-    from .. import dispatch
+    from opentrans_kernels import dispatch
 
     return dispatch.backends()
 
 
 def _names(text: str | None, known: list[str], what: str) -> list[str]:
-    from ..errors import OpenTransError
+    from opentrans_kernels.errors import OpenTransError
 
     found = [part.strip() for part in text.split(",")] if text else []
     wrong = [name for name in found if name not in known]
@@ -147,7 +147,7 @@ def numbers(
     Raises:
         OpenTransError: not such a list.
     """
-    from ..errors import OpenTransError
+    from opentrans_kernels.errors import OpenTransError
 
     if text is None:
         return []

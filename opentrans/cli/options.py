@@ -6,9 +6,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..bench.subject import Subject
+    from opentrans_kernels.bench.subject import Subject
+
     from .render import Output
 
+#: Words after Python that start this command line again.
+AGAIN = ("-m", "opentrans")
 ARCH_HELP = "RN50, RN101, RN50x4 (CLIP), torchvision:NAME or timm:NAME (default RN50)"
 
 
@@ -69,7 +72,7 @@ def input_size(options: argparse.Namespace) -> tuple[int, int]:
 
 def subject_of(options: argparse.Namespace, out: Output) -> Subject:
     """The tower and masks the options name; a synthetic one is announced on stderr."""
-    from ..bench.subject import load_subject
+    from opentrans_kernels.bench.subject import load_subject
 
     subject = load_subject(
         options.mask,

@@ -14,7 +14,7 @@ from .options import ARCH_HELP, add_json, add_size, input_size, subject_of
 from .render import Cell, Output
 
 if TYPE_CHECKING:
-    from ..audit import AuditReport, AuditRow
+    from opentrans_kernels.audit import AuditReport, AuditRow
 
 SUMMARY = "audit a mask file, layer by layer"
 
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Match and audit; 1 with ``--strict`` if masks are left over."""
-    from ..audit import audit
-    from ..bench.subject import load_masks_file
-    from ..synthetic import is_mask_spec
+    from opentrans_kernels.audit import audit
+    from opentrans_kernels.bench.subject import load_masks_file
+    from opentrans_kernels.synthetic import is_mask_spec
 
     size = input_size(options)
     payload: dict[str, Any] = {"mask": options.mask}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import CheckpointError
+from opentrans_kernels.errors import CheckpointError
 
 Cell = str | int | float | None
 
@@ -233,6 +233,6 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    from ..masks import atomic_write
+    from opentrans_kernels.masks import atomic_write
 
     atomic_write(path, text.encode("utf-8"))

@@ -7,9 +7,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..bench.environment import ISAS
+from opentrans_kernels.bench.environment import ISAS
+
 from . import INTERRUPTED
-from .options import positive
+from .options import AGAIN, positive
 from .render import Output, to_json, write_atomically
 
 __all__ = ["INTERRUPTED", "ISAS", "Session", "add_limits", "chosen_cpus", "command_of", "limit"]
@@ -38,11 +39,11 @@ def limit(options: argparse.Namespace) -> int | list[int] | None:
         An exit code if the command had to start over in a process that is limited from its start,
         else the CPUs it is pinned to (None where pinning is absent).
     """
-    from ..bench.environment import missing_limits, rerun
-    from ..bench.timing import pin
+    from opentrans_kernels.bench.environment import missing_limits, rerun
+    from opentrans_kernels.bench.timing import pin
 
     if missing_limits(options.isa, options.threads):
-        return rerun(options.arguments, options.isa, options.threads)
+        return rerun([*AGAIN, *options.arguments], options.isa, options.threads)
     cpus = chosen_cpus(options.cpus, options.threads)
     if cpus is not None:
         pin(cpus)  # before torch starts its threads, which inherit it
@@ -58,8 +59,8 @@ def chosen_cpus(text: str | None, threads: int) -> list[int] | None:
     Raises:
         OpenTransError: not a list of numbers.
     """
-    from ..bench.timing import choose_cpus
-    from ..errors import OpenTransError
+    from opentrans_kernels.bench.timing import choose_cpus
+    from opentrans_kernels.errors import OpenTransError
 
     if text is None:
         return choose_cpus(threads)
@@ -73,7 +74,7 @@ def chosen_cpus(text: str | None, threads: int) -> list[int] | None:
 
 def command_of(options: argparse.Namespace) -> list[str]:
     """The command that was run, without the place its result was written to."""
-    from ..bench.environment import portable_words
+    from opentrans_kernels.bench.environment import portable_words
 
     told = {str(options.json): Path(str(options.json)).name}
     return ["opentrans", *portable_words([told.get(word, word) for word in options.arguments])]
@@ -91,9 +92,9 @@ class Session:
     def __init__(
         self, kind: str, options: argparse.Namespace, out: Output, cpus: list[int] | None
     ) -> None:
-        from ..bench import canary
-        from ..bench.environment import environment_block, onednn_isa
-        from ..bench.schema import envelope
+        from opentrans_kernels.bench import canary
+        from opentrans_kernels.bench.environment import environment_block, onednn_isa
+        from opentrans_kernels.bench.schema import envelope
 
         self.options, self.out = options, out
         self.result: dict[str, Any] = {
@@ -129,7 +130,7 @@ class Session:
         return 1 if failed else 0
 
     def _look(self) -> None:
-        from ..bench import canary
+        from opentrans_kernels.bench import canary
 
         shares: dict[str, float] = {}
         if self.options.threads == 1:

@@ -42,9 +42,9 @@ def run(options: argparse.Namespace, out: Output) -> int:
     started = limit(options)
     if isinstance(started, int):
         return started
-    from ..bench.environment import SIMD_BITS
-    from ..bench.model import measure_setting, settings
-    from ..bench.subject import clip_image_size
+    from opentrans_kernels.bench.environment import SIMD_BITS
+    from opentrans_kernels.bench.model import measure_setting, settings
+    from opentrans_kernels.bench.subject import clip_image_size
 
     subject = subject_of(options, out)
     tower = None if ":" in options.arch else clip_image_size(options.arch)
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
-    from ..errors import OpenTransError
+    from opentrans_kernels.errors import OpenTransError
 
     found = []
     for part in text.split(","):

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
     from opentrans.distill import Distiller
     from opentrans.images import ImageFolder
-
-    from ..masks import MaskSet
+    from opentrans_kernels.masks import MaskSet
 
 LOSSES = ("visual", "opentrans", "paper")
 #: Those that scikit-image installs without a download, as of its version 0.26.
@@ -78,7 +77,7 @@ def add_training(parser: argparse.ArgumentParser, *, output: str) -> None:
 
 def example_images() -> list[Path]:
     """Photographs that come with scikit-image. Raises OpenTransError if it is not installed."""
-    from ..errors import OpenTransError
+    from opentrans_kernels.errors import OpenTransError
 
     found = importlib.util.find_spec("skimage")
     places = list(found.submodule_search_locations or ()) if found is not None else []
@@ -159,9 +158,8 @@ def prepare(options: argparse.Namespace, out: Output, masks: MaskSet | None = No
     """Check the options and build everything. ``masks`` are applied to the student only."""
     from opentrans.distill import Distiller, Teacher
     from opentrans.images import ImageFolder
-
-    from ..bench.subject import build_tower, load_weights
-    from ..errors import OpenTransError
+    from opentrans_kernels.bench.subject import build_tower, load_weights
+    from opentrans_kernels.errors import OpenTransError
 
     check_writable(options.output, directory=True)
     if not options.images and not options.example:
@@ -204,9 +202,8 @@ def prepare(options: argparse.Namespace, out: Output, masks: MaskSet | None = No
 def _vocabulary(options: argparse.Namespace) -> torch.Tensor:
     """Text embeddings of ``--classes``, from the text encoder of the checkpoint, made once."""
     from opentrans.distill import TextCache
-
-    from ..bench.subject import load_weights
-    from ..errors import OpenTransError
+    from opentrans_kernels.bench.subject import load_weights
+    from opentrans_kernels.errors import OpenTransError
 
     if not options.classes:
         raise OpenTransError(

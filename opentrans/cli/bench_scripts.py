@@ -45,7 +45,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_alpha(options: argparse.Namespace, out: Output) -> int:
     """The script's exit code; 130 if interrupted."""
-    from ..bench.peers.environments import absent, default_home
+    from opentrans_kernels.bench.peers.environments import absent, default_home
 
     home = Path(options.peer_envs) if options.peer_envs else default_home()
     why = absent("weightwatcher", home)
@@ -81,7 +81,7 @@ def script_path(name: str) -> Path:
     Raises:
         OpenTransError: the package does not run from a checkout.
     """
-    from ..errors import OpenTransError
+    from opentrans_kernels.errors import OpenTransError
 
     path = Path(__file__).resolve().parents[2] / "benchmarks" / name
     if not path.exists():
@@ -93,7 +93,7 @@ def script_path(name: str) -> Path:
 
 
 def _run(kind: str, script: str, words: list[Any], options: argparse.Namespace, out: Output) -> int:
-    from ..errors import OpenTransError
+    from opentrans_kernels.errors import OpenTransError
 
     path = script_path(script)
     options.isa = "native"

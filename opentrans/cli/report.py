@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, out: Output) -> int:
     """Write the page; 0."""
     check_writable(options.output)
-    from ..bench.compare import compare, load_results
-    from ..report import results_page
+    from opentrans_kernels.bench.compare import compare, load_results
+    from opentrans_kernels.report import results_page
 
     results = load_results(options.results)
     changes = compare(load_results([options.base]), results) if options.base else None

@@ -29,12 +29,12 @@ def run(options: argparse.Namespace, out: Output) -> int:
     check_writable(options.output)
     import torch
 
-    from ..accelerate import accelerate
-    from ..accelerate.compare import Whole
-    from ..bench.subject import load_subject
-    from ..bench.variants import relative_error
-    from ..checkpoint import save_accelerated
-    from ..topology import find_trunk
+    from opentrans_kernels.accelerate import accelerate
+    from opentrans_kernels.accelerate.compare import Whole
+    from opentrans_kernels.bench.subject import load_subject
+    from opentrans_kernels.bench.variants import relative_error
+    from opentrans_kernels.checkpoint import save_accelerated
+    from opentrans_kernels.topology import find_trunk
 
     torch.set_num_threads(options.threads)
     subject = load_subject(options.mask, arch=options.arch, checkpoint=options.checkpoint)

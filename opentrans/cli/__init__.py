@@ -14,7 +14,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from ..errors import OpenTransError
+from opentrans_kernels import __version__
+from opentrans_kernels.errors import OpenTransError
+
 from .render import Output
 
 OK, FAILED_CHECK, BAD_INPUT, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -42,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"opentrans {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"{__name__}.{name}")
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _start_logging() -> None:
-    from .. import settings
+    from opentrans_kernels import settings
 
     settings.get()  # checks the environment, and attaches the handler OPENTRANS_LOG asks for
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import chosen_cpus, failures, show
 from .inspect import show_audit
-from .options import add_json, add_size, add_threads, input_size, positive
+from .options import AGAIN, add_json, add_size, add_threads, input_size, positive
 from .render import Output, check_writable, to_json, write_atomically
 
 if TYPE_CHECKING:
-    from ..bench.subject import Subject
+    from opentrans_kernels.bench.subject import Subject
 
 SUMMARY = "the whole way on one page: mask, audit, plan, exactness, timing, report"
 
@@ -46,18 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Run the demo; 1 if the accelerated network is not exact."""
-    from ..bench.environment import missing_limits, rerun
-    from ..bench.timing import pin
+    from opentrans_kernels.bench.environment import missing_limits, rerun
+    from opentrans_kernels.bench.timing import pin
 
     folder = check_writable(options.output, directory=True)
     if missing_limits("native", options.threads):
-        return rerun(options.arguments, "native", options.threads)
+        return rerun([*AGAIN, *options.arguments], "native", options.threads)
     cpus = chosen_cpus(None, options.threads)
     if cpus is not None:
         pin(cpus)
-    from ..audit import audit
-    from ..bench.trunk import TrunkOptions
-    from ..bench.trunk import run as run_trunk
+    from opentrans_kernels.audit import audit
+    from opentrans_kernels.bench.trunk import TrunkOptions
+    from opentrans_kernels.bench.trunk import run as run_trunk
 
     size = input_size(options)
     settings = TrunkOptions(
@@ -92,7 +92,8 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 def _subject(options: argparse.Namespace, out: Output) -> Subject:
     """The demo's network; says loudly where the weights come from."""
-    from ..bench.subject import load_subject
+    from opentrans_kernels.bench.subject import load_subject
+
     from .weights import openai_weights
 
     weights = options.weights
@@ -111,8 +112,8 @@ def _subject(options: argparse.Namespace, out: Output) -> Subject:
 
 def _write(folder: Path, result: dict[str, Any], out: Output) -> None:
     """The page and the numbers, each replaced atomically."""
-    from ..errors import CheckpointError
-    from ..report import trunk_page
+    from opentrans_kernels.errors import CheckpointError
+    from opentrans_kernels.report import trunk_page
 
     try:
         folder.mkdir(exist_ok=True)

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Prune; the folder holds the result."""
-    from ..bench.subject import load_masks_file
+    from opentrans_kernels.bench.subject import load_masks_file
 
     if options.example:
         example_settings(options, add_arguments, EXAMPLE)
@@ -125,10 +125,10 @@ def _measured(model: Any, options: argparse.Namespace, out: Output) -> Any:
         return None
     import json
 
-    from ..errors import CheckpointError
-    from ..masks.limits import parse_json
-    from ..plan import Plan, make_plan
-    from ..synthetic import synthetic_masks
+    from opentrans_kernels.errors import CheckpointError
+    from opentrans_kernels.masks.limits import parse_json
+    from opentrans_kernels.plan import Plan, make_plan
+    from opentrans_kernels.synthetic import synthetic_masks
 
     path = Path(options.output) / "plan.json"
     if path.exists():
@@ -150,7 +150,7 @@ def _measured(model: Any, options: argparse.Namespace, out: Output) -> Any:
 def _finish(
     options: argparse.Namespace, result: ImpResult, banner: str | None, out: Output
 ) -> None:
-    from ..report.prune import prune_page
+    from opentrans_kernels.report.prune import prune_page
 
     folder = Path(options.output)
     records = [record.to_dict() for record in result.records]
