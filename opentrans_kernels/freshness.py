@@ -57,16 +57,21 @@ class Freshness:
 
     Args:
         modules: path for messages -> module; all parameters and buffers in it, and its ``eps``.
+        parent: (path, module) that holds them; replacing one of them is noticed as well.
         leave_out: how the paths of tensors begin that do not matter.
+        every: calls from one look at a tensor of one dimension to the next.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
+        parent: tuple[str, nn.Module] | None = None,
         leave_out: tuple[str, ...] = (),
+        every: int = SMALL,
     ) -> None:
+        self._every = every
         self._tensors: list[tuple[str, nn.Module, str, str]] = []
-        # Places where no tensor stands, and none may appear.
+        # Places that must stay as they are: children of the parent, and tensors that are missing.
         self._objects: list[tuple[str, nn.Module, str, str, Any]] = []
         for path, module in modules.items():
             for name, owner, kind, key, tensor in _entries(path, module):
@@ -76,6 +81,9 @@ class Freshness:
                     self._objects.append((name, owner, kind, key, None))
                 else:
                     self._tensors.append((name, owner, kind, key))
+        if parent is not None:
+            inside = [p for path, m in modules.items() for p, _ in m.named_modules(prefix=path)]
+            self._objects += _steps(*parent, [p for p in inside if not p.startswith(leave_out)])
         self._numbers = [
             (f"{path}.eps", module, module.eps)
             for path, module in modules.items()
@@ -119,7 +127,8 @@ class Freshness:
         self._turn = turn = (self._turn + 1) % TURNS
         if seen.look is not None and seen.look(turn, TURNS) >= 0:
             return self._look()
-        if (turn + self.number) % SMALL == 0 and not seen.small_alike(turn // SMALL):
+        every = self._every
+        if (turn + self.number) % every == 0 and not seen.small_alike(turn // every, every):
             return self._look()
         return None
 
@@ -245,14 +254,14 @@ class _Seen:
             and list(map(_EPS, self._modules)) == self._numbers
         )
 
-    def small_alike(self, turn: int) -> bool:
+    def small_alike(self, turn: int, every: int) -> bool:
         """Whether tensors of one dimension lie where they lay, and hold what is read in ``turn``.
 
-        A part in ``TURNS / SMALL`` is read, so that all of them were after ``TURNS`` calls.
+        A part in ``TURNS / every`` is read, so that all of them were after ``TURNS`` calls.
         """
         if list(map(_ADDRESS, self._small)) != self._small_addresses:
             return False
-        return self._look_small is None or self._look_small(turn, TURNS // SMALL) < 0
+        return self._look_small is None or self._look_small(turn, TURNS // every) < 0
 
 
 _VERSION, _EPS = operator.attrgetter("_version"), operator.attrgetter("eps")
@@ -288,3 +297,18 @@ def _entries(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str
             for key, tensor in vars(owner)[kind].items():
                 if key not in _UNREAD:
                     yield f"{inner}.{key}".lstrip("."), owner, kind, key, tensor
+
+
+def _steps(
+    root_path: str, root: nn.Module, paths: Iterable[str]
+) -> Iterator[tuple[str, nn.Module, str, str, Any]]:
+    """The children of ``root`` on the way to ``paths``, as :func:`_entries` gives tensors."""
+    done = set()
+    for path in paths:
+        owner, at = root, root_path
+        for key in filter(None, path.removeprefix(root_path).split(".")):
+            child, at = owner._modules[key], f"{at}.{key}".lstrip(".")
+            if at not in done:
+                done.add(at)
+                yield at, owner, "_modules", key, child
+            owner = child  # type: ignore[assignment]

@@ -128,7 +128,7 @@ def test_a_forced_backend_without_its_extension(set_env, monkeypatch) -> None:  
     model = nets.tower()
     masks = nets.random_masks(model)
     before = nets.snapshot(model)
-    set_env(OPENTRANS_BACKEND="cpu")
+    set_env(OPENTRANS_BACKEND="cpu", OPENTRANS_CPU_CAPABILITY=None)
     dispatch._resolve.cache_clear()
     monkeypatch.setattr(native, "load", lambda: False)
     with pytest.raises(KernelUnavailable, match="OPENTRANS_BACKEND"):

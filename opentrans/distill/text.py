@@ -209,7 +209,7 @@ class TextCache:
             watch, _, version = self._watched
             if watch.changed() is None:
                 return version
-        watch = Freshness({"": self.encoder}, ("", self.encoder), self._left_out())
+        watch = Freshness({"": self.encoder}, ("", self.encoder), self._left_out(), every=1)
         state = (watch.digest(), places)
         if state not in self._versions:
             if len(self._versions) >= 1000:  # weights that keep changing; old rows are of no use
