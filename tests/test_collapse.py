@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from opentrans_kernels import MaskSet, accelerate, cli, make_plan
+from opentrans import cli
+from opentrans_kernels import MaskSet, accelerate, make_plan
 from opentrans_kernels.audit import audit
 from opentrans_kernels.topology import find_trunk
 from opentrans_kernels.topology.collapse import collapse_of
