@@ -149,7 +149,13 @@ def test_opcheck_compile_and_flops(extension: None) -> None:
     torch.library.opcheck(
         NATIVE.sparse_stage.default, (x, flat(packs), couts, pools, downs), test_utils=QUICK
     )
-    compiled = torch.compile(lambda x: ops.sparse_stage(x, packs, pools) + 1, fullgraph=True)
+    # Where torch may use no vectors, inductor's C++ does not always compile.
+    plain = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    compiled = torch.compile(
+        lambda x: ops.sparse_stage(x, packs, pools) + 1,
+        fullgraph=True,
+        backend="aot_eager" if plain else "inductor",
+    )
     assert torch.equal(compiled(x), one_by_one(x, packs, pools) + 1)
     counts = []
     for run in (ops.sparse_stage, one_by_one):
