@@ -280,14 +280,14 @@ def _unseen() -> Iterator[None]:
         torch._C._set_tracing_state(tracing)
 
 
-def freshness_of(nodes: Iterable[ConvNode]) -> Freshness:
+def freshness_of(nodes: Iterable[ConvNode], every: int = SMALL) -> Freshness:
     """Of convolutions and the batch norms behind them."""
     modules: dict[str, nn.Module] = {}
     for node in nodes:
         modules[node.name] = node.conv
         if node.bn is not None:
             modules[str(node.bn_name)] = node.bn
-    return Freshness(modules)
+    return Freshness(modules, every=every)
 
 
 def _entries(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, str, str, Any]]:

@@ -289,7 +289,8 @@ def _freshness(model: nn.Module) -> Freshness:
     """Over everything the trunk's program was made from."""
     trunk = find_trunk(model)
     stem = trunk.stem.convs if trunk.stem is not None else ()
-    return freshness_of([*stem, *(node for block in trunk.blocks for node in block.all_convs)])
+    nodes = [*stem, *(node for block in trunk.blocks for node in block.all_convs)]
+    return freshness_of(nodes, every=1)
 
 
 def replacements(model: nn.Module, runner: TrunkRunner) -> dict[str, Replacement]:
