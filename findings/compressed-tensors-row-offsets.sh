@@ -3,9 +3,13 @@
 # row begin in `compressed`. Of a convolution's weight (four dimensions) they are running counts along
 # the first dimension only, one for each place of the others: no offsets into the values. The
 # package's own decompression does not use them.
-. "$(dirname "$0")/lib.sh"
-environment compressed-tensors==0.10.2 torch==2.14.1 numpy
-finding <<'PYTHON'
+set -eu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+"${PYTHON:-python3}" -m venv venv
+venv/bin/python -m pip install -q compressed-tensors==0.10.2 torch==2.14.1 numpy==2.4.6
+venv/bin/python -W ignore - <<'PYTHON'
 import compressed_tensors
 import torch
 from compressed_tensors.compressors import BitmaskCompressor

@@ -2,9 +2,13 @@
 # nncf 3.4.0, torch backend. nncf.strip(...) is to leave a plain model. To NATIVE and to DQ it
 # keeps the weights as they were before masking, with the masks in hook modules beside them; read as
 # plain weights such a state dict is the dense network.
-. "$(dirname "$0")/lib.sh"
-environment nncf==3.4.0 torch==2.14.1 torchao numpy
-finding <<'PYTHON'
+set -eu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+"${PYTHON:-python3}" -m venv venv
+venv/bin/python -m pip install -q nncf==3.4.0 torch==2.14.1 torchao==0.18.0 numpy==2.4.6
+venv/bin/python -W ignore - <<'PYTHON'
 import nncf
 import torch
 from torch import nn

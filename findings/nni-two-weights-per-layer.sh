@@ -2,9 +2,13 @@
 # nni 3.0. While a pruner's wrappers are in place, state_dict() holds the weight of a layer twice:
 # under its own name and under `_nni_wrapper`, with the mask beside the latter. The one in the wrapper
 # is the parameter that an optimizer trains; the other is a plain buffer.
-. "$(dirname "$0")/lib.sh"
-environment nni==3.0 torch==2.14.1 'setuptools<81' numpy
-finding <<'PYTHON'
+set -eu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+"${PYTHON:-python3}" -m venv venv
+venv/bin/python -m pip install -q nni==3.0 torch==2.14.1 setuptools==80.9.0 numpy==2.4.6
+venv/bin/python -W ignore - <<'PYTHON'
 import nni
 import torch
 from nni.compression.pruning import LevelPruner

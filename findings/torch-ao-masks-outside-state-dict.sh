@@ -2,9 +2,13 @@
 # torch 2.14.1, torch.ao.pruning. A model prepared by a sparsifier computes with masked weights, but
 # its state_dict() holds the weights before masking and no mask: a checkpoint of it is dense. The
 # masks are in sparsifier.state_dict().
-. "$(dirname "$0")/lib.sh"
-environment torch==2.14.1 numpy
-finding <<'PYTHON'
+set -eu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+"${PYTHON:-python3}" -m venv venv
+venv/bin/python -m pip install -q torch==2.14.1 numpy==2.4.6
+venv/bin/python -W ignore - <<'PYTHON'
 import torch
 from torch import nn
 from torch.ao.pruning import BaseSparsifier

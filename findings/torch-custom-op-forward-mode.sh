@@ -1,9 +1,13 @@
 #!/bin/sh
 # torch 2.14.1. A custom op with torch.library.register_autograd has a backward and nothing else.
 # Asked for a forward-mode derivative (torch.func.jvp), torch does not raise: it gives zero.
-. "$(dirname "$0")/lib.sh"
-environment torch==2.14.1 numpy
-finding <<'PYTHON'
+set -eu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+"${PYTHON:-python3}" -m venv venv
+venv/bin/python -m pip install -q torch==2.14.1 numpy==2.4.6
+venv/bin/python -W ignore - <<'PYTHON'
 import torch
 
 @torch.library.custom_op("demo::double", mutates_args=())
