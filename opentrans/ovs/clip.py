@@ -21,6 +21,7 @@ from opentrans_kernels.masks import (
     read_state_dict,
     split_entry,
 )
+from opentrans_kernels.masks.files import CheckpointFile
 from opentrans_kernels.masks.limits import parse_json
 
 __all__ = ["RANDOM", "Clip", "build_clip", "load_clip", "save_clip"]
@@ -68,7 +69,8 @@ def load_clip(weights: str, arch: str = "RN50") -> Clip:
             f"{RANDOM!r} if random weights are what you want."
         )
     path = split_entry(weights)[0]
-    if os.path.exists(path) and (shape := _shape_of(path)) is not None:
+    file = open_checkpoint(path) if os.path.exists(path) else None
+    if file is not None and (shape := _shape_of(file)) is not None:
         model = build_clip(shape)
         _fill(model, read_state_dict(weights), weights)
         return _frozen(
@@ -82,7 +84,7 @@ def load_clip(weights: str, arch: str = "RN50") -> Clip:
     if weights == RANDOM:
         log.warning("CLIP %s has random weights: its embeddings mean nothing.", arch)
         model = open_clip.create_model(arch)
-    elif not os.path.exists(path) and not os.path.splitext(weights)[1] and "/" not in weights:
+    elif file is None and not os.path.splitext(weights)[1] and "/" not in weights:
         tags = open_clip.list_pretrained_tags_by_model(arch)
         if weights not in tags:
             raise OpenTransError(
@@ -92,7 +94,7 @@ def load_clip(weights: str, arch: str = "RN50") -> Clip:
         model = open_clip.create_model(arch, pretrained=weights)
     else:
         # OpenAI's models have another activation, which their archives do not mention.
-        openai = open_checkpoint(path).container == "torchscript"
+        openai = (file or open_checkpoint(path)).container == "torchscript"
         model = open_clip.create_model(arch, force_quick_gelu=openai)
         _fill(model, read_state_dict(weights), weights)
     return _frozen(model, open_clip.get_tokenizer(arch), weights == RANDOM)
@@ -117,8 +119,7 @@ def save_clip(path: str | os.PathLike[str], model: nn.Module, shape: Mapping[str
     return Path(path)
 
 
-def _shape_of(weights: str) -> dict[str, Any] | None:
-    file = open_checkpoint(weights)
+def _shape_of(file: CheckpointFile) -> dict[str, Any] | None:
     text = file.metadata.get(METADATA)
     if text is None:
         return None
@@ -131,7 +132,7 @@ def _shape_of(weights: str) -> dict[str, Any] | None:
         valid = False
     if not valid:
         raise CheckpointError(
-            f"{weights} is a file of save_clip, but the shape of its CLIP is damaged. Copy it "
+            f"{file.path} is a file of save_clip, but the shape of its CLIP is damaged. Copy it "
             "again from its source, or save it again."
         )
     return shape
