@@ -62,7 +62,7 @@ def find_compiler() -> tuple[str | None, str | None]:
 
 def cpu_extension(record: dict) -> tuple[Extension | None, str | None]:
     """Return (the extension ``_C`` or None, why not)."""
-    sources = sorted(str(p) for d in ("torch", "cpu") for p in Path("csrc", d).glob("*.cpp"))
+    sources = sorted(str(p) for d in ("torch", "cpu") for p in Path("csrc", d).rglob("*.cpp"))
     if not any(Path(source).name == "module.cpp" for source in sources):
         return None, "the source tree has no csrc/torch/module.cpp"
     record["compiler"], why = find_compiler()

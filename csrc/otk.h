@@ -158,9 +158,9 @@ struct StridedMatrices {
 void gram_eigenvalues(const StridedMatrices& a, double scale, double threshold, double relative,
                       double* values, int64_t* redone, const Parallel& par);
 
-// Checksums of memory, block by block of kBlockBytes, the last one shorter. A block is read as 64-bit
-// words w, the last one filled up with zeros; its checksum is the sum of (w ^ (w >> 29)) * key of
-// the position, keys being odd, modulo 2^64. One changed word always changes it.
+// Checksums of memory, block by block of kBlockBytes, the last one shorter. A block is read as
+// 64-bit words w, the last one filled up with zeros; its checksum is the sum of (w ^ (w >> 29)) *
+// key of the position, keys being odd, modulo 2^64. One changed word always changes it.
 constexpr int64_t kBlockBytes = 512;
 struct Memory {
   const void* data;

@@ -30,7 +30,7 @@ def compile_all(
     newest = max(path.stat().st_mtime for path in files)
 
     def one(source: Path) -> tuple[Path, str]:
-        target = folder / f"{source.stem}.o"
+        target = folder / f"{source.parent.name}-{source.stem}.o"
         if target.exists() and target.stat().st_mtime > newest:
             return target, ""
         done = subprocess.run(
@@ -48,5 +48,5 @@ def compile_all(
 def kernel_sources() -> list[Path]:
     """The kernels and the C functions that tests call them through."""
     # The slowest first, so that a second job does not wait for them in the end.
-    kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    kernels = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
     return [SHIM, *sorted(kernels, key=lambda path: not path.stem.startswith("isa_"))]

@@ -238,5 +238,5 @@ def test_pool_memory_is_aligned_counted_and_returned(library: ctypes.CDLL) -> No
 
 def test_the_kernels_include_nothing_from_torch() -> None:
     unwanted = re.compile(r"#\s*include.*(torch|ATen|c10|Python)")
-    for path in [ROOT / "csrc" / "otk.h", *(ROOT / "csrc" / "cpu").iterdir()]:
+    for path in [ROOT / "csrc" / "otk.h", *(ROOT / "csrc" / "cpu").rglob("*.*")]:
         assert not unwanted.search(path.read_text(encoding="utf-8")), path.name

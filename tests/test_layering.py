@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -147,6 +148,29 @@ def test_the_kernels_import_nothing_from_the_training_layer() -> None:
         if target.partition(".")[0] == "opentrans"
     ]
     assert arrows == []
+
+
+def native_arrows(files: dict[str, str]) -> set[tuple[str, str]]:
+    """(folder, folder it includes from) between the folders of ``csrc/cpu``."""
+    return {
+        (name.partition("/")[0], (Path(name).parent / included).parts[-2])
+        for name, text in files.items()
+        for included in re.findall(r'#include "(\.\./[a-z].*)"', text)
+    }
+
+
+def test_native_folders_share_only_what_supports_them() -> None:
+    folder = ROOT / "csrc" / "cpu"
+    files = {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in folder.rglob("*.*")
+    }
+    assert not [name for name in files if "/" not in name], "native code stands in a folder"
+    assert not any(re.search(r'#include ".*(cuda|torch)/', text) for text in files.values())
+    arrows = native_arrows(files)
+    assert ("conv", "support") in arrows, "the walk found nothing, so it proves nothing"
+    assert {target for _, target in arrows} == {"support"}
+    assert native_arrows({"spectrum/a.cpp": '#include "../conv/run.h"'}) == {("spectrum", "conv")}
 
 
 def test_every_unit_is_on_a_floor() -> None:

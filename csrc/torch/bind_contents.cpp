@@ -45,8 +45,8 @@ Tensor block_sums(std::vector<Tensor> tensors) {
     check(op, t);
     total += blocks(memory(t));
   }
-  Tensor out = torch::stable::new_empty(tensors[0], std::array<int64_t, 1>{total},
-                                        ScalarType::Long);
+  Tensor out =
+      torch::stable::new_empty(tensors[0], std::array<int64_t, 1>{total}, ScalarType::Long);
   int64_t* at = out.mutable_data_ptr<int64_t>();
   for (const Tensor& t : tensors) {
     const otk::Memory of = memory(t);

@@ -36,7 +36,7 @@ def _signed(number: int) -> int:
 
 
 def _keys() -> list[int]:
-    """The odd keys of ``csrc/cpu/block_sums.cpp``: SplitMix64 of the position."""
+    """The odd keys of ``csrc/cpu/support/block_sums.cpp``: SplitMix64 of the position."""
     found = []
     for i in range(1, BLOCK_BYTES // 8 + 1):
         z = i * 0x9E3779B97F4A7C15 % 2**64

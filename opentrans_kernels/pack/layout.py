@@ -1,6 +1,6 @@
 """The structure tensor: how it is assembled from a dense weight, read, and checked.
 
-``csrc/otk.h`` documents its parts; ``csrc/cpu/pack.cpp`` reads it.
+``csrc/otk.h`` documents its parts; ``csrc/cpu/conv/pack.cpp`` reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 LARGEST_STEP = 1 << 15
 
 _MAGIC, _VERSION = 0x4B544F50, 1
-_HEADER = 13  # int32 words; the order of csrc/cpu/pack.cpp
+_HEADER = 13  # int32 words; the order of csrc/cpu/conv/pack.cpp
 _FIRST, _LAST, _COUNT_SHIFT = 1 << 30, 1 << 31, 16
 _MOST = 2**31 - 1  # of nonzeros and entries
 _MAX_COUNT = 0x3FFF  # nonzeros of one (row, chunk)

@@ -15,8 +15,8 @@
 #include <limits>
 #include <vector>
 
-#include "../otk.h"
-#include "run.h"
+#include "../../otk.h"
+#include "../support/parallel.h"
 
 namespace otk {
 namespace {

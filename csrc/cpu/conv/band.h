@@ -2,9 +2,9 @@
 // for the caches, and only the block's output is written.
 #pragma once
 
-#include "../otk.h"
+#include "../../otk.h"
+#include "../support/scratch.h"
 #include "isa.h"
-#include "scratch.h"
 
 namespace otk {
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../otk.h"
+#include "../../otk.h"
 #include "isa.h"
 
 namespace otk {

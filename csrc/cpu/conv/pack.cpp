@@ -2,7 +2,7 @@
 // look at where they decode it (run.h): it is in cache then, and each thread sees to its own part.
 #include <algorithm>
 
-#include "../otk.h"
+#include "../../otk.h"
 
 namespace otk {
 namespace {

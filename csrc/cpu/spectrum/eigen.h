@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "pages.h"
+#include "../support/pages.h"
 
 namespace otk {
 

@@ -21,7 +21,7 @@ constexpr int64_t kBandsPerThread = 2;
 
 void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& out,
                        const Parallel& par) {
-  const Isa& isa = *active_isa();
+  const Isa& isa = active_isa();
   if (x.n == 0 || out.h <= 0 || out.w <= 0) return;
   const Band any{block, x, out, isa};
   const int rows = any.rows();
@@ -53,7 +53,7 @@ void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& o
 }
 
 void avg_pool2d(const Planes& x, const Planes& out, int k, const Parallel& par) {
-  const Isa& isa = *active_isa();
+  const Isa& isa = active_isa();
   parallel_for(par, int64_t{x.n} * x.c, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       pool_plane(x.data + i / x.c * x.batch_stride + i % x.c * x.plane_stride, x.row_stride,

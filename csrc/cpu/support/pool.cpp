@@ -6,7 +6,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "../otk.h"
+#include "../../otk.h"
 #include "pages.h"
 
 namespace otk {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../otk.h"
+#include "../../otk.h"
 
 namespace otk {
 
@@ -65,7 +65,6 @@ struct EntrySums {
 };
 
 struct Isa {
-  const char* name;
   int lanes;        // floats per vector
   int max_vectors;  // largest sub-tile
   void (*tile)(const TileArgs&);
@@ -91,7 +90,7 @@ extern const Isa isa_neon;
 #endif
 extern const Isa isa_generic;
 
-// The chosen table; never null once cpu_capability() has returned a name.
-const Isa* active_isa();
+// The table of capability().
+const Isa& active_isa();
 
 }  // namespace otk

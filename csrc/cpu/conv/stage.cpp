@@ -192,12 +192,12 @@ Cut cut_of(const Bottleneck* blocks, int count, const Planes& x, const Planes& o
 
 bool stage_pays(const Bottleneck* blocks, int count, const Planes& x, const Planes& out,
                 const Parallel& par) {
-  return cut_of(blocks, count, x, out, par, *active_isa()).pays;
+  return cut_of(blocks, count, x, out, par, active_isa()).pays;
 }
 
 void sparse_stage(const Bottleneck* blocks, int count, const Planes& x, const Planes& out,
                   const Parallel& par) {
-  const Isa& isa = *active_isa();
+  const Isa& isa = active_isa();
   if (x.n == 0 || out.h <= 0 || out.w <= 0) return;
   const int pieces = cut_of(blocks, count, x, out, par, isa).pieces;
   const int align = Band{blocks[count - 1], x, out, isa}.align();

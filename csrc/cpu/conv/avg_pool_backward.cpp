@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../otk.h"
-#include "isa.h"
-#include "run.h"
+#include "../../otk.h"
+#include "../support/capability.h"
+#include "../support/parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -41,8 +41,7 @@ __attribute__((target("avx2"))) void spread_avx2(const float* grad, float* out, 
 void avg_pool2d_backward(const Rows& grad, const Rows& out, int width, int k, const Parallel& par) {
   auto* spread = spread_plain;
 #if defined(__x86_64__)
-  const Isa* isa = active_isa();
-  if (isa && std::strncmp(isa->name, "avx", 3) == 0) spread = spread_avx2;
+  if (has_avx2()) spread = spread_avx2;
 #endif
   const int64_t w = width / k, h = w ? grad.length / w : 0;
   const float share = 1.f / (static_cast<float>(k) * static_cast<float>(k));

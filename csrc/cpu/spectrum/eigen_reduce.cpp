@@ -6,23 +6,27 @@
 #include <cmath>
 #include <cstring>
 
+#include "../support/capability.h"
 #include "eigen.h"
-#include "isa.h"
 
 namespace otk {
 
 extern const EigenIsa eigen_avx2, eigen_avx512, eigen_neon, eigen_generic;
 
 const EigenIsa& eigen_isa() {
-  const Isa* isa = active_isa();
+  switch (capability()) {
 #if defined(__x86_64__)
-  if (isa == &isa_avx512) return eigen_avx512;
-  if (isa == &isa_avx2) return eigen_avx2;
+    case Capability::kAvx512:
+      return eigen_avx512;
+    case Capability::kAvx2:
+      return eigen_avx2;
 #elif defined(__aarch64__)
-  if (isa == &isa_neon) return eigen_neon;
+    case Capability::kNeon:
+      return eigen_neon;
 #endif
-  (void)isa;
-  return eigen_generic;
+    default:
+      return eigen_generic;
+  }
 }
 
 Doubles::Doubles(int64_t count) {

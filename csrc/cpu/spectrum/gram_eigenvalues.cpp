@@ -11,9 +11,9 @@
 #include <limits>
 #include <vector>
 
-#include "../otk.h"
+#include "../../otk.h"
+#include "../support/parallel.h"
 #include "eigen.h"
-#include "run.h"
 
 namespace otk {
 namespace {

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../otk.h"
-#include "isa.h"
-#include "run.h"
+#include "../../otk.h"
+#include "../support/capability.h"
+#include "../support/parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -106,11 +106,6 @@ __attribute__((target("avx2"))) void backward_avx2(const float* grad, const uint
                  out ? out + whole : nullptr, scaled ? scaled + whole : nullptr, n - whole);
 }
 #endif
-
-bool has_avx2() {
-  const Isa* isa = active_isa();
-  return isa && std::strncmp(isa->name, "avx", 3) == 0;
-}
 
 // Rows that hold all channels of a pixel one after the other (channels_last).
 bool interleaved(const Rows& rows, int64_t channels) { return rows.inner != channels; }

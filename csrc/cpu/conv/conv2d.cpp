@@ -2,9 +2,9 @@
 // through windows.
 #include <algorithm>
 
+#include "../support/scratch.h"
 #include "isa.h"
 #include "run.h"
-#include "scratch.h"
 
 namespace otk {
 namespace {
@@ -71,7 +71,7 @@ void pointwise(const SparseWeight& w, const Planes& x, const Planes& out, const 
 
 void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
                    const Planes* residual, bool relu, const Parallel& par) {
-  const Isa& isa = *active_isa();
+  const Isa& isa = active_isa();
   if (x.n == 0 || out.h <= 0 || out.w <= 0 || w.cout == 0) return;
   if (w.kernel == 1 && w.stride == 1 && w.padding == 0) {
     pointwise(w, x, out, residual, relu, par, isa);
@@ -95,7 +95,7 @@ void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
 
 void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& grad_out,
                          float* grad_values, const Parallel& par) {
-  const Isa& isa = *active_isa();
+  const Isa& isa = active_isa();
   std::fill(grad_values, grad_values + w.nnz, 0.f);
   if (x.n == 0 || grad_out.h <= 0 || grad_out.w <= 0) return;
   const Window window = window_of(w, x, grad_out, isa);

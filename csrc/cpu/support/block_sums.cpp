@@ -4,8 +4,8 @@
 #include <atomic>
 #include <cstring>
 
-#include "../otk.h"
-#include "run.h"
+#include "../../otk.h"
+#include "parallel.h"
 
 namespace otk {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "../otk.h"
+#include "../../otk.h"
 #include "pages.h"
 
 #if defined(__SANITIZE_ADDRESS__)
