@@ -2,9 +2,9 @@
 
 Builds the kernels alone and the whole extension into ``build/sanitize`` with g++, then runs tests
 and the fuzz of the ops on them, once per instruction set of this CPU. Buffers that tests hand in
-end where their sizes say, and scratch memory has gaps (``csrc/cpu/support/scratch.cpp``), so one float too
-far is an error. Less than 6 minutes on two idle cores. Exit code 1: something failed; 2: there is
-no g++.
+end where their sizes say, and scratch memory has gaps (``csrc/cpu/support/scratch.cpp``), so one
+float too far is an error. Less than 6 minutes on two idle cores. Exit code 1: something failed; 2:
+there is no g++.
 """
 
 from __future__ import annotations
