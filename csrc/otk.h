@@ -158,6 +158,37 @@ struct StridedMatrices {
 void gram_eigenvalues(const StridedMatrices& a, double scale, double threshold, double relative,
                       double* values, int64_t* redone, const Parallel& par);
 
+// Attention by sampling. The pixels of `levels` maps (level l is shapes[2 l] high and shapes[2 l +
+// 1] wide) lie one after the other in value [n][s][m][d], d dense. Query (n, q) reads for head m
+// the points k = level * points + point at the location (x, y) in [0, 1] of its level, between
+// pixels bilinearly, outside as zeros, and adds them up with weights [n][q][m][levels * points].
+// locations are [n][q][m][levels * points][2], the last two dimensions dense, as is the last one of
+// weights. NaN and infinite locations are outside; what is outside adds nothing, whatever its
+// weight.
+//
+// With `reference` ([n][q][levels][reference_size], the last dense) weights are logits that go
+// through a softmax, and locations are offsets: location = reference + offset / (width, height) for
+// a reference (x, y), and (x, y) + offset / points * (w, h) / 2 for a reference (x, y, w, h).
+struct DeformAttn {
+  const int64_t* shapes;
+  int64_t n, s, m, d, q, levels, points;
+  const float* value;
+  int64_t value_n, value_s, value_m;  // strides, and so on
+  const float* locations;
+  int64_t locations_n, locations_q, locations_m;
+  const float* weights;
+  int64_t weights_n, weights_q, weights_m;
+  const float* reference;
+  int64_t reference_n, reference_q, reference_l, reference_size;
+};
+// out [n][q][m][d], dense. Both throw std::bad_alloc.
+void ms_deform_attn(const DeformAttn& a, float* out, const Parallel& par);
+// Without a reference. grad like out; the results dense and all written, in the order of their
+// inputs. A location's gradient is that of the cell between the pixels at floor(x) and floor(x)
+// + 1.
+void ms_deform_attn_backward(const DeformAttn& a, const float* grad, float* grad_value,
+                             float* grad_locations, float* grad_weights, const Parallel& par);
+
 // Checksums of memory, block by block of kBlockBytes, the last one shorter. A block is read as
 // 64-bit words w, the last one filled up with zeros; its checksum is the sum of (w ^ (w >> 29)) *
 // key of the position, keys being odd, modulo 2^64. One changed word always changes it.

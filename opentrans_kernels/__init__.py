@@ -37,6 +37,7 @@ _EXPORTS = {
     "SparseWeight": "pack",
     "backends": "dispatch",
     "explain": "dispatch",
+    "ms_deform_attn": "ops",
     "release_memory": "ops",
     "sparse_bottleneck": "ops",
     "sparse_conv2d": "ops",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .masks import MaskSet as MaskSet
     from .masks import load_masks as load_masks
     from .nn import SparseConv2d as SparseConv2d
+    from .ops import ms_deform_attn as ms_deform_attn
     from .ops import release_memory as release_memory
     from .ops import sparse_bottleneck as sparse_bottleneck
     from .ops import sparse_conv2d as sparse_conv2d

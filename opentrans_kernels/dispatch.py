@@ -65,6 +65,8 @@ TABLE: tuple[Row, ...] = tuple(
         ("sparse_stage", "sparse_stage", "OP"),
         ("avg_pool2d", "avg_pool2d", "OP"),
         ("avg_pool2d_backward", "avg_pool2d", "BACKWARD"),
+        ("ms_deform_attn", "ms_deform_attn", "OP"),
+        ("ms_deform_attn_backward", "ms_deform_attn", "BACKWARD"),
         ("relu_bits", "relu_bits", "OP"),
         ("relu_bits_backward", "relu_bits", "BACKWARD"),
     )

@@ -169,6 +169,17 @@ def stem_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
     return count * batch * height * width
 
 
+def deform_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of sampling: four corners of D channels for every point of every head."""
+    n, q, m, levels, points, _ = arguments["locations"]
+    return 4 * n * q * m * levels * points * arguments["value"][3]
+
+
+def deform_backward_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of its backward: every corner is read for a dot product and added to."""
+    return 2 * deform_macs(arguments, out_shape)
+
+
 # Operator name without its namespace -> formula.
 FORMULAS: dict[str, Formula] = {
     "sparse_conv2d": conv_macs,
@@ -182,6 +193,8 @@ FORMULAS: dict[str, Formula] = {
     "implicit_gemm_conv2d": implicit_gemm_macs,
     "bottleneck_chain": chain_macs,
     "fused_stem": stem_macs,
+    "ms_deform_attn": deform_macs,
+    "ms_deform_attn_backward": deform_backward_macs,
     "sparse_conv2d_nhwc": sparse_nhwc_macs,
     "sparse_folded_conv2d_backward": sparse_folded_backward_macs,
 }
