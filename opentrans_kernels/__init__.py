@@ -28,6 +28,8 @@ _EXPORTS = {
     "make_plan": "plan",
     "Report": "accelerate",
     "accelerate": "accelerate",
+    "accelerate_heads": "heads",
+    "restore_heads": "heads",
     "restore": "accelerate",
     "load_accelerated": "checkpoint",
     "save_accelerated": "checkpoint",
@@ -68,6 +70,8 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .errors import OpenTransError as OpenTransError
     from .errors import PlanError as PlanError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .heads import accelerate_heads as accelerate_heads
+    from .heads import restore_heads as restore_heads
     from .masks import MaskSet as MaskSet
     from .masks import load_masks as load_masks
     from .nn import SparseConv2d as SparseConv2d

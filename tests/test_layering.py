@@ -20,7 +20,7 @@ FLOORS = (
     ("masks", "synthetic", "topology"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
     ("plan", "nn", "engines", "stage", "watch", "freshness", "spectrum", "gpu"),
-    ("accelerate", "checkpoint"),
+    ("accelerate", "checkpoint", "heads"),
     ("bench",),
     ("report",),
     ("opentrans",),
