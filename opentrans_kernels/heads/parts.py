@@ -35,6 +35,8 @@ class HeadPart(Replacement):
 
     #: What it is and what is done about it, for the report.
     what, how = "part", ""
+    #: The inference path; its signature is that of the original's forward.
+    fast: Callable[..., Any]
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
@@ -66,10 +68,6 @@ class HeadPart(Replacement):
     def bypassed(self) -> Iterable[tuple[str, nn.Module]]:
         """(name, module) of what ``fast`` computes without calling it."""
         return ()
-
-    def fast(self, *args: Any, **kwargs: Any) -> Any:
-        """The inference path; the signature is that of the original's forward."""
-        raise NotImplementedError(type(self).__name__)
 
 
 @dataclass
