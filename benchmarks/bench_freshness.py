@@ -7,8 +7,8 @@ Example::
 CLIP's RN50 at 224 with a synthetic mask. A forward pass of the accelerated trunk and a training
 step of skip_frozen on the sparse kernels, each as it is and without its looks, which a user cannot
 turn off. CPU time of the process, interleaved rounds, ratio within a round: median and quartiles.
-An output or a gradient matches if it errs against float64 by at most twice what dense float32 does.
-Exit code 1 if looking costs an inference more than --limit or a row does not match, 2 for bad input.
+A row matches if its output, or gradient, errs against float64 at most twice as much as dense. Exit
+code 1 if looking costs an inference more than --limit or a row does not match, 2 for bad input.
 """
 
 from __future__ import annotations
