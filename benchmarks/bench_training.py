@@ -160,8 +160,11 @@ def show(result: dict[str, Any], options: argparse.Namespace, out: Output) -> No
             ]
         )
     out.heading(f"{result['set']}: {len(result['names'])} of 55 convolutions frozen")
-    columns = ("variant", "kept MiB", "of baseline", "CPU ms", "time of baseline")
-    columns = (*columns, "of frozen norms", "match", "")
+    out.text(
+        "share: of what its baseline keeps; time: of its fastest baseline; frozen: of the fastest "
+        "with frozen norms"
+    )
+    columns = ("variant", "kept MiB", "share", "CPU ms", "time", "frozen", "match", "")
     out.table(None, columns, cells, right=range(1, 6))
     show_repeats([(result["set"], row_command(options, result["set"]))], out)
 

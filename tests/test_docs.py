@@ -21,7 +21,7 @@ SUFFIXES = (".py", ".md", ".cpp", ".h", ".inc", ".cu", ".yaml", ".toml")
 BASES = ("", "opentrans_kernels", "opentrans", "csrc", "csrc/cpu", "opentrans/d2/configs", "docs")
 #: Named as a place for code to come; once it is there, it is no plan.
 PLANNED = {"opentrans_kernels/heads/", "opentrans_kernels/tokens/", "opentrans/trained/"}
-WRITTEN = {"dist/", "shapes/", "config.yaml"}  # by commands
+WRITTEN = {"dist/", "out/", "shapes/", "config.yaml"}  # by commands
 
 
 def name_of(page: Path) -> str:
