@@ -4,7 +4,7 @@ Example::
 
     python benchmarks/bench_freshness.py --threads 1 --json freshness.json
 
-CLIP's RN50 at 224 with a synthetic mask. A forward pass of the accelerated trunk and a training
+CLIP's RN50 with a synthetic mask. A forward pass of the accelerated trunk and a training
 step of skip_frozen on the sparse kernels, each as it is and without its looks, which a user cannot
 turn off. CPU time of the process, interleaved rounds, ratio within a round: median and quartiles.
 A row matches if its output, or gradient, errs against float64 at most twice as much as dense. Exit
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mask", default="global:0.90", help="recipe of a synthetic mask")
     parser.add_argument("--set", default="published", help="frozen convolutions of the step")
+    parser.add_argument("--size", type=positive, default=224, metavar="PX", help="default 224")
     parser.add_argument("--batch", type=positive, default=4, metavar="N", help="of the step")
     parser.add_argument("--rounds", type=positive, default=31, metavar="N")
     parser.add_argument("--limit", type=float, default=1.02, metavar="RATIO")
@@ -92,6 +93,7 @@ def row_command(options: argparse.Namespace) -> list[str]:
         ("python", "benchmarks/bench_freshness.py"),
         mask=options.mask,
         set=options.set,
+        size=options.size,
         batch=options.batch,
         rounds=options.rounds,
         limit=options.limit,
@@ -110,15 +112,15 @@ def inference(options: argparse.Namespace) -> dict[str, Any]:
     from opentrans_kernels.topology import find_trunk, forward_trunk
 
     model = synthetic_rn50()
-    masks, x = synthetic_masks(model, options.mask), torch.randn(1, 3, 224, 224)
+    masks, x = synthetic_masks(model, options.mask), torch.randn(1, 3, options.size, options.size)
     dense = copy.deepcopy(model)
     masks.apply_(dense)
     with torch.no_grad():
-        own = forward_trunk(find_trunk(dense), x)
-        exact = forward_trunk(find_trunk(dense.double()), x.double())
+        own = forward_trunk(find_trunk(dense), x)[-1]
+        exact = forward_trunk(find_trunk(dense.double()), x.double())[-1]
         accelerate(model, masks, measure=False)
         trunk = find_trunk(model)
-        error = relative_error(forward_trunk(trunk, x), exact)
+        error = relative_error(forward_trunk(trunk, x)[-1], exact)
     match = matched(error, 2 * relative_error(own, exact))
 
     def forward() -> None:
@@ -145,7 +147,10 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     model.requires_grad_(True)
     masks = synthetic_masks(model, options.mask)
     masks.apply_(model)
-    x, names = torch.randn(options.batch, 3, 224, 224), freeze_set(model, options.set)
+    x, names = (
+        torch.randn(options.batch, 3, options.size, options.size),
+        freeze_set(model, options.set),
+    )
     dense = freeze_plainly(copy.deepcopy(model), names, "all")
     exact = gradients(copy.deepcopy(dense).double(), x.double())
     skip_frozen(model, names, masks=masks)

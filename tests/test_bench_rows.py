@@ -236,7 +236,9 @@ def test_gradients_are_held_against_float64(script) -> None:
     assert module.gradient_error(model, x, exact) == float("inf")
 
 
-def test_optimizer_rows_are_compared_with_float64(script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_rows_are_compared_with_float64(
+    script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
     module = script("bench_masked_optimizer")
     from gradskip_nets import small_trunk
 
@@ -253,6 +255,38 @@ def test_optimizer_rows_are_compared_with_float64(script, monkeypatch: pytest.Mo
     rows["masked loop"]["step"] = lambda: None
     found = module.compared(rows, options)
     assert [name for name, match in found.items() if not match["equal"]] == ["masked loop"]
+    monkeypatch.setattr(module, "chosen_cpus", lambda text, threads: None)
+    before = torch.get_num_threads()
+    try:
+        assert module.main(["--rounds", "1", "--json", str(tmp_path / "run.json")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    made = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert all(row["match"]["equal"] and row["command"] for row in made.values())
+    said = capsys.readouterr().out
+    assert said.count("equal ") == len(made) == 6 and longest(said) <= 120
+
+
+def test_looking_at_weights_leaves_a_row_that_matches(
+    script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    module = script("bench_freshness")
+    from gradskip_nets import small_trunk
+
+    monkeypatch.setattr("opentrans_kernels.synthetic.synthetic_rn50", lambda: small_trunk().visual)
+    monkeypatch.setattr(module, "chosen_cpus", lambda text, threads: None)
+    words = ["--set", "odd", "--batch", "1", "--rounds", "1", "--limit", "1e9", "--size", "64"]
+    before = torch.get_num_threads()
+    try:
+        assert module.main([*words, "--json", str(tmp_path / "run.json")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert len(rows) == 2 and all(row["match"]["equal"] for row in rows)
+    assert all(row["ratio"]["q1"] <= row["ratio"]["q3"] for row in rows)
+    assert rows[0]["command"][:2] == ["python", "benchmarks/bench_freshness.py"]
+    said = capsys.readouterr().out
+    assert said.count("equal ") == 2 and said.count("repeat: ") == 1 and longest(said) <= 120
 
 
 def test_a_comparison_shows_quartiles_match_and_command(tmp_path: Path, capsys) -> None:
