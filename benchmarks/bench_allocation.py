@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opentrans.cli.bench import ISAS, chosen_cpus
+from opentrans.cli.bench_rows import match_cell, ratio_cell, show_repeats
 from opentrans.cli.options import (
     add_json,
     add_model,
@@ -34,7 +35,8 @@ from opentrans.cli.options import (
     positive,
 )
 from opentrans.cli.render import Output
-from opentrans_kernels.bench.environment import isa_environment, missing_limits
+from opentrans_kernels.bench.environment import isa_environment, missing_limits, portable_words
+from opentrans_kernels.bench.rows import command_words, matched
 from opentrans_kernels.errors import OpenTransError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -86,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_threads(parser)
     parser.add_argument("--isa", choices=ISAS, default="native", help="limit of all rows")
     parser.add_argument("--rounds", type=positive, default=15, metavar="N")
+    parser.add_argument(
+        "--rule", action="append", metavar="NAME", choices=[rule.label for rule in RULES],
+        help="a row of the table, beside global; may be repeated (default: all)",
+    )  # fmt: skip
     parser.add_argument("--save", metavar="DIR", help="also write the masks there")
     add_json(parser)
     options = parser.parse_args(given)
@@ -135,6 +141,8 @@ def run(options: argparse.Namespace, out: Output) -> int:
         step("measuring a plan for the latency rows")
         plan = make_plan(subject.masked_copy(), input_size=size)
         for rule in RULES:
+            if options.rule and rule.label not in ("global", *options.rule):
+                continue
             step(f"masks and modules of {rule.label}")
             masks = masks_of(subject.model, rule, options.sparsity, size, plan)
             if options.save:
@@ -157,7 +165,9 @@ def run(options: argparse.Namespace, out: Output) -> int:
         ratio = table.ratio("global", row["rule"], clock)
         row |= {"ms": table[row["rule"]].by(clock).median, "speedup": ratio.to_dict()}
         row["loses"] = ratio.median < 1
-        row["exact"] = row["error"] <= 2 * row["dense"]
+        row["match"] = matched(row["error"], 2 * row["dense"])
+        row["exact"] = row["match"]["equal"]
+        row["command"] = portable_words(row_command(options, row["rule"]))
     dense = table["dense eager"].by(clock).median
     show(rows, dense, options, clock, out)
     for row in rows:
@@ -180,6 +190,23 @@ def run(options: argparse.Namespace, out: Output) -> int:
         }
     )
     return 0 if all(row["exact"] for row in rows) else 1
+
+
+def row_command(options: argparse.Namespace, rule: str) -> list[str]:
+    """What measures one rule again, beside ``global``."""
+    return command_words(
+        ("python", "benchmarks/bench_allocation.py"),
+        sparsity=options.sparsity,
+        arch=options.arch,
+        checkpoint=options.checkpoint,
+        seed=options.seed,
+        size=options.size,
+        size_w=options.size_w,
+        threads=options.threads,
+        isa=options.isa,
+        rounds=options.rounds,
+        rule=rule,
+    )
 
 
 def masks_of(
@@ -237,26 +264,35 @@ def show(
         f"{options.arch}, sparsity {options.sparsity:g}, {options.size} px, {options.threads} "
         f"thread(s), isa {options.isa}, {clock} time of {options.rounds} interleaved rounds"
     )
-    cells = []
-    for row in rows:
-        spread = row["speedup"]
-        cells.append(
-            [
-                row["rule"],
-                row["nnz"],
-                f"{row['macs_kept']:.4f}",
-                f"{row['ms']:.1f}",
-                f"{spread['median']:.3f}x",
-                f"{spread['q1']:.3f}-{spread['q3']:.3f}",
-                f"{dense / row['ms']:.2f}x",
-                f"{row['magnitude_kept']:.4f}",
-                f"{row['squares_kept']:.4f}",
-                f"{row['least_density']:.4f} {row['least_layer']}",
-                "LOSES" if row["loses"] else "",
-            ]
-        )
-    columns = ("rule", "weights", "MACs left", "ms", "over global", "quartiles", "over dense eager")
-    out.table(None, (*columns, "sum |w| left", "sum w^2 left", "emptiest layer", ""), cells)
+    cells = [
+        [
+            row["rule"],
+            row["nnz"],
+            f"{row['ms']:.1f}",
+            ratio_cell(row["speedup"], 3),
+            f"{dense / row['ms']:.2f}x",
+            match_cell(row["match"]),
+            "LOSES" if row["loses"] else "",
+        ]
+        for row in rows
+    ]
+    columns = ("rule", "weights", "ms", "over global", "over dense eager", "match", "")
+    out.table(None, columns, cells, right=(1, 2, 3, 4))
+    out.text()
+    cells = [
+        [
+            row["rule"],
+            f"{row['macs_kept']:.4f}",
+            f"{row['magnitude_kept']:.4f}",
+            f"{row['squares_kept']:.4f}",
+            f"{row['least_density']:.4f} {row['least_layer']}",
+        ]
+        for row in rows
+    ]
+    columns = ("rule", "MACs left", "sum |w| left", "sum w^2 left", "emptiest layer")
+    out.table(None, columns, cells)
+    out.text()
+    show_repeats([(row["rule"], row_command(options, row["rule"])) for row in rows], out)
 
 
 if __name__ == "__main__":

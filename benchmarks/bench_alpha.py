@@ -28,10 +28,18 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "peers"), str(HERE.parent / "tests")]
 
+from alpha_solvers import solvers  # noqa: E402
+
 from opentrans.cli.bench import chosen_cpus  # noqa: E402
+from opentrans.cli.bench_rows import match_cell, ratio_cell, show_repeats  # noqa: E402
 from opentrans.cli.options import add_json, add_model, add_threads, positive  # noqa: E402
 from opentrans.cli.render import Output  # noqa: E402
-from opentrans_kernels.bench.environment import environment_block, isa_environment  # noqa: E402
+from opentrans_kernels.bench.environment import (  # noqa: E402
+    environment_block,
+    isa_environment,
+    portable_words,
+)
+from opentrans_kernels.bench.rows import command_words, matched  # noqa: E402
 from opentrans_kernels.bench.timing import Timing, TimingTable, pin  # noqa: E402
 from opentrans_kernels.errors import OpenTransError  # noqa: E402
 
@@ -45,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_model(parser)
     add_threads(parser)
+    parser.add_argument("--fits", nargs="+", choices=FITS, default=list(FITS), help="default: all")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds")
     parser.add_argument("--weightwatcher", type=Path, metavar="VENV", help="its environment")
     parser.add_argument("--solvers", action="store_true", help="time the solvers instead")
@@ -74,7 +83,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     weights = {layer.name: layer.weight.contiguous() for layer in select(model)}
     calls: dict[str, Callable[[], Any]] = {}
     tables: dict[str, Any] = {}
-    for fit in FITS:
+    for fit in options.fits:
         calls[f"ours {fit}"] = _keeping(
             tables,
             f"ours {fit}",
@@ -100,29 +109,42 @@ def run(options: argparse.Namespace, out: Output) -> int:
                 peer.close()
     if reason:
         out.warn(f"WeightWatcher was not measured: {reason}")
-    agreement = compare(weights, tables)
+    agreement = compare(weights, tables, options.fits)
     fit_ms = fit_alone(model, options.threads)
-    rows, record = [], {}
+    rows, record, commands = [], {}, []
     for name, timing in timings.timings.items():
         fit = name.partition(" ")[2]
-        cells = [name, f"{timing.wall.median:.0f}", f"{timing.cpu.median:.0f}"]
+        wall = timing.wall
+        cells = [name, f"{wall.median:.0f} ({wall.q1:.0f}-{wall.q3:.0f})"]
+        cells.append(f"{timing.cpu.median:.0f}")
         ratios = {}
         for own in (f"ours {fit}",) if fit else ("ours ks",):
-            if not name.startswith("ours"):
+            if not name.startswith("ours") and own in calls:
                 spread = timings.ratio(name, own)
                 ratios[own] = spread.to_dict()
-                cells.append(f"{spread.median:.2f}x ({spread.q1:.2f}-{spread.q3:.2f}) of {own}")
+                cells.append(ratio_cell(ratios[own]))
         cells += [""] * (4 - len(cells))
         near = agreement[name]
-        cells += [f"{near['largest']:.1e}", str(near["layers_above_1e-3"]), near["freeze_set"]]
+        match = matched(near["largest"], TOLERANCE)
+        cells += [match_cell(match), str(near["layers_above_1e-3"]), near["freeze_set"]]
         rows.append(cells)
-        record[name] = {**timing.to_dict(), "slower_than": ratios, "agreement": near}
+        commands.append((name, row_command(options, fit)))
+        record[name] = {
+            **timing.to_dict(),
+            "slower_than": ratios,
+            "agreement": near,
+            "match": match,
+            "command": portable_words(commands[-1][1]),
+        }
     out.heading(f"alpha of {label}, {options.threads} thread(s), {options.repeats} rounds")
     out.table(
         None,
-        ("side", "wall ms", "CPU ms", "slower", "max |d alpha| / alpha", "> 1e-3", "freeze set"),
+        ("side", "wall ms", "CPU ms", "slower than ours", "match", "> 1e-3", "freeze set"),
         rows,
+        right=(1, 2, 3),
     )
+    out.text("match: largest |d alpha| / alpha; > 1e-3: layers off by more")
+    show_repeats(commands, out)
     out.text("fit alone, ms: " + ", ".join(f"{fit} {ms:.1f}" for fit, ms in fit_ms.items()))
     if memory is not None:
         out.text(f"peak memory of ours above the weights: {memory / 2**20:.0f} MB")
@@ -135,7 +157,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     exact = all(
         agreement[f"ours {fit}"]["largest"] <= TOLERANCE
         and agreement[f"ours {fit}"]["freeze_set"] == "equal"
-        for fit in FITS
+        for fit in options.fits
     )
     out.finish(
         {
@@ -152,6 +174,19 @@ def run(options: argparse.Namespace, out: Output) -> int:
         }
     )
     return 0 if exact else 1
+
+
+def row_command(options: argparse.Namespace, fit: str) -> list[str]:
+    """What measures one fit again, ours and published; WeightWatcher's ("") is beside ``ks``."""
+    return command_words(
+        ("python", "benchmarks/bench_alpha.py", "--fits", fit or "ks"),
+        arch=options.arch,
+        checkpoint=options.checkpoint,
+        seed=options.seed,
+        threads=options.threads,
+        repeats=options.repeats,
+        weightwatcher=None if fit else options.weightwatcher,
+    )
 
 
 def network(options: argparse.Namespace, out: Output) -> tuple[Any, str]:
@@ -257,7 +292,9 @@ def interleaved(
     return table, lost
 
 
-def compare(weights: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def compare(
+    weights: Mapping[str, Any], tables: Mapping[str, Any], fits: Sequence[str] = FITS
+) -> dict[str, dict[str, Any]]:
     """Each side against the NumPy transcription, in the same mode."""
     import alpha_reference
 
@@ -266,7 +303,8 @@ def compare(weights: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, 
         for name, weight in weights.items()
     }
     exact = {
-        fit: {name: alpha_reference.fit(x, fit)[0] for name, x in spectra.items()} for fit in FITS
+        fit: {name: alpha_reference.fit(x, fit)[0] for name, x in spectra.items()}
+        for fit in {*fits, "ks"}
     }
     result = {}
     for side, table in tables.items():
@@ -276,7 +314,7 @@ def compare(weights: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, 
         shared = [name for name in exact[fit] if name in alphas]
         errors = {n: abs(alphas[n] - exact[fit][n]) / exact[fit][n] for n in shared}
         expected, found = frozen({n: exact[fit][n] for n in shared}), frozen(alphas)
-        flagged = {row.name for row in tables[f"ours {fit}"] if row.ambiguous}
+        flagged = {row.name for row in tables.get(f"ours {fit}", ()) if row.ambiguous}
         differ = sorted(expected ^ found)
         result[side] = {
             "layers": len(shared),
@@ -328,40 +366,6 @@ def peak_memory(call: Callable[[], Any]) -> int | None:
         return status("VmHWM:") - before
     except OSError:
         return None
-
-
-def solvers(out: Output) -> int:
-    """Milliseconds from a weight to its eigenvalues by size, float64, one thread."""
-    import numpy as np
-    import torch
-
-    from opentrans_kernels.ops import gram_eigenvalues
-    from opentrans_kernels.spectrum.blas import SOLVERS, library_name, one_thread
-
-    def best(call: Callable[[], Any], seconds: float = 0.5) -> float:
-        call()
-        samples, deadline = [], time.perf_counter() + seconds
-        while not samples or time.perf_counter() < deadline:
-            start = time.process_time()
-            call()
-            samples.append(time.process_time() - start)
-        return min(samples) * 1e3
-
-    rows, generator = [], np.random.default_rng(0)
-    with one_thread():
-        for n, *stored in SOLVERS:
-            a = generator.standard_normal((n, n)) / n**0.5  # no digits to win back
-            t = torch.from_numpy(a)
-            now = (
-                best(lambda t=t: gram_eigenvalues(t[None])),
-                best(lambda a=a: np.linalg.eigvalsh(a @ a.T)),
-                best(lambda t=t: torch.linalg.eigvalsh(t @ t.T)),
-            )
-            rows.append([n, *(f"{ms:.2f} ({old:g})" for ms, old in zip(now, stored, strict=True))])
-    out.heading("weight to eigenvalues, ms here (and in the table)")
-    out.table(None, ("n", "gram_eigenvalues", library_name(), "torch"), rows)
-    out.finish({"rows": rows, **environment_block()})
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ Example::
 
     python benchmarks/bench_freshness.py --threads 1 --json freshness.json
 
-CLIP's RN50 at 224 with a synthetic mask. A forward pass of the accelerated trunk and a training
+CLIP's RN50 with a synthetic mask. A forward pass of the accelerated trunk and a training
 step of skip_frozen on the sparse kernels, each as it is and without its looks, which a user cannot
 turn off. CPU time of the process, interleaved rounds, ratio within a round: median and quartiles.
-Exit code 1 if looking costs an inference more than --limit, 2 for bad input.
+A row matches if its output, or gradient, errs against float64 at most twice as much as dense. Exit
+code 1 if looking costs an inference more than --limit or a row does not match, 2 for bad input.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +22,11 @@ from typing import Any
 from unittest import mock
 
 from opentrans.cli.bench import chosen_cpus
+from opentrans.cli.bench_rows import match_cell, ratio_cell, show_repeats
 from opentrans.cli.options import add_json, add_threads, positive
 from opentrans.cli.render import Output
+from opentrans_kernels.bench.environment import portable_words
+from opentrans_kernels.bench.rows import command_words, matched
 from opentrans_kernels.errors import OpenTransError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -32,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mask", default="global:0.90", help="recipe of a synthetic mask")
     parser.add_argument("--set", default="published", help="frozen convolutions of the step")
+    parser.add_argument("--size", type=positive, default=224, metavar="PX", help="default 224")
     parser.add_argument("--batch", type=positive, default=4, metavar="N", help="of the step")
     parser.add_argument("--rounds", type=positive, default=31, metavar="N")
     parser.add_argument("--limit", type=float, default=1.02, metavar="RATIO")
@@ -58,19 +64,41 @@ def run(options: argparse.Namespace, out: Output) -> int:
     rows = [inference(options), step(options)]
     out.table(
         f"Looking at the weights, {options.mask}, {options.threads} thread(s), CPU time",
-        ["case", "without ms", "with ms", "with / without (quartiles)"],
+        ["case", "without ms", "with ms", "with / without", "match"],
         [
-            [r["case"], f"{r['without_ms']:.2f}", f"{r['with_ms']:.2f}", ratio_of(r["ratio"])]
-            for r in rows
+            [
+                row["case"],
+                f"{row['without_ms']:.2f}",
+                f"{row['with_ms']:.2f}",
+                ratio_cell(row["ratio"], 4),
+                match_cell(row["match"]),
+            ]
+            for row in rows
         ],
+        right=(1, 2, 3),
     )
+    show_repeats([("all", row_command(options))], out)
+    for row in rows:
+        row["command"] = portable_words(row_command(options))
+        if not row["match"]["equal"]:
+            out.warn(f"{row['case']} is inexact: {match_cell(row['match'])}")
     out.finish({"rows": rows, "threads": options.threads, "mask": options.mask})
-    return int(rows[0]["ratio"]["median"] > options.limit)
+    slow = rows[0]["ratio"]["median"] > options.limit
+    return int(slow or not all(row["match"]["equal"] for row in rows))
 
 
-def ratio_of(ratio: dict[str, float]) -> str:
-    """As the table shows it."""
-    return f"{ratio['median']:.4f} ({ratio['q1']:.4f}-{ratio['q3']:.4f})"
+def row_command(options: argparse.Namespace) -> list[str]:
+    """What measures both rows again."""
+    return command_words(
+        ("python", "benchmarks/bench_freshness.py"),
+        mask=options.mask,
+        set=options.set,
+        size=options.size,
+        batch=options.batch,
+        rounds=options.rounds,
+        limit=options.limit,
+        threads=options.threads,
+    )
 
 
 def inference(options: argparse.Namespace) -> dict[str, Any]:
@@ -78,27 +106,37 @@ def inference(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from opentrans_kernels import accelerate
+    from opentrans_kernels.bench.variants import relative_error
     from opentrans_kernels.freshness import Freshness
     from opentrans_kernels.synthetic import synthetic_masks, synthetic_rn50
     from opentrans_kernels.topology import find_trunk, forward_trunk
 
     model = synthetic_rn50()
-    accelerate(model, synthetic_masks(model, options.mask), measure=False)
-    trunk, x = find_trunk(model), torch.randn(1, 3, 224, 224)
+    masks, x = synthetic_masks(model, options.mask), torch.randn(1, 3, options.size, options.size)
+    dense = copy.deepcopy(model)
+    masks.apply_(dense)
+    with torch.no_grad():
+        own = forward_trunk(find_trunk(dense), x)[-1]
+        exact = forward_trunk(find_trunk(dense.double()), x.double())[-1]
+        accelerate(model, masks, measure=False)
+        trunk = find_trunk(model)
+        error = relative_error(forward_trunk(trunk, x)[-1], exact)
+    match = matched(error, 2 * relative_error(own, exact))
 
     def forward() -> None:
         with torch.no_grad():
             forward_trunk(trunk, x)
 
     blind = mock.patch.object(Freshness, "require", lambda self: None)
-    return compared("accelerated trunk, forward", forward, blind, options.rounds)
+    return compared("accelerated trunk, forward", forward, blind, options.rounds) | {"match": match}
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
     """A training step; blind, what was packed is used again as long as PyTorch counts no write."""
     import torch
     from torch import nn
-    from training_variants import freeze_set
+    from training_gradients import gradient_error, gradients
+    from training_variants import freeze_plainly, freeze_set
 
     from opentrans import skip_frozen
     from opentrans_kernels.ops.contents import Source
@@ -109,9 +147,16 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     model.requires_grad_(True)
     masks = synthetic_masks(model, options.mask)
     masks.apply_(model)
-    skip_frozen(model, freeze_set(model, options.set), masks=masks)
+    x, names = (
+        torch.randn(options.batch, 3, options.size, options.size),
+        freeze_set(model, options.set),
+    )
+    dense = freeze_plainly(copy.deepcopy(model), names, "all")
+    exact = gradients(copy.deepcopy(dense).double(), x.double())
+    skip_frozen(model, names, masks=masks)
+    own = gradient_error(dense, x, exact)
+    match = matched(gradient_error(model, x, exact), 2 * own)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-6)
-    x = torch.randn(options.batch, 3, 224, 224)
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -120,7 +165,7 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
     blind = mock.patch.object(Source, "still", Source.unmoved)
     case = f"skip_frozen ({options.set}) on sparse kernels, step of {options.batch}"
-    return compared(case, train, blind, max(3, options.rounds // 3))
+    return compared(case, train, blind, max(3, options.rounds // 3)) | {"match": match}
 
 
 def compared(case: str, call: Callable[[], None], blind: Any, rounds: int) -> dict[str, Any]:

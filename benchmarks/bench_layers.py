@@ -13,10 +13,12 @@ input.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from opentrans.cli.bench import ISAS, chosen_cpus
+from opentrans.cli.bench_rows import match_cell, show_repeats
 from opentrans.cli.options import (
     add_json,
     add_model,
@@ -27,7 +29,8 @@ from opentrans.cli.options import (
     subject_of,
 )
 from opentrans.cli.render import Output
-from opentrans_kernels.bench.environment import missing_limits
+from opentrans_kernels.bench.environment import isa_environment, missing_limits, portable_words
+from opentrans_kernels.bench.rows import command_words
 from opentrans_kernels.errors import OpenTransError
 
 
@@ -41,9 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, default=1, metavar="N")
     parser.add_argument("--isa", choices=ISAS, default="native", help="limit of both sides")
     parser.add_argument("--rounds", type=positive, default=9, metavar="N")
+    parser.add_argument("--layer", action="append", metavar="NAME", help="default: every layer")
     add_json(parser)
-    options = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(given)
     try:
+        if missing_limits(options.isa, options.threads):
+            # The limits are read when a process starts, so this one is replaced.
+            limits = isa_environment(options.isa, options.threads)
+            command = [sys.executable, os.path.abspath(__file__), *given]
+            os.execve(sys.executable, command, {**os.environ, **limits})
         return run(options, Output(options.json))
     except OpenTransError as error:
         sys.stderr.write(f"bench_layers: {error}\n")
@@ -52,13 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """The table; 1 if a layer is inexact."""
-    missing = missing_limits(options.isa, options.threads)
-    if missing:
-        raise OpenTransError(
-            f"start this script with the environment of isa={options.isa} and "
-            f"threads={options.threads}; not set accordingly: {', '.join(missing)}. "
-            f"{command_prefix(options.isa, options.threads)}"
-        )
     from opentrans_kernels.bench.timing import pin
 
     cpus = chosen_cpus(None, options.threads)
@@ -77,6 +80,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
             input_size(options),
             batch=options.batch,
             rounds=options.rounds,
+            only=options.layer or (),
             on_layer=lambda done, total, name: step(f"{done + 1} of {total}: {name}"),
         )
     dense, sparse = sum(row.dense_ms for row in rows), sum(row.sparse_ms for row in rows)
@@ -88,21 +92,19 @@ def run(options: argparse.Namespace, out: Output) -> int:
             f"{row.density:.3f}",
             f"{row.dense_ms:.3f}",
             f"{row.sparse_ms:.3f}",
-            f"{row.speedup:.2f}x",
-            f"{row.speedup_q1:.2f}-{row.speedup_q3:.2f}",
-            f"{row.error:.1e}",
-            f"{row.dense_error:.1e}",
+            f"{row.speedup:.2f}x ({row.speedup_q1:.2f}-{row.speedup_q3:.2f})",
+            match_cell(row.match),
             "LOSES" if row.loses else "",
         ]
         for row in rows
     ]
     ratio = dense / sparse
-    cells.append(
-        ["sum", "", "", "", f"{dense:.2f}", f"{sparse:.2f}", f"{ratio:.2f}x", "", "", "", ""]
-    )
+    cells.append(["sum", "", "", "", f"{dense:.2f}", f"{sparse:.2f}", f"{ratio:.2f}x", "", ""])
     columns = ("layer", "conv", "output", "density", "dense ms", "sparse ms", "speed-up")
     out.heading(f"{subject.arch}, {subject.mask}, {options.size} px, batch {options.batch}")
-    out.table(None, (*columns, "quartiles", "error", "dense error", ""), cells)
+    out.table(None, (*columns, "match", ""), cells)
+    out.text()
+    show_repeats([(row.name, row_command(options, row.name)) for row in rows], out)
     inexact = [row for row in rows if not row.exact]
     for row in inexact:
         out.warn(
@@ -117,19 +119,32 @@ def run(options: argparse.Namespace, out: Output) -> int:
             "dense_ms": dense,
             "sparse_ms": sparse,
             "speedup_of_sums": ratio,
-            "layers": [row.to_dict() for row in rows],
+            "layers": [
+                row.to_dict() | {"command": portable_words(row_command(options, row.name))}
+                for row in rows
+            ],
             **environment_block(),
         }
     )
     return 1 if inexact else 0
 
 
-def command_prefix(isa: str, threads: int) -> str:
-    """The assignments to put in front of the command."""
-    from opentrans_kernels.bench.environment import isa_environment
-
-    pairs = (f"{name}={value}" for name, value in isa_environment(isa, threads).items())
-    return f"Put in front of the command: {' '.join(pairs)}"
+def row_command(options: argparse.Namespace, name: str) -> list[str]:
+    """What measures the layer ``name`` again, alone."""
+    return command_words(
+        ("python", "benchmarks/bench_layers.py"),
+        mask=options.mask,
+        arch=options.arch,
+        checkpoint=options.checkpoint,
+        seed=options.seed,
+        size=options.size,
+        size_w=options.size_w,
+        batch=options.batch,
+        threads=options.threads,
+        isa=options.isa,
+        rounds=options.rounds,
+        layer=name,
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ The convolutions of CLIP's RN50 with gradients in place; timed is what comes bet
 the next forward: masking the gradients, their norm for clipping, the step, and, for dense state,
 nothing more, since zero weight, gradient and state stay zero. Dense rows differ in torch's
 implementation (loop, foreach, fused); the fastest of them is the baseline. All rows are interleaved
-in one process. Weights, gradients and masks are random. Exit code 1 if a pruned weight moves or
-the state is larger than dense state of the live weights, 2 for bad input.
+in one process. Weights, gradients and masks are random. Before that, three steps of every row are
+compared with three of AdamW in float64. Exit code 1 if a row errs by more than twice the dense
+rows, a pruned weight moves or the state is larger than dense state of the live weights, 2 for bad
+input.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from opentrans.cli.bench import chosen_cpus
+from opentrans.cli.bench_rows import match_cell, ratio_cell, show_repeats
 from opentrans.cli.options import add_json, add_threads, positive
 from opentrans.cli.render import Output
+from opentrans_kernels.bench.environment import portable_words
+from opentrans_kernels.bench.rows import command_words, matched
 from opentrans_kernels.errors import OpenTransError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -67,6 +72,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     torch.set_num_threads(options.threads)
     watch = Watch("masked optimizer", options.threads)
     rows = subjects(options.arch, options.density, options.freeze)
+    matches = compared(rows, options)
     table = interleave(
         {name: row["step"] for name, row in rows.items()},
         rounds=options.rounds,
@@ -81,7 +87,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         cpu, ratio = table[name].cpu.median, table.ratio(baseline, name, "cpu")
         lines.append(
             [name, f"{state / 1e6:.1f}", f"{index / 1e6:.1f}", f"{table[name].wall.median:.1f}",
-             f"{cpu:.1f}", f"{ratio.median:.2f}x ({ratio.q1:.2f}-{ratio.q3:.2f})"]
+             f"{cpu:.1f}", ratio_cell(ratio.to_dict()), match_cell(matches[name])]
         )  # fmt: skip
         record[name] = {
             "state_bytes": state,
@@ -89,15 +95,20 @@ def run(options: argparse.Namespace, out: Output) -> int:
             "wall_ms": table[name].wall.median,
             "cpu_ms": cpu,
             "speedup_cpu": ratio.to_dict(),
+            "match": matches[name],
+            "command": portable_words(row_command(options)),
         }
     moved = [name for name, row in rows.items() if row["moved"]()]
+    wrong = [name for name, match in matches.items() if not match["equal"]]
     heavy = [n for n, row in rows.items() if not n.startswith("dense") and row["heavy"]()]
     out.table(
         f"AdamW, {options.arch} convolutions, density {options.density:g}, frozen: "
         f"{options.freeze}, {options.threads} thread(s); random weights and masks",
-        ["optimizer", "state MB", "index MB", "wall ms", "cpu ms", f"against {baseline}"],
+        ["optimizer", "state MB", "index MB", "wall ms", "cpu ms", f"against {baseline}", "match"],
         lines,
+        right=range(1, 6),
     )
+    show_repeats([("all", row_command(options))], out)
     out.finish(
         {
             **watch.result(),
@@ -109,15 +120,63 @@ def run(options: argparse.Namespace, out: Output) -> int:
             "pinned_cpus": cpus,
             "baseline": baseline,
             "rows": record,
-            "failed_checks": [f"{n}: a pruned weight is not zero" for n in moved]
+            "failed_checks": [f"{n}: other weights than dense AdamW's" for n in wrong]
+            + [f"{n}: a pruned weight is not zero" for n in moved]
             + [f"{n}: state beyond two floats per weight" for n in heavy],
         }
     )
+    for name in wrong:
+        sys.stderr.write(
+            f"bench_masked_optimizer: {name}: weights {matches[name]['error']:.1e} from float64, "
+            f"bound {matches[name]['bound']:.1e}\n"
+        )
     for name in moved:
         sys.stderr.write(f"bench_masked_optimizer: {name}: a pruned weight is not zero\n")
     for name in heavy:
         sys.stderr.write(f"bench_masked_optimizer: {name}: state beyond two floats per weight\n")
-    return int(bool(moved or heavy))
+    return int(bool(wrong or moved or heavy))
+
+
+def row_command(options: argparse.Namespace) -> list[str]:
+    """What measures the rows again; they are ratios to each other."""
+    return command_words(
+        ("python", "benchmarks/bench_masked_optimizer.py"),
+        density=options.density,
+        freeze=options.freeze,
+        arch=options.arch,
+        rounds=options.rounds,
+        threads=options.threads,
+    )
+
+
+def compared(rows: dict[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Three steps of every row against three of AdamW in float64; the bound is twice the largest
+    error of a dense row. Errors are relative to how far the weights went.
+    """
+    import torch
+
+    model, masks, weights = _network(options.arch, options.density, options.freeze)
+    start = [weight.detach().double() for weight in weights]
+    names = {id(module.weight): name for name, module in model.named_modules()
+             if isinstance(module, torch.nn.Conv2d)}  # fmt: skip
+    exact = [torch.nn.Parameter(weight.clone()) for weight in start]
+    for wide, weight in zip(exact, weights, strict=True):
+        mask = masks.masks.get(names[id(weight)])
+        wide.grad = weight.grad.double() if mask is None else weight.grad.double() * mask
+    optimizer = torch.optim.AdamW(exact, lr=1e-4)
+    for _ in range(3):
+        optimizer.step()
+    way = max(float((a.detach() - b).abs().max()) for a, b in zip(exact, start, strict=True))
+    errors = {}
+    for name, row in rows.items():
+        for _ in range(3):
+            row["step"]()
+        errors[name] = max(
+            float((weight.detach().double() - wide.detach()).abs().max()) / way
+            for weight, wide in zip(row["weights"](), exact, strict=True)
+        )
+    bound = 2 * max(error for name, error in errors.items() if name.startswith("dense"))
+    return {name: matched(error, bound) for name, error in errors.items()}
 
 
 def subjects(arch: str, density: float, freeze: str) -> dict[str, dict[str, Callable[[], Any]]]:
@@ -185,6 +244,7 @@ def _dense(model: Any, masks: Any, weights: list[Any], options: dict[str, bool])
 
     return {
         "step": step,
+        "weights": lambda: weights,
         "bytes": size,
         "moved": lambda: any(bool((w.detach() * (1 - m)).any()) for w, m in pairs),
     }
@@ -221,6 +281,7 @@ def _masked(model: Any, masks: Any, weights: list[Any], options: dict[str, bool]
 
     return {
         "step": step,
+        "weights": lambda: weights,
         "bytes": size,
         "moved": moved,
         "heavy": lambda: optimizer.state_bytes().state > 8 * live + 1024,

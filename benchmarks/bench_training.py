@@ -37,12 +37,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from opentrans.cli.bench_rows import match_cell, ratio_cell, show_repeats
 from opentrans.cli.render import Output
+from opentrans_kernels.bench.environment import portable_words
+from opentrans_kernels.bench.rows import command_words, matched
 from opentrans_kernels.bench.timing import TimingTable, choose_cpus, interleave, pin
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.synthetic import synthetic_masks, synthetic_rn50
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from training_gradients import gradient_error, gradients, run_trunk, step  # noqa: E402
 from training_result import Watch  # noqa: E402
 from training_variants import SETS, freeze_set, variants  # noqa: E402
 
@@ -51,18 +55,6 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 #: Variants that are also run in channels_last: the baselines, because the faster layout of each
 #: counts, and what is compared with them.
 BOTH = ("baseline", "baseline, affine trains", "skip", "skip, affine trains")
-
-
-def run_trunk(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    x = model.stem(x)
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        x = stage(x)
-    return x
-
-
-def step(model: nn.Module, x: torch.Tensor) -> None:
-    model.zero_grad(set_to_none=True)
-    run_trunk(model, x).square().mean().backward()
 
 
 def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
@@ -82,25 +74,6 @@ def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run_trunk(model, x)
     return sum(nbytes for nbytes, _ in seen.values())
-
-
-def gradient_error(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> float:
-    """Largest relative difference of a convolution's gradient (2-norm), live weights only; of
-    scales and shifts as well where both train them.
-    """
-    for subject in (model, reference):
-        step(subject, x)
-    worst = 0.0
-    for name, module in reference.named_modules():
-        grad = getattr(getattr(module, "weight", None), "grad", None)
-        if isinstance(module, nn.Conv2d) and grad is not None:
-            live = module.weight.detach() != 0
-            found = model.get_submodule(name).weight.grad
-            worst = max(worst, float(((found - grad)[live]).norm() / grad[live].norm()))
-        elif isinstance(module, nn.BatchNorm2d) and grad is not None:
-            found = model.get_submodule(name).weight.grad
-            worst = max(worst, float((found - grad).norm() / grad.norm()))
-    return worst
 
 
 def measure_set(kind: str, options: argparse.Namespace, out: Output) -> dict[str, Any]:
@@ -131,12 +104,20 @@ def measure_set(kind: str, options: argparse.Namespace, out: Output) -> dict[str
     clock = "cpu" if options.threads == 1 else "wall"
     frozen = [n for n in subjects if n.startswith("baseline") and "affine" not in n]
     affine = [n for n in subjects if n.startswith("baseline, affine")]
-    exact, plain = subjects[frozen[0]][0], subjects[affine[0]][0]
+    # Of each kind of baseline the gradients in float64, and how far its own are from them.
+    exact = {names[0]: gradients(copy.deepcopy(subjects[names[0]][0]).double(), x.double())
+             for names in (frozen, affine)}  # fmt: skip
+    own = {
+        names[0]: max(gradient_error(*subjects[name], exact[names[0]]) for name in names)
+        for names in (frozen, affine)
+    }
     kept = {name: kept_bytes(*pair) / MIB for name, pair in subjects.items()}
     rows = []
     for name, (model, image) in subjects.items():
         trains = "affine trains" in name or name == "plain"
         fastest = table.fastest(affine if trains else frozen, clock)
+        like = (affine if trains else frozen)[0]
+        error = gradient_error(model, image, exact[like])
         rows.append(
             {
                 "set": kind,
@@ -154,13 +135,15 @@ def measure_set(kind: str, options: argparse.Namespace, out: Output) -> dict[str
                 "time_vs_frozen_norms": table.ratio(
                     name, table.fastest(frozen, clock), clock
                 ).to_dict(),
-                "gradient_error": gradient_error(model, plain if trains else exact, image),
+                "gradient_error": error,
+                "match": matched(error, 2 * own[like]),
+                "command": portable_words(row_command(options, kind)),
             }
         )
     return {"set": kind, "names": names, "rows": rows}
 
 
-def show(result: dict[str, Any], out: Output) -> None:
+def show(result: dict[str, Any], options: argparse.Namespace, out: Output) -> None:
     cells = []
     for row in result["rows"]:
         ratio = row["time_vs_baseline"]
@@ -170,15 +153,33 @@ def show(result: dict[str, Any], out: Output) -> None:
                 f"{row['kept_mib']:.1f}",
                 f"{row['kept_mib'] / max(row['kept_baseline_mib'], 1e-9):.2f}",
                 f"{row['cpu_ms']['median']:.0f}",
-                f"{ratio['median']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f})",
+                ratio_cell(ratio, 3),
                 f"{row['time_vs_frozen_norms']['median']:.3f}",
-                f"{row['gradient_error']:.1e}",
+                match_cell(row["match"]),
                 "LOSES" if ratio["median"] > 1 and not row["variant"].startswith("base") else "",
             ]
         )
     out.heading(f"{result['set']}: {len(result['names'])} of 55 convolutions frozen")
-    columns = ("variant", "kept MiB", "of baseline", "CPU ms", "time of its fastest baseline")
-    out.table(None, (*columns, "of frozen norms", "gradient error", ""), cells)
+    out.text(
+        "share: of what its baseline keeps; time: of its fastest baseline; frozen: of the fastest "
+        "with frozen norms"
+    )
+    columns = ("variant", "kept MiB", "share", "CPU ms", "time", "frozen", "match", "")
+    out.table(None, columns, cells, right=range(1, 6))
+    show_repeats([(result["set"], row_command(options, result["set"]))], out)
+
+
+def row_command(options: argparse.Namespace, kind: str) -> list[str]:
+    """What measures one freeze set again: its rows are ratios to each other."""
+    return command_words(
+        ("python", "benchmarks/bench_training.py", "--layouts", *options.layouts, "--sets", kind),
+        mask=options.mask,
+        size=options.size,
+        batch=options.batch,
+        threads=options.threads,
+        rounds=options.rounds,
+        fail_above=f"{options.fail_above:g}",
+    )
 
 
 def _in_layout_of(name: str, baselines: Sequence[str]) -> str:
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for kind in options.sets:
                 results.append(measure_set(kind, options, out))
-                show(results[-1], out)
+                show(results[-1], options, out)
         except KeyboardInterrupt:
             if not results:
                 raise

@@ -285,7 +285,7 @@ def test_summary_takes_the_best_dense_variant() -> None:
         variants.Variant("compile", run=lambda: torch.zeros(1), detail={"frozen": True}),
         variants.Variant("jit_optimized", error="RuntimeError: gone"),
     ]
-    result = trunk.summarise(fake_table(), built, {"eager": 1e-6, "compile": 2e-6})
+    result = trunk.summarise(fake_table(), built, {"eager": 1e-6, "compile": 2e-6}, 1.5e-6)
     assert result["baseline"]["name"] == "compile" and result["baseline"]["ms"] == 42
     assert result["accelerated"]["ms"] == 10
     assert result["speedup"] == pytest.approx(4.2)

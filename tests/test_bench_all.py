@@ -15,7 +15,7 @@ from pathlib import Path
 import bench_results as make
 import pytest
 
-from opentrans.cli import bench, bench_all, bench_scripts, build_parser, main
+from opentrans.cli import bench, bench_all, bench_scripts, bench_trunk, build_parser, main
 from opentrans.cli.render import Output
 from opentrans_kernels.bench import schema
 from opentrans_kernels.bench.environment import isa_environment, machine, portable_words
@@ -181,13 +181,13 @@ def test_inexact_stands_in_place_of_every_ratio(capsys) -> None:
     }  # fmt: skip
     result["peers"]["onnxruntime"]["note"] = ""
     result["peers"]["openvino"]["skipped"] = True
-    bench.show(result, Output(None))
+    bench_trunk.show(result, Output(None))
     said = capsys.readouterr().out
     for ratio in ("4.00x", "5.20x", "4.40x", "0.67x", "1.90x"):
         assert ratio not in said
     assert said.count("inexact") == 5  # two variants, one peer, one layer, the threads
     result |= {"exact": True, "losing_layers": [make.layer("right", 1.0, 1.5)]}
-    bench.show(result, Output(None))
+    bench_trunk.show(result, Output(None))
     said = capsys.readouterr().out
     assert "4.00x" in said and "0.67x" in said and "1.90x" in said and "inexact" not in said
     assert any("below the limit" in line for line in bench.failures(result, 99.0))

@@ -82,7 +82,7 @@ def test_peers_take_turns_and_are_compared(stage: SimpleNamespace) -> None:
     for entry in found.values():
         assert entry["available"] and entry["rounds"] == 3 and entry["wall"]["n"] == 3
         assert entry["engine"] == "fake" and entry["ours_ms"] > 0
-        assert list(schema.problems(entry, schema.PEER)) == []
+        assert list(schema.problems(entry, schema.SIDE)) == []
     assert found["onnxruntime"]["max_rel_err"] == 0
     assert found["openvino"]["max_rel_err"] == pytest.approx(0.5)
     assert found["openvino"]["speedup_of_ours"]["median"] > 5

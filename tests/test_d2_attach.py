@@ -16,7 +16,8 @@ from open_clip.modified_resnet import ModifiedResNet  # noqa: E402
 
 from opentrans.d2 import attach, attach_from_config, find_tower, pool_positions, unwrap  # noqa: E402
 from opentrans.d2.analysis import fvcore_handles  # noqa: E402
-from opentrans.d2.config import ConfigError, OpenTransConfig  # noqa: E402
+from opentrans.d2.config import OpenTransConfig  # noqa: E402
+from opentrans.d2.config_nodes import ConfigError  # noqa: E402
 from opentrans.d2.tower import ClipTower, resize_positions  # noqa: E402
 from opentrans_kernels import (  # noqa: E402
     CheckpointError,

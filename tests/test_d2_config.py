@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from opentrans.d2.config import ConfigError, OpenTransConfig, add_opentrans_config, config_rows
+from opentrans.d2.config import OpenTransConfig, config_rows
 from opentrans.d2.config_check import imp_config
+from opentrans.d2.config_nodes import ConfigError
+from opentrans.d2.register import add_opentrans_config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "detectron2.md"
 

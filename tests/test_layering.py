@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -137,6 +138,96 @@ def test_imports_go_downwards_only() -> None:
 
 def test_units_form_no_cycle() -> None:
     assert cycle_of(edges()) is None
+
+
+def text_of(node: ast.AST, known: dict[str, str]) -> str | None:
+    """The string that a constant, a name in ``known`` or an f-string of these gives."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.FormattedValue):
+        return text_of(node.value, known)
+    if isinstance(node, ast.JoinedStr):
+        parts = [text_of(part, known) for part in node.values]
+        return None if None in parts else "".join(part for part in parts if part)
+    return None
+
+
+def modules_by_name(tree: ast.Module, module: str, is_package: bool) -> set[str]:
+    """Absolute names given to ``importlib.import_module`` as text that stands in the file."""
+    package = module if is_package else module.rpartition(".")[0]
+    known = {"__name__": module, "__package__": package}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if (text := text_of(node.value, known)) is not None:
+                known[node.targets[0].id] = text
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            if name := text_of(node.args[0], known):
+                found.add(importlib.util.resolve_name(name, package))
+    return found
+
+
+def module_arrows(files: dict[str, tuple[ast.Module, bool]]) -> dict[str, set[str]]:
+    """Module -> modules of ``files`` (name -> tree, is a package) that it imports, anywhere.
+
+    Imports inside functions, below ``TYPE_CHECKING`` and by ``import_module`` with a text count.
+    A package whose names are lazy (``lazy_exports``) loads nothing when imported: what it shows to
+    type checkers is no arrow. Nor are names in tables that are resolved per call (``dispatch``),
+    nor the package that Python runs first on the way to a module in it.
+    """
+    arrows = {}
+    for module, (tree, is_package) in files.items():
+        names = imported_modules(tree, module, is_package)
+        targets = {name if name in files else name.rpartition(".")[0] for name in names}
+        targets |= modules_by_name(tree, module, is_package)
+        if any(isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy_exports"
+               for node in ast.walk(tree)):  # fmt: skip
+            targets = {name for name in targets if not name.startswith(f"{module}.")}
+            targets |= {f"{module}.lazy"} & set(files)
+        arrows[module] = (targets & set(files)) - {module}
+    return arrows
+
+
+def library_arrows() -> dict[str, set[str]]:
+    named = ((module_of(path), path) for path in LIBRARY)
+    return module_arrows({name: (parse(path), package) for (name, package), path in named})
+
+
+def test_modules_form_no_circle() -> None:
+    arrows = library_arrows()
+    assert "opentrans_kernels.spectrum.options" in arrows["opentrans_kernels.spectrum.estimate"]
+    assert "opentrans.d2.backbone" in arrows["opentrans.d2.register"], "imported by its name"
+    assert sum(map(len, arrows.values())) > 500, "the walk found almost no imports"
+    assert cycle_of({("", one, other) for one, found in arrows.items() for other in found}) is None
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from .a import x",
+        "from . import a",
+        "import p.a",
+        "def f():\n    from p.a import x",
+        "if TYPE_CHECKING:\n    from .a import X",
+        'import importlib\nimportlib.import_module(".a", __package__)',
+        'ROOT = "p"\ndef f():\n    import_module(f"{ROOT}.a")',
+    ],
+)
+def test_the_walk_over_modules_catches_a_circle(back: str) -> None:
+    files = {
+        "p": (ast.parse("from .a import x"), True),
+        "p.a": (ast.parse("from .b import y\nimport torch"), False),
+        "p.b": (ast.parse("import math"), False),
+    }
+    arrows = module_arrows(files)
+    assert arrows == {"p": {"p.a"}, "p.a": {"p.b"}, "p.b": set()}
+    files["p.b"] = (ast.parse(back), False)
+    arrows = module_arrows(files)
+    found = cycle_of({("", one, other) for one, targets in arrows.items() for other in targets})
+    assert found == ["p.a", "p.b", "p.a"]
 
 
 def test_the_kernels_import_nothing_from_the_training_layer() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import bench_all, bench_compare, bench_model, bench_op, bench_peers, bench_scripts
-from .bench_session import INTERRUPTED, ISAS, chosen_cpus, command_of, show_canary
+from .bench_rows import show_repeats
+from .bench_session import INTERRUPTED, ISAS, chosen_cpus, command_of
+from .bench_trunk import row_commands, show, shown_commands
 from .options import (
     AGAIN,
     add_json,
@@ -39,7 +41,6 @@ TARGETS = {
     "compare": (bench_compare.SUMMARY, bench_compare.add_arguments, bench_compare.run),
 }  # fmt: skip
 ROUNDS, QUICK_ROUNDS = 15, 5
-INEXACT = "inexact"  # shown in place of a ratio: a wrong answer has no speed
 #: The dense variants that ``--quick`` times: one without a compiler, and the usual winner.
 QUICK_VARIANTS = ("folded_channels_last", "compile_folded_channels_last")
 
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 def run_trunk(options: argparse.Namespace, out: Output) -> int:
     """Start over in a limited process where needed, measure, show; 1 if inexact or too slow."""
-    from opentrans_kernels.bench.environment import missing_limits, rerun
+    from opentrans_kernels.bench.environment import missing_limits, portable_words, rerun
     from opentrans_kernels.bench.peers.registry import chosen
     from opentrans_kernels.bench.timing import pin
 
@@ -139,7 +140,10 @@ def run_trunk(options: argparse.Namespace, out: Output) -> int:
     with out.progress("bench trunk") as step:
         result = measure(subject, settings, step)
     result["command"] = command_of(options)
+    for row, _, words in row_commands(result, options):
+        row["command"] = portable_words(words)
     show(result, out)
+    show_repeats(shown_commands(result, options), out)
     failed = failures(result, options.fail_under)
     result["failed_checks"] = failed
     out.finish(result)
@@ -170,122 +174,3 @@ def failures(result: dict[str, Any], fail_under: float | None) -> list[str]:
     if fail_under is not None and result["exact"] and result["speedup"] < fail_under:
         failed.append(f"speed-up {result['speedup']:.2f}x is below the limit {fail_under:g}x")
     return failed
-
-
-def show(result: dict[str, Any], out: Output) -> None:
-    """The human-readable tables of a trunk result."""
-    subject, mask = result["subject"], result["mask"]
-    size = "x".join(map(str, result["input"]))
-    out.heading(f"{subject['arch']} trunk, {mask['label']}, input {size}")
-    out.pairs(
-        {
-            "weights": subject["weights"],
-            "density": f"{mask['parameter_density']:.3f} of weights, "
-            f"{mask['flop_density']:.3f} of multiply-adds",
-            "CPU": result["machine"]["cpu"],
-            "threads": f"{result['threads']}, pinned to CPUs {result['pinned_cpus']}",
-            "instruction set": f"{result['isa']} (torch {result['torch_cpu_capability']}, oneDNN "
-            f"{result['onednn_isa']}, ours {result['opentrans_cpu_capability']})",
-        }
-    )
-    out.text()
-    best = result["baseline"]["name"]
-    rows = [variant_row("accelerated", result["accelerated"], None)]
-    for name, entry in result["variants"].items():
-        label = f"{name} (baseline)" if name == best else name
-        if not entry["available"]:
-            rows.append([label, None, None, None, None, entry["error"].splitlines()[0][:60]])
-            continue
-        note = "" if entry.get("frozen", True) else "freezing did NOT happen"
-        rows.append(variant_row(label, entry, entry["speedup_of_accelerated"], note))
-    columns = ("variant", "wall ms", "quartiles", "CPU ms", "speed-up of ours", "")
-    if not result["exact"]:  # a wrong answer has no speed
-        rows = [[*row[:4], row[4] and INEXACT, row[5]] for row in rows]
-    out.table(None, columns, rows)
-    spread = result["speedup_spread"]
-    out.text()
-    if result["exact"]:
-        out.text(
-            f"speed-up {result['speedup']:.2f}x over {best} (quartiles {spread['q1']:.2f}-"
-            f"{spread['q3']:.2f}, {result['rounds']} rounds; by CPU time "
-            f"{result['speedup_cpu_time']:.2f}x)"
-        )
-    else:
-        out.text("no speed-up is stated: the result is not exact")
-    out.text(
-        f"max error against float64: {result['max_rel_err']:.2e}; dense float32's own: "
-        f"{result['dense_own_rel_err']:.2e}"
-    )
-    if "thread_scaling" in result:
-        _show_scaling(result["thread_scaling"], result["exact"], out)
-    if result["layers"]:
-        show_losing(result["losing_layers"], len(result["layers"]), out)
-    show_peers(result["peers"], result["exact"], out)
-    show_canary(result["canary"], out)
-
-
-def show_peers(peers: dict[str, Any], exact: bool, out: Output) -> None:
-    """Other engines: times, our speed-up over them, their error; or why they did not run."""
-    rows: list[list[Any]] = []
-    for name, peer in peers.items():
-        if not peer["available"]:
-            kind = "skipped" if peer["skipped"] else "FAILED"
-            rows.append([name, None, None, None, f"{kind}: {peer['error'].splitlines()[0]}"])
-            continue
-        ratio, error = peer["speedup_of_ours"], peer["max_rel_err"]
-        text = f"{ratio['median']:.2f}x ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
-        error = None if error is None else f"{error:.1e}"
-        rows.append([name, f"{peer['ms']:.2f}", text if exact else INEXACT, error, peer["note"]])
-    if rows:
-        out.text()
-        columns = ("peer", "wall ms", "speed-up of ours", "its error", "")
-        out.table(None, columns, rows, right=(1, 2, 3))
-
-
-def variant_row(
-    name: str, entry: dict[str, Any], ratio: dict[str, Any] | None, note: str = ""
-) -> list[Any]:
-    """One line of the table of variants."""
-    wall = entry["wall"]
-    if entry["contended_share"] > 0.2:
-        note = f"{note} {entry['contended_share']:.0%} of samples were disturbed".strip()
-    return [
-        name,
-        f"{entry['ms']:.2f}",
-        f"{wall['q1']:.2f}-{wall['q3']:.2f}",
-        f"{entry['cpu_ms']:.2f}",
-        f"{ratio['median']:.2f}x" if ratio else None,
-        note,
-    ]
-
-
-def show_losing(losing: list[dict[str, Any]], total: int, out: Output) -> None:
-    """The layers that are slower sparse than dense, measured alone."""
-    if not losing:
-        out.text(f"none of {total} layers is slower than oneDNN when measured alone")
-        return
-    out.text(f"{len(losing)} of {total} layers are slower than oneDNN when measured alone:")
-    rows = [
-        [
-            row["name"],
-            f"{row['density']:.3f}",
-            f"{row['dense_ms']:.3f}",
-            f"{row['sparse_ms']:.3f}",
-            f"{row['speedup']:.2f}x" if row["exact"] else INEXACT,
-        ]
-        for row in losing
-    ]
-    out.table(None, ("layer", "density", "dense ms", "sparse ms", "speed-up"), rows)
-
-
-def _show_scaling(scaling: dict[str, Any], exact: bool, out: Output) -> None:
-    ratio = f"{scaling['speedup']['median']:.2f}x" if exact else INEXACT
-    out.text(
-        f"threads: {scaling['one_thread_ms']:.2f} ms on one, {scaling['ms']:.2f} ms on all, {ratio}"
-    )
-    for when in ("before", "after"):
-        for check in scaling[f"cores_{when}"]:
-            out.text(
-                f"  core check {when}: CPUs {list(check['cpus'])}, rate together / alone "
-                f"{check['rate_ratio']:.2f}: {check['verdict']}"
-            )

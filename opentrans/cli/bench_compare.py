@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .bench_rows import match_cell, ratio_cell, show_repeats
 from .options import add_json
 from .render import Output
 
@@ -44,7 +45,10 @@ def run(options: argparse.Namespace, out: Output) -> int:
         keep = {c.name for c in sorted(shown, key=lambda c: -abs(c.slower))[:20]}
         shown = tuple(c for c in shown if c.name in keep)
     rows = [change_row(change, limit) for change in shown]
-    out.table(None, ("case", "ratio before", "ratio now", "our time", ""), rows)
+    columns = ("case", "ratio before", "ratio now", "our time", "match", "")
+    out.table(None, columns, rows, right=(1, 2, 3))
+    out.text()
+    show_repeats([(c.name, c.new.command) for c in shown if c.new.command], out)
     if len(shown) < len(found.changes):
         out.text(f"{len(found.changes) - len(shown)} cases that changed less: --all shows them")
     for name in found.missing:
@@ -88,8 +92,13 @@ def change_row(change: Any, limit: float | None) -> list[Any]:
         note = f"REGRESSION{', ' * bool(note)}{note}"
     return [
         change.name,
-        f"{change.base.ratio:.3f}x",
-        f"{change.new.ratio:.3f}x",
+        _ratio(change.base),
+        _ratio(change.new),
         words,
+        match_cell(change.new.match),
         note,
     ]
+
+
+def _ratio(case: Any) -> str:
+    return ratio_cell({"median": case.ratio, "q1": case.q1, "q3": case.q3}, 3)

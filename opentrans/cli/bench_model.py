@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from .bench_op import numbers
+from .bench_rows import match_cell, ratio_cell, show_repeats
 from .bench_session import Session, add_limits, limit
 from .options import add_json, add_model, positive, subject_of
 from .render import Output
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     started = limit(options)
     if isinstance(started, int):
         return started
-    from opentrans_kernels.bench.environment import SIMD_BITS
+    from opentrans_kernels.bench.environment import SIMD_BITS, portable_words
     from opentrans_kernels.bench.model import measure_setting, settings
     from opentrans_kernels.bench.subject import clip_image_size
 
@@ -67,34 +69,39 @@ def run(options: argparse.Namespace, out: Output) -> int:
         with out.progress("bench model") as step:
             for setting in settings(batches, sizes, counts, tower):
                 step(str(setting))
-                rows.append(
-                    measure_setting(
-                        subject,
-                        setting,
-                        rounds=options.rounds or (3 if options.quick else 5),
-                        simd_bits=SIMD_BITS[options.isa],
-                    )
+                row = measure_setting(
+                    subject, setting, rounds=_rounds(options), simd_bits=SIMD_BITS[options.isa]
                 )
+                rows.append(row | {"command": portable_words(row_command(options, row))})
                 session.save()
     except KeyboardInterrupt:
         complete = False
     cells = [
         [
-            f"{row['part']} {row['height']}x{row['width']}",
-            row["batch"],
-            row["threads"],
+            *_setting(row),
             row["dense_kind"],
             f"{row['dense_ms']:.1f}",
             f"{row['ms']:.1f}",
-            f"{row['speedup']['median']:.2f}x" if row["speedup"] else "inexact",
-            f"{1e3 * row['batch'] / row['ms']:.1f}",
-            *(_mb(row["memory"][key]) for key in ("dense_peak_bytes", "peak_bytes")),
+            ratio_cell(row["speedup"]),
+            match_cell(row["match"]),
         ]
         for row in rows
     ]
     out.heading(f"{subject.arch}, {subject.mask}")
     columns = ("what", "batch", "threads", "fastest dense", "dense ms", "our ms", "speed-up")
-    out.table(None, (*columns, "images/s", "dense peak MB", "our peak MB"), cells)
+    out.table(None, (*columns, "match"), cells)
+    out.text()
+    cells = [
+        [
+            *_setting(row),
+            f"{1e3 * row['batch'] / row['ms']:.1f}",
+            *(_mb(row["memory"][key]) for key in ("dense_peak_bytes", "peak_bytes")),
+        ]
+        for row in rows
+    ]
+    out.table(None, (*columns[:3], "images/s", "dense peak MB", "our peak MB"), cells)
+    out.text()
+    show_repeats([(_name(row), row_command(options, row)) for row in rows], out)
     failed = [
         f"{row['part']} {row['height']}x{row['width']} batch {row['batch']} is inexact: "
         f"{row['error']:.1e}, dense float32 {row['dense_error']:.1e}"
@@ -102,6 +109,38 @@ def run(options: argparse.Namespace, out: Output) -> int:
         if not row["exact"]
     ]
     return session.finish(complete=complete, failed=failed)
+
+
+def row_command(options: argparse.Namespace, row: dict[str, Any]) -> list[str]:
+    """What measures ``row`` again: its one setting; the tower's row comes with any."""
+    from opentrans_kernels.bench.rows import command_words
+
+    return command_words(
+        ("opentrans", "bench", "model"),
+        mask=options.mask,
+        arch=options.arch,
+        checkpoint=options.checkpoint,
+        seed=options.seed,
+        batches=row["batch"],
+        sizes=f"{row['height']}x{row['width']}",
+        threads=row["threads"],
+        isa=options.isa,
+        cpus=options.cpus,
+        rounds=_rounds(options),
+    )
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    return options.rounds or (3 if options.quick else 5)
+
+
+def _setting(row: dict[str, Any]) -> list[Any]:
+    return [f"{row['part']} {row['height']}x{row['width']}", row["batch"], row["threads"]]
+
+
+def _name(row: dict[str, Any]) -> str:
+    what, batch, threads = _setting(row)
+    return f"{what}, batch {batch}, {threads} thread(s)"
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:

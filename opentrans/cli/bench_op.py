@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from .bench_rows import INEXACT, match_cell, show_repeats
 from .bench_session import Session, add_limits, limit
 from .options import add_json, add_size, input_size, positive
 from .render import Output
@@ -21,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="images (default 1)")
     parser.add_argument("--ops", metavar="A,B,...", help="ops to time (default: all)")
     parser.add_argument("--backends", metavar="A,B,...", help="backends to time (default: all)")
+    parser.add_argument(
+        "--case", action="append", metavar="SHAPE",
+        help="a shape to time, as the table names it; may be repeated (default: all)",
+    )  # fmt: skip
     parser.add_argument("--densities", metavar="D,...", help="shares of weights kept")
     parser.add_argument("--rounds", type=positive, metavar="N", help="default 7, quick 5")
     add_json(parser)
@@ -34,6 +39,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         return started
     from opentrans_kernels.bench import canary, ops
     from opentrans_kernels.bench.cases import DENSITIES, QUICK_DENSITIES
+    from opentrans_kernels.bench.environment import portable_words
 
     names = _names(options.ops, list(ops.BUILDERS), "op")
     known = [row["backend"] for row in _records()]
@@ -61,17 +67,21 @@ def run(options: argparse.Namespace, out: Output) -> int:
                 densities=densities,
                 batch=options.batch,
                 quick=options.quick,
+                only=options.case or (),
             ):
                 step(f"{case.op} {case.name}, density {case.asked:g}")
-                result["rows"] += ops.measure_case(
-                    case,
-                    rounds=options.rounds or (5 if options.quick else 7),
-                    backends=backends or (["cpu"] if options.quick else []),
-                )
+                result["rows"] += [
+                    row | {"command": portable_words(row_command(options, row))}
+                    for row in ops.measure_case(
+                        case,
+                        rounds=_rounds(options),
+                        backends=backends or (["cpu"] if options.quick else []),
+                    )
+                ]
                 session.save()
     except KeyboardInterrupt:
         complete = False
-    show(result, out)
+    show(result, out, options)
     failed = [
         f"{row['op']} {row['backend']} {row['case']} at density {row['density_asked']:g} is "
         f"inexact: {row['error']:.1e} of its largest output, dense {row['dense_error']:.1e}"
@@ -81,8 +91,30 @@ def run(options: argparse.Namespace, out: Output) -> int:
     return session.finish(complete=complete, failed=failed)
 
 
-def show(result: dict[str, Any], out: Output) -> None:
-    """Speed-ups by density, one line per shape; then the crossovers."""
+def row_command(
+    options: argparse.Namespace, row: dict[str, Any], densities: list[float] | None = None
+) -> list[str]:
+    """What measures ``row`` again, alone; with ``densities`` all of these."""
+    from opentrans_kernels.bench.rows import command_words
+
+    return command_words(
+        ("opentrans", "bench", "op"),
+        ops=row["op"],
+        case=row["case"],
+        backends=row["backend"],
+        densities=",".join(f"{d:g}" for d in densities or [row["density_asked"]]),
+        size=options.size,
+        size_w=options.size_w,
+        batch=options.batch,
+        threads=options.threads,
+        isa=options.isa,
+        cpus=options.cpus,
+        rounds=_rounds(options),
+    )
+
+
+def show(result: dict[str, Any], out: Output, options: argparse.Namespace) -> None:
+    """Speed-ups by density, one line per shape; then the crossovers and how to repeat a line."""
     from opentrans_kernels.bench.derive import crossovers
 
     rows = result["rows"]
@@ -91,20 +123,21 @@ def show(result: dict[str, Any], out: Output) -> None:
         f"speed-up over the fastest dense operator by density, {result['threads']} thread(s), isa "
         f"{result['isa']}; below 1.00 dense wins"
     )
-    lines: dict[tuple[str, ...], dict[float, str]] = {}
-    dense: dict[tuple[str, ...], float] = {}
+    out.text("spread: half the distance of a ratio's quartiles, in percent, the largest of a line")
+    tables: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        key = row["op"], row["backend"], row["case"]
-        ratio = row["speedup"]
-        text = f"{ratio['median']:.2f}" if ratio else "inexact"
-        lines.setdefault(key, {})[row["density_asked"]] = text
-        dense.setdefault(key, row["dense_ms"])
-    table = [
-        [*key, f"{dense[key]:.3f}", *(found.get(d, "") for d in densities)]
-        for key, found in lines.items()
-    ]
-    heads = ("op", "backend", "shape", "dense ms", *(f"{d:g}" for d in densities))
-    out.table(None, heads, table, right=range(3, len(heads)))
+        lines = tables.setdefault((row["op"], row["backend"]), {})
+        lines.setdefault(row["case"], []).append(row)
+    heads = ("shape", "dense ms", *(f"{d:g}" for d in densities), "spread", "match")
+    commands = []
+    for (op, backend), lines in tables.items():
+        out.text()
+        cells = [_line(case, found, densities) for case, found in lines.items()]
+        out.table(f"{op}, {backend}", heads, cells, right=range(1, len(heads) - 1))
+        commands += [
+            (f"{op} {backend} {case}", row_command(options, found[0], _asked(found)))
+            for case, found in lines.items()
+        ]
     found = [one for one in crossovers(rows) if one.backend != "reference"]
     if found:
         out.text()
@@ -116,6 +149,32 @@ def show(result: dict[str, Any], out: Output) -> None:
         )
     for skipped in result["skipped"]:
         out.text(f"skipped: {skipped['backend']}: {skipped['reason']}")
+    out.text()
+    show_repeats(commands, out)
+
+
+def _line(case: str, rows: list[dict[str, Any]], densities: list[float]) -> list[str]:
+    """One shape of one backend: its ratios by density, their spread, and its worst match."""
+    ratios = {row["density_asked"]: row["speedup"] for row in rows}
+    known = [ratio for ratio in ratios.values() if ratio]
+    texts = {d: f"{ratio['median']:.2f}" if ratio else INEXACT for d, ratio in ratios.items()}
+    spread = max(((r["q3"] - r["q1"]) / 2 / r["median"] for r in known), default=None)
+    worst = max((row["match"] for row in rows), key=lambda m: (not m["equal"], m["error"]))
+    return [
+        case,
+        f"{rows[0]['dense_ms']:.3f}",
+        *(texts.get(d, "") for d in densities),
+        "" if spread is None else f"{spread:.1%}",
+        str(match_cell(worst)),
+    ]
+
+
+def _asked(rows: list[dict[str, Any]]) -> list[float]:
+    return sorted({row["density_asked"] for row in rows})
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    return options.rounds or (5 if options.quick else 7)
 
 
 def _records() -> list[dict[str, str]]:

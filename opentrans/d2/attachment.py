@@ -17,7 +17,9 @@ from opentrans_kernels.spectrum import AlphaTable, estimate_alpha
 
 from ..freeze import RULES, FreezePlan, freeze_plan, parse_rule
 from .analysis import register_with_fvcore
-from .config import DEVICE_POLICIES, ConfigError, OpenTransConfig
+from .config import OpenTransConfig
+from .config_nodes import ConfigError
+from .config_options import DEVICE_POLICIES
 from .norms import hold_norms
 from .towers import Masks, Tower, find_tower, masks_for, unwrap
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import RANDOM, ConfigError, OpenTransConfig
+from ..ovs.clip import RANDOM
+from .config import OpenTransConfig
+from .config_nodes import ConfigError
 from .presence import require_detectron2
 from .tower import ClipTower, tower_arguments
 

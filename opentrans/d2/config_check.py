@@ -6,18 +6,25 @@ from typing import TYPE_CHECKING
 
 from opentrans_kernels.errors import OpenTransError, PlanError
 
-from .config import DEVICE_POLICIES, FEATURES, NODE, NORM_POLICIES, ConfigError
+from .config_nodes import ConfigError
+from .config_options import (
+    DEVICE_POLICIES,
+    FEATURES,
+    NODE,
+    NORM_POLICIES,
+    ImpOptions,
+    Options,
+)
 
 if TYPE_CHECKING:
     from ..imp.config import ImpConfig
-    from .config import ImpOptions, OpenTransConfig
 
 __all__ = ["check", "imp_config"]
 
 STAGES = 4
 
 
-def check(config: OpenTransConfig) -> None:
+def check(config: Options) -> None:
     """Raise ConfigError with the key, the value and what to write instead."""
     _tower(config)
     _mask(config)
@@ -59,7 +66,7 @@ def _wrong(key: str, value: object, reason: str) -> ConfigError:
     return ConfigError(f"MODEL.{NODE}.{key}={value!r} {reason}.")
 
 
-def _tower(config: OpenTransConfig) -> None:
+def _tower(config: Options) -> None:
     if not config.ARCH:
         raise _wrong("ARCH", config.ARCH, "names no tower. Write for instance RN50")
     if config.WIDTH < 0 or config.WIDTH % 16:
@@ -88,7 +95,7 @@ def _tower(config: OpenTransConfig) -> None:
         )
 
 
-def _mask(config: OpenTransConfig) -> None:
+def _mask(config: Options) -> None:
     mask = config.MASK
     if mask.AT < 0:
         raise _wrong("MASK.AT", mask.AT, "must be a number of steps, 0 or more")
@@ -108,7 +115,7 @@ def _mask(config: OpenTransConfig) -> None:
         raise _wrong("MASK.FILE", mask.FILE, "is empty, so MASK.AT and REMOVE_AT mean nothing")
 
 
-def _freeze(config: OpenTransConfig) -> None:
+def _freeze(config: Options) -> None:
     from opentrans_kernels.spectrum.rules import check_fit
 
     from ..freeze import parse_rule
@@ -162,7 +169,7 @@ def _freeze(config: OpenTransConfig) -> None:
         )  # fmt: skip
 
 
-def _imp(config: OpenTransConfig) -> None:
+def _imp(config: Options) -> None:
     imp_config(config.IMP)
     if config.IMP.ENABLED and (config.MASK.AT or config.MASK.REMOVE_AT >= 0):
         raise _wrong(
@@ -174,7 +181,7 @@ def _imp(config: OpenTransConfig) -> None:
         raise _wrong("IMP.OUTPUT", "", "must name a folder for the mask files")
 
 
-def _acceleration(config: OpenTransConfig) -> None:
+def _acceleration(config: Options) -> None:
     options = config.ACCELERATE
     if options.ENABLED and config.FREEZE.SKIP:
         raise _wrong(

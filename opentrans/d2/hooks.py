@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..freeze import FreezePlan
-from .config import NODE, ConfigError, OpenTransConfig
+from .config import OpenTransConfig
 from .config_check import imp_config
+from .config_nodes import ConfigError
+from .config_options import NODE
 from .presence import require_detectron2
 from .training import (
     AccelerateStep,

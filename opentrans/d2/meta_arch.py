@@ -26,7 +26,8 @@ from ..ovs.inference import panoptic_segments, semantic_scores
 from ..ovs.mask_head import MaskHead, MaskHeadOptions, mask_targets
 from ..ovs.segmenter import pixel_loss
 from ..ovs.text import TextClassifier
-from .config import ConfigError, OpenTransConfig
+from .config import OpenTransConfig
+from .config_nodes import ConfigError
 from .data import vocabulary_of
 from .meta_arch_config import PIXEL_HEADS, OvsConfig
 from .presence import require_detectron2

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..freeze.pairing import is_batch_norm
-from .config import NORM_POLICIES, ConfigError
+from .config_nodes import ConfigError
+from .config_options import NORM_POLICIES
 
 __all__ = ["hold_norms", "norms_in_training"]
 

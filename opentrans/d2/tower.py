@@ -20,7 +20,10 @@ from opentrans_kernels.bench.subject import load_weights_from
 from opentrans_kernels.errors import CheckpointError, OpenTransError, UnsupportedModelError
 from opentrans_kernels.masks import read_state_dict, split_entry
 
-from .config import FEATURES, RANDOM, ConfigError, OpenTransConfig
+from ..ovs.clip import RANDOM
+from .config import OpenTransConfig
+from .config_nodes import ConfigError
+from .config_options import FEATURES
 
 __all__ = ["ClipTower", "clip_resnet", "pool_positions", "resize_positions", "tower_arguments"]
 

@@ -40,11 +40,14 @@ from detectron2.projects.deeplab import add_deeplab_config  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
+from ..ovs.clip import RANDOM  # noqa: E402
 from . import backbone, meta_arch  # noqa: E402, F401  (register themselves)
 from .attachment import attach_from_config  # noqa: E402
-from .config import RANDOM, ConfigError, OpenTransConfig, add_opentrans_config  # noqa: E402
+from .config import OpenTransConfig  # noqa: E402
+from .config_nodes import ConfigError  # noqa: E402
 from .data import check_datasets, register_folder  # noqa: E402
 from .meta_arch_config import OvsConfig, add_ovs_config  # noqa: E402
+from .register import add_opentrans_config  # noqa: E402
 from .trainer import Checkpointer, Trainer, not_held  # noqa: E402
 
 __all__ = ["Trainer", "evaluate", "find_config", "load_config", "main", "train"]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from .make import alpha_digest, freeze_plan, parse_rule
 from .pairing import NormPairs, pair_norms
-from .plan import Applied, Decision, FreezePlan
+from .plan import Applied, FreezePlan
+from .record import Decision
 from .report import FreezeReport
 from .rules import RULES, FreezeRule
 from .work import Work, trace_work

@@ -15,7 +15,8 @@ from opentrans_kernels.errors import PlanError, UnsupportedModelError
 from opentrans_kernels.spectrum import AlphaTable, LayerAlpha
 
 from .pairing import NormPairs, pair_norms
-from .plan import Decision, FreezePlan, parameters_of
+from .plan import FreezePlan, parameters_of
+from .record import Decision
 from .rules import RULES, Choice, FreezeRule, Request, Unit, suggest
 from .work import Work, owner, trace_work
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,12 @@ from opentrans_kernels.errors import PlanError
 from opentrans_kernels.masks import atomic_write
 from opentrans_kernels.masks.limits import parse_json
 
+from .record import Decision, PlanRecord
 from .report import FreezeReport, report_plan
 from .rules import suggest
 from .work import owner
 
 _KIND, _FORMAT = "opentrans freeze plan", 1
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What happens to one module, and why.
-
-    alphas: the measured values, by part ("" for the whole weight); empty without alphas.
-    parameters: full names of the parameters that stop training, those of ``norms`` included.
-    norms: batch norms whose affine is frozen with the layer.
-    """
-
-    name: str
-    frozen: bool
-    reason: str
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    parameters: tuple[str, ...] = ()
-    norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,61 +48,8 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class FreezePlan:
-    """Which modules stop training, by which rule, from which numbers; ``print(plan)`` shows all.
-
-    Attributes:
-        rule: a key of :data:`~opentrans.freeze.rules.RULES`.
-        options: the rule's arguments.
-        decisions: one per layer, in network order.
-        fit: mode of the alpha estimate; None if the rule used no alpha.
-        threshold: the cut on alpha (median, or the largest frozen alpha of ``ratio``).
-        alpha_digest: SHA-256 over names, shapes, fit and alphas of the table.
-        weights_seen: "dense" or "masked": the weights the alphas were computed from.
-        norms_frozen: whether batch norms are frozen with their layer.
-        shapes: parameter -> shape, for every parameter the plan changes: it fits no other model.
-        already_frozen: parameters that were frozen when the plan was made, and stay so.
-        trainable_again: parameters the rule ``opentrans`` makes trainable.
-        notes: what could not be paired, drawn or decided.
-    """
-
-    rule: str
-    options: Mapping[str, Any]
-    decisions: tuple[Decision, ...]
-    fit: str | None = None
-    threshold: float | None = None
-    alpha_digest: str | None = None
-    weights_seen: str = "dense"
-    norms_frozen: bool = True
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    already_frozen: tuple[str, ...] = ()
-    trainable_again: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Names of the frozen layers, without their batch norms."""
-        return frozenset(one.name for one in self.decisions if one.frozen)
-
-    @property
-    def norms(self) -> frozenset[str]:
-        """Names of the batch norms frozen with their layers."""
-        return frozenset(norm for one in self.decisions for norm in one.norms)
-
-    @property
-    def modules(self) -> frozenset[str]:
-        """Layers and batch norms: every module the plan freezes."""
-        return self.frozen | self.norms
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Full names of all parameters the plan freezes, in network order."""
-        return tuple(dict.fromkeys(name for one in self.decisions for name in one.parameters))
-
-    def digest(self) -> str:
-        """SHA-256 of what is frozen; it must be equal on every rank before training starts."""
-        parts = [self.rule, sorted(self.parameters), sorted(self.trainable_again)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+class FreezePlan(PlanRecord):
+    """A :class:`PlanRecord` that is checked, applied, reported and stored; ``print`` shows all."""
 
     def check(self, model: nn.Module) -> None:
         """Raise unless the plan can be applied to ``model``; nothing is changed.

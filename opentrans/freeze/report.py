@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from .record import PlanRecord
 from .work import owner, trace_work
-
-if TYPE_CHECKING:
-    from .plan import FreezePlan
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class FreezeReport:
 
 
 def report_plan(
-    plan: FreezePlan,
+    plan: PlanRecord,
     model: nn.Module,
     input_size: tuple[int, int] | None,
     inputs: Sequence[torch.Tensor] | None,

@@ -21,12 +21,18 @@ OTHER_FOLDERS = ("alpha", "training", "gpu", "ovs")
 
 @dataclass(frozen=True)
 class Case:
-    """One ratio of a result: time of the yardstick / our time, so higher is better."""
+    """One ratio of a result: time of the yardstick / our time, so higher is better.
+
+    ``match``: whether the answer was the dense one (see ``rows.matched``), None in files from
+    before rows said so. ``command``: what measures it again: of the row, else of its whole file.
+    """
 
     name: str
     ratio: float
     q1: float
     q3: float
+    match: dict[str, Any] | None = None
+    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ def _cases(results: Mapping[str, Result]) -> dict[str, dict[str, Case]]:
     origin: dict[tuple[str, str], str] = {}
     for file, result in results.items():
         kind = result["schema"]["kind"]
-        for name, yardstick, spread in _RATIOS[kind](result):
+        for name, yardstick, spread, row in _RATIOS[kind](result):
             first = origin.setdefault((name, yardstick), file)
             if yardstick in found.setdefault(name, {}):
                 place = f"twice in {file}" if first == file else f"in {first} and in {file}"
@@ -185,7 +191,10 @@ def _cases(results: Mapping[str, Result]) -> dict[str, dict[str, Case]]:
                     "to compare. Keep one of them: name a single file, or move the other out of "
                     "the directory."
                 )
-            case = Case(name, spread["median"], spread["q1"], spread["q3"])
+            words = row.get("command") or result.get("command", ())
+            case = Case(
+                name, spread["median"], spread["q1"], spread["q3"], row.get("match"), tuple(words)
+            )
             found[name][yardstick] = case
     return found
 
@@ -211,13 +220,15 @@ def _case_label(result: Result) -> str:
     return f"{subject['arch']}, {subject['weights']}, {run_label(result)}"
 
 
-def _trunk_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+def _trunk_ratios(result: Result) -> Iterable[tuple[str, str, Any, Mapping[str, Any]]]:
     label = f"trunk {_case_label(result)}"
     best = result["baseline"]["name"]
     variants = result["variants"]
     for name in sorted(variants, key=lambda one: one != best):
         if variants[name]["available"] and result["exact"]:  # a wrong answer has no speed
-            yield label, name, variants[name]["speedup_of_accelerated"]
+            match = result["accelerated"].get("match")
+            row = {"match": match, "command": variants[name].get("command")}
+            yield label, name, variants[name]["speedup_of_accelerated"], row
     for row in result["layers"]:
         if not row["exact"]:
             continue
@@ -227,10 +238,10 @@ def _trunk_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
             "q1": row.get("speedup_q1", ratio),
             "q3": row.get("speedup_q3", ratio),
         }
-        yield f"{label}: {row['name']}", "oneDNN", spread
+        yield f"{label}: {row['name']}", "oneDNN", spread, row
 
 
-def _row_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+def _row_ratios(result: Result) -> Iterable[tuple[str, str, Any, Mapping[str, Any]]]:
     kind, label = result["schema"]["kind"], _case_label(result)
     for row in result["rows"]:
         if row["speedup"] is None or not row["exact"]:
@@ -239,19 +250,19 @@ def _row_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
             what = f"{row['op']} {row['backend']} {row['case']} density {row['density_asked']:g}"
         else:
             what = f"{row['part']} {row['height']}x{row['width']}, {row['threads']} t"
-        yield f"{kind} {label}: {what}, batch {row['batch']}", "dense", row["speedup"]
+        yield f"{kind} {label}: {what}, batch {row['batch']}", "dense", row["speedup"], row
 
 
-def _alpha_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+def _alpha_ratios(result: Result) -> Iterable[tuple[str, str, Any, Mapping[str, Any]]]:
     if not result.get("exact", True):
         return
     label = ", ".join(filter(None, [result.get("subject"), f"{result['threads']} t"]))
     for peer, side in result["sides"].items():
         for ours, spread in side["slower_than"].items():
-            yield f"alpha {label}: {ours}", peer, spread
+            yield f"alpha {label}: {ours}", peer, spread, result["sides"].get(ours, {})
 
 
-def _training_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
+def _training_ratios(result: Result) -> Iterable[tuple[str, str, Any, Mapping[str, Any]]]:
     shape = f"{result['size']}, batch {result['batch']}, {result['threads']} t"
     if "mask" in result:
         shape = f"mask {result['mask']}, {shape}"
@@ -260,7 +271,8 @@ def _training_ratios(result: Result) -> Iterable[tuple[str, str, Any]]:
             if row["variant"] != "baseline":
                 time = row["time_vs_baseline"]
                 inverse = {"median": 1 / time["median"], "q1": 1 / time["q3"], "q3": 1 / time["q1"]}
-                yield f"training {shape}: {one['set']}, {row['variant']}", "baseline", inverse
+                name = f"training {shape}: {one['set']}, {row['variant']}"
+                yield name, "baseline", inverse, row
 
 
 _RATIOS = {

@@ -8,7 +8,7 @@ it is faster. Batch norm is folded on both sides, inputs are random, every layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..errors import OpenTransError
 from ..topology import ConvNode, conv_shapes, find_trunk, fold_bn
+from .rows import matched
 from .subject import Subject
 from .timing import interleave
 from .variants import relative_error
@@ -51,9 +53,14 @@ class LayerRow:
     dense_error: float
 
     @property
+    def match(self) -> dict[str, Any]:
+        """Equal if the error is at most 1e-6, or at most twice that of dense float32."""
+        return matched(self.error, max(ERROR_LIMIT, 2 * self.dense_error))
+
+    @property
     def exact(self) -> bool:
-        """True if the error is at most 1e-6, or at most twice that of dense float32."""
-        return self.error <= max(ERROR_LIMIT, 2 * self.dense_error)
+        """Whether :attr:`match` is equal."""
+        return bool(self.match["equal"])
 
     @property
     def loses(self) -> bool:
@@ -62,7 +69,7 @@ class LayerRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {**asdict(self), "loses": self.loses, "exact": self.exact}
+        return {**asdict(self), "loses": self.loses, "exact": self.exact, "match": self.match}
 
 
 def measure_layers(
@@ -72,6 +79,7 @@ def measure_layers(
     batch: int = 1,
     rounds: int = 7,
     warmup_s: float = 0.05,
+    only: Sequence[str] = (),
     on_layer: Callable[[int, int, str], None] | None = None,
 ) -> list[LayerRow]:
     """Time every masked convolution of the trunk, dense and sparse interleaved.
@@ -81,10 +89,11 @@ def measure_layers(
         input_size: (height, width) of the image in pixels.
         batch: images per call.
         rounds, warmup_s: see :func:`~opentrans_kernels.bench.timing.interleave`.
+        only: names of layers (default: all).
         on_layer: called with (layers done, all layers, name) before each layer.
 
     Raises:
-        OpenTransError: the model or a mask cannot be used.
+        OpenTransError: the model or a mask cannot be used, or a layer of ``only`` is not there.
     """
     masks = subject.masks.masks
     shapes = conv_shapes(subject.model, input_size)
@@ -93,8 +102,16 @@ def measure_layers(
         for node in find_trunk(subject.model).convs()
         if node.name in masks and node.name in shapes and _is_plain(node.conv)
     ]
+    unknown = set(only) - {node.name for node in nodes}
+    if unknown:
+        raise OpenTransError(
+            f"no masked convolution of the trunk is called {min(unknown)!r}. There are "
+            f"{len(nodes)}, for instance {nodes[0].name!r}."
+        )
     rows = []
     for index, node in enumerate(nodes):
+        if only and node.name not in only:
+            continue
         if on_layer is not None:
             on_layer(index, len(nodes), node.name)
         shape = shapes[node.name]

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..accelerate import accelerate
 from ..ops import release_memory
+from .rows import matched
 from .subject import Subject
 from .timing import interleave
 from .variants import Run, TrunkModule, build_variants, fold_batch_norms_, relative_error
@@ -102,18 +103,19 @@ def measure_setting(
         calls["folded_channels_last"] = _bind(_part(folded, setting), last)
     table = interleave(calls, rounds=rounds, warmup_s=warmup_s, settle=1)
     best = table.fastest([name for name in calls if name != "ours"])
-    is_exact = error <= 2 * own
+    match = matched(error, 2 * own)
     return {
         **vars(setting),
         "dense_kind": best,
         "dense_ms": table[best].wall.median,
         "ms": table["ours"].wall.median,
         "cpu_ms": table["ours"].cpu.median,
-        "speedup": table.ratio(best, "ours").to_dict() if is_exact else None,
+        "speedup": table.ratio(best, "ours").to_dict() if match["equal"] else None,
         "dense_variants_ms": {name: table[name].wall.median for name in calls if name != "ours"},
         "unavailable": unavailable,
         "contended_share": table["ours"].contended_share() if setting.threads == 1 else 0.0,
-        "exact": is_exact,
+        "exact": match["equal"],
+        "match": match,
         "error": error,
         "dense_error": own,
         "macs": _macs(report, setting.batch),

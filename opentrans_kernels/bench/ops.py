@@ -15,10 +15,12 @@ import torch
 from torch.nn import functional
 
 from .. import dispatch
+from ..errors import OpenTransError
 from ..flops import executed_macs
 from ..pack import SparseWeight
 from .cases import DENSITIES, BlockCase, ConvCase, block_cases, conv_cases, representative
 from .layers import ERROR_LIMIT, dense_calls
+from .rows import matched
 from .timing import interleave
 from .variants import relative_error
 
@@ -69,15 +71,26 @@ def build_cases(
     densities: Sequence[float] = DENSITIES,
     batch: int = 1,
     quick: bool = False,
+    only: Sequence[str] = (),
 ) -> Iterator[Case]:
     """Cases of all ops named (default: all that are known here), built one after the other.
 
     Args:
         size: (height, width) of the image in pixels.
         densities: shares of weights kept. batch: images. quick: one shape per kind of layer.
+        only: names of cases (default: all).
+
+    Raises:
+        OpenTransError: no case has a name of ``only``.
     """
     convs, blocks = conv_cases(size), block_cases(size)
-    if quick:
+    unknown = set(only) - {case.name for case in [*convs, *blocks]} - set(map(_pool_name, convs))
+    if unknown:
+        raise OpenTransError(
+            f"no case is called {min(unknown)!r} at {size[0]}x{size[1]} pixels. The table of "
+            f"'opentrans bench op' names them, for instance {convs[0].name!r}."
+        )
+    if quick and not only:
         convs, blocks = representative(convs), blocks[1:2]
     for op, build in BUILDERS.items():
         if ops and op not in ops:
@@ -88,9 +101,10 @@ def build_cases(
                 shape = (case.cin, case.height, case.width)
                 if min(shape[1:]) >= 2 and case.kind == "3x3" and shape not in pools:
                     pools.add(shape)
-                    yield build(case, 1.0, batch)
+                    if not only or _pool_name(case) in only:
+                        yield build(case, 1.0, batch)
                 continue
-            for density in densities:
+            for density in densities if not only or case.name in only else ():
                 yield build(case, density, batch)
 
 
@@ -156,7 +170,8 @@ def measure_case(
     rows = []
     for name in calls:
         dense_error = yardstick(name, own[best], plain)
-        exact = errors[name] <= max(ERROR_LIMIT, 2 * dense_error)
+        match = matched(errors[name], max(ERROR_LIMIT, 2 * dense_error))
+        exact = match["equal"]
         rows.append(
             {
                 "op": case.op,
@@ -177,6 +192,7 @@ def measure_case(
                 "exact": exact,
                 "error": errors[name],
                 "dense_error": dense_error,
+                "match": match,
             }
         )
     return rows
@@ -278,6 +294,11 @@ def _weight_gradient(case: ConvCase, density: float, batch: int) -> Case:
     )  # fmt: skip
 
 
+def _pool_name(case: ConvCase) -> str:
+    size = f"{case.height // 2}x{case.width // 2}"
+    return f"{case.cin} channels, 2x2 pool, {size}"
+
+
 def _pool(case: ConvCase, density: float, batch: int) -> Case:
     x = _random([batch, case.cin, case.height, case.width], 2)
     last = x.contiguous(memory_format=torch.channels_last)
@@ -287,7 +308,7 @@ def _pool(case: ConvCase, density: float, batch: int) -> Case:
         "batch": batch,
     }  # fmt: skip
     return Case(
-        "avg_pool2d", f"{case.cin} channels, 2x2 pool, {h}x{w}", "pool", shape, 1.0, 1.0, 0,
+        "avg_pool2d", _pool_name(case), "pool", shape, 1.0, 1.0, 0,
         {"nominal": 0, "effective": 0, "executed": 0}, (x, 2),
         {
             "contiguous": lambda: functional.avg_pool2d(x, 2),

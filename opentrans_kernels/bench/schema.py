@@ -77,6 +77,9 @@ ENVELOPE = {
     "canary": CANARY,
     **ENVIRONMENT,
 }
+#: Of rows since they say it; files from before are read without.
+MATCH = Maybe({"equal": FLAG, "error": Maybe(NUMBER), "bound": NUMBER})
+COMMAND = Maybe([TEXT])
 LAYER = {
     "name": TEXT,
     "cin": COUNT,
@@ -92,6 +95,8 @@ LAYER = {
     "speedup": POSITIVE,
     "exact": FLAG,
     "loses": FLAG,
+    "match": MATCH,
+    "command": COMMAND,
 }
 SUBJECT = {"arch": TEXT, "weights": TEXT, "synthetic": FLAG}
 MASK = {
@@ -100,13 +105,13 @@ MASK = {
     "parameter_density": SHARE,
     "flop_density": SHARE,
 }
-#: ``error`` if not available, else times, ``speedup_of_ours`` and ``max_rel_err``.
-PEER = {"available": FLAG}
+#: A peer or dense variant: ``error`` if not available, else times, ratio and error.
+SIDE = {"available": FLAG, "match": MATCH, "command": COMMAND}
 TRUNK = {
     **ENVIRONMENT,
     "baseline": {"name": TEXT, **TIMING},
     "accelerated": TIMING,
-    "variants": Each({"available": FLAG}),
+    "variants": Each(SIDE),
     "speedup": POSITIVE,
     "speedup_spread": SPREAD,
     "max_rel_err": NUMBER,
@@ -141,6 +146,8 @@ OP_ROW = {
     "exact": FLAG,
     "error": NUMBER,
     "dense_error": NUMBER,
+    "match": MATCH,
+    "command": COMMAND,
 }
 MODEL_ROW = {
     "part": TEXT,
@@ -155,15 +162,19 @@ MODEL_ROW = {
     "exact": FLAG,
     "macs": MACS,
     "memory": {"dense_peak_bytes": Maybe(COUNT), "peak_bytes": Maybe(COUNT)},
+    "match": MATCH,
+    "command": COMMAND,
 }
 FORMS: dict[str, Any] = {
-    "trunk": {**ENVELOPE, **TRUNK, "peers": Each(PEER)},
+    "trunk": {**ENVELOPE, **TRUNK, "peers": Each(SIDE)},
     "op": {**ENVELOPE, "rows": [OP_ROW], "skipped": [{"backend": TEXT, "reason": TEXT}]},
     "model": {**ENVELOPE, "subject": SUBJECT, "mask": MASK, "rows": [MODEL_ROW]},
     "alpha": {
         **ENVELOPE,
         "subject": TEXT,
-        "sides": Each({"ms": POSITIVE, "slower_than": Each(SPREAD)}),
+        "sides": Each(
+            {"ms": POSITIVE, "slower_than": Each(SPREAD), "match": MATCH, "command": COMMAND}
+        ),
     },
     "training": {
         **ENVELOPE,
@@ -172,7 +183,15 @@ FORMS: dict[str, Any] = {
         "results": [
             {
                 "set": TEXT,
-                "rows": [{"variant": TEXT, "kept_mib": NUMBER, "time_vs_baseline": SPREAD}],
+                "rows": [
+                    {
+                        "variant": TEXT,
+                        "kept_mib": NUMBER,
+                        "time_vs_baseline": SPREAD,
+                        "match": MATCH,
+                        "command": COMMAND,
+                    }
+                ],
             }
         ],
     },

@@ -22,6 +22,7 @@ from . import canary
 from .cores import CoreCheck, physical_core_check
 from .environment import SIMD_BITS, environment_block, missing_limits, onednn_isa
 from .layers import LayerRow, measure_layers
+from .rows import matched
 from .schema import envelope
 from .subject import Subject
 from .timing import TimingTable, available_cpus, interleave
@@ -135,12 +136,13 @@ def run(
             on_layer=lambda done, total, name: tell(f"layer {done + 1} of {total}: {name}"),
         )
     result = envelope("trunk", complete=not table.interrupted)
-    result.update(summarise(table, variants, errors))
+    result.update(summarise(table, variants, errors, 2 * own_error))
     result["canary"] = canary.verdict(before_run, after_run, shares=_shares(table, options))
     if rows:
         result["ceilings"] = canary.ceilings(before_run, after_run, options.threads)
     result.update(max_rel_err=error, dense_own_rel_err=own_error, timed_seconds=seconds)
-    result["exact"] = error <= 2 * own_error
+    result["accelerated"]["match"] = matched(error, 2 * own_error)
+    result["exact"] = result["accelerated"]["match"]["equal"]
     if options.threads > 1:
         result["thread_scaling"] = {
             "one_thread_ms": table[ONE_THREAD].wall.median,
@@ -164,12 +166,12 @@ def run(
 
 
 def summarise(
-    table: TimingTable, variants: list[Variant], errors: dict[str, float]
+    table: TimingTable, variants: list[Variant], errors: dict[str, float], bound: float
 ) -> dict[str, Any]:
     """Baseline, accelerated, speed-up and every variant of an interleaved run.
 
     ``speedup`` is the median over rounds of baseline / accelerated wall time within a round;
-    ``speedup_of_medians`` divides the two medians.
+    ``speedup_of_medians`` divides the two medians. bound: of ``errors``, up to which they match.
     """
     dense = [variant.name for variant in variants if variant.run is not None]
     best = table.fastest(dense)
@@ -182,6 +184,7 @@ def summarise(
         else:
             entry.update(table[variant.name].to_dict())
             entry["rel_err"] = errors[variant.name]
+            entry["match"] = matched(errors[variant.name], bound)
             entry["speedup_of_accelerated"] = table.ratio(variant.name, OURS).to_dict()
         every[variant.name] = entry
     base, fast = table[best].to_dict(), table[OURS].to_dict()

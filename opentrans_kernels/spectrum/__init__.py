@@ -6,8 +6,9 @@ What is computed, down to each quirk, is in ``docs/spectrum.md``.
 """
 
 from .distributed import check_same, estimate_alpha_distributed
-from .estimate import PRECISIONS, FitOptions, estimate_alpha, rows_of
+from .estimate import PRECISIONS, estimate_alpha, rows_of
 from .layers import MATCHES, LayerSlices, select
+from .options import FitOptions
 from .rules import MODES, Fit, fit_rows, keep
 from .solvers import Spectrum, eigenvalues
 from .table import AlphaTable, LayerAlpha

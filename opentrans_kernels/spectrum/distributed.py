@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import OpenTransError
-from .estimate import FitOptions, rows_of, versions
+from .estimate import rows_of, versions
 from .layers import LINEAR_ASPECT, LayerSlices, select
+from .options import FitOptions
 from .parts import Progress, solving_cost, spectra_of, weight_digest
 from .rules import keep
 from .table import AlphaTable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ from torch import nn
 from ..errors import OpenTransError
 from . import rules, solvers
 from .layers import LINEAR_ASPECT, LayerSlices, select
+from .options import FitOptions
 from .solvers import Spectrum
 from .table import AlphaTable, LayerAlpha
 
-__all__ = ["PRECISIONS", "FitOptions", "estimate_alpha", "rows_of", "versions"]
+__all__ = ["PRECISIONS", "estimate_alpha", "rows_of", "versions"]
 
 PRECISIONS = ("float64", "float32")
 _EPS32 = float(np.finfo(np.float32).eps)
@@ -26,32 +27,6 @@ _ENTROPY_EPS = 1e-10
 #: Float32 results are kept only where eigenvalues are at most this large, see :func:`_unsafe`.
 _FLOAT32_LARGEST = 1.0
 _FLOAT32_NOISE = 32 * _EPS32
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """What turns eigenvalues into alphas; checked when made.
-
-    Attributes:
-        fit: a key of :data:`~.rules.MODES`.
-        xmin_pos, bins, threshold: see :func:`estimate_alpha`.
-
-    Raises:
-        OpenTransError: unknown mode, or an argument out of range.
-    """
-
-    fit: str = "xmin_peak"
-    xmin_pos: float = 2.0
-    bins: int = 100
-    threshold: float = 1e-5
-
-    def __post_init__(self) -> None:
-        rules.check_fit(self.fit, self.xmin_pos, self.bins)
-        if not 0 <= self.threshold < math.inf:
-            raise OpenTransError(
-                f"evals_threshold={self.threshold!r} must be a number >= 0. The published one is "
-                "1e-5; 0 keeps every positive eigenvalue."
-            )
 
 
 def estimate_alpha(

@@ -13,8 +13,9 @@ from torch import nn
 
 from ..errors import OpenTransError
 from .certificate import NORM_LEVELS, UNKNOWN, alpha_interval, norm_bound
-from .estimate import FitOptions, rows_of, versions
+from .estimate import rows_of, versions
 from .layers import LINEAR_ASPECT, LayerSlices, select
+from .options import FitOptions
 from .parts import Progress, spectra_of, weight_digest
 from .sampled import parse_approx
 from .solvers import Spectrum

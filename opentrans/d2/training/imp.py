@@ -14,7 +14,7 @@ from opentrans_kernels.spectrum.distributed import check_same
 from ...imp import Pruner
 from ...imp.config import ImpConfig
 from ...imp.records import RoundRecord
-from ..config import RANDOM
+from ...ovs.clip import RANDOM
 from ..towers import Masks, masks_for
 from .base import Step, is_main
 

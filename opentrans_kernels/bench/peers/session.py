@@ -16,6 +16,7 @@ import torch
 from ... import native
 from ...errors import OpenTransError
 from ..environment import isa_environment
+from ..rows import matched
 from ..subject import Subject
 from ..timing import Spread, Timing
 from ..variants import relative_error
@@ -116,7 +117,7 @@ def measure_peers(
                 turn.close()
     ours, *others = turns
     for turn in others:
-        entries[turn.name] = _entry(turn, ours, entries.get(turn.name, {}), interrupted)
+        entries[turn.name] = _entry(turn, ours, entries.get(turn.name, {}), interrupted, allowed)
     entries.pop(OURS, None)
     return entries, interrupted
 
@@ -209,7 +210,9 @@ def _round(turns: list[Turn], index: int) -> None:
             turn.timing.cpu_ms.append(answers[turn.name]["cpu_ms"])
 
 
-def _entry(turn: Turn, ours: Turn, known: dict[str, Any], interrupted: bool) -> dict[str, Any]:
+def _entry(
+    turn: Turn, ours: Turn, known: dict[str, Any], interrupted: bool, allowed: float
+) -> dict[str, Any]:
     finished = len(turn.timing.wall_ms)
     if turn.error is not None or not finished:
         error = turn.error or "interrupted before its first round"
@@ -226,6 +229,7 @@ def _entry(turn: Turn, ours: Turn, known: dict[str, Any], interrupted: bool) -> 
         "ours_ms": ours.timing.wall.median,
         "speedup_of_ours": ratio.to_dict(),
         "max_rel_err": turn.rel_err,
+        "match": None if turn.rel_err is None else matched(turn.rel_err, allowed),
         "note": "; ".join(notes),
         "rounds": finished,
         **description,

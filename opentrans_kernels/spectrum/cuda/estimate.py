@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from ...errors import KernelUnavailable, UnsupportedModelError
 from .. import rules
 from ..layers import LayerSlices
+from ..options import FitOptions
 from ..solvers import Progress, Spectrum
 from .solve import SOLVERS, method
 from .spectra import DeviceSpectra, singular, spectra
-
-if TYPE_CHECKING:
-    from ..estimate import FitOptions
 
 __all__ = ["DeviceSpectrum", "eigenvalues"]
 
