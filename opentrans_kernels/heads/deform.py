@@ -17,9 +17,17 @@ from torch import nn
 
 from ..ops.ms_deform_attn import level_shapes, ms_deform_attn
 from ..ops.ms_deform_attn.points import attention_of
+from .linear import find_below
 from .parts import Found, HeadPart, NotTheSame, prove
 
-__all__ = ["DeformableAttention", "NamedDeformableAttention", "RealTokens", "find"]
+__all__ = [
+    "DeformableAttention",
+    "NamedDeformableAttention",
+    "RealTokens",
+    "find",
+    "is_deformable",
+    "trial",
+]
 
 KIND = "deformable attention"
 _CHILDREN = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
@@ -116,8 +124,16 @@ class RealTokens(NamedDeformableAttention):
 def find(model: nn.Module) -> Iterator[Found]:
     """Every module with the children of deformable attention."""
     for name, module in model.named_modules():
-        if all(isinstance(module._modules.get(child), nn.Linear) for child in _CHILDREN):
-            yield _prove(name, module)
+        if is_deformable(module):
+            found = _prove(name, module)
+            yield found
+            if found.replacement is not None:
+                yield from find_below(name, module)
+
+
+def is_deformable(module: nn.Module) -> bool:
+    """Whether ``module`` has the children of deformable attention."""
+    return all(isinstance(module._modules.get(child), nn.Linear) for child in _CHILDREN)
 
 
 def _prove(name: str, module: nn.Module) -> Found:
@@ -158,30 +174,40 @@ def _make(kind: type[_Sampling], original: nn.Module) -> _Sampling:
     return kind(original)
 
 
+def trial(module: Any, dtype: torch.dtype, size: int, *, own: bool = False) -> dict[str, Any]:
+    """Tensors of a trial call: memory, query (memory itself, if ``own``), reference, and so on."""
+    made = torch.Generator().manual_seed(0)
+    shapes = torch.tensor([_TRY[i % len(_TRY)] for i in range(module.n_levels)])
+    pixels = int(shapes.prod(1).sum())
+    queries = pixels if own else 7
+    memory = torch.randn(2, pixels, module.value_proj.in_features, generator=made).to(dtype)
+    query = torch.randn(2, queries, module.sampling_offsets.in_features, generator=made).to(dtype)
+    return {
+        "memory": memory,
+        "query": query,
+        "reference": torch.rand(2, queries, module.n_levels, size, generator=made).to(dtype),
+        "padding": torch.rand(2, pixels, generator=made) < 0.2,
+        "shapes": shapes,
+        "starts": torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1])),
+    }
+
+
 def _arguments(
     module: Any, dtype: torch.dtype, size: int, named: bool, parameters: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    made = torch.Generator().manual_seed(0)
-    shapes = torch.tensor([_TRY[i % len(_TRY)] for i in range(module.n_levels)])
-    width = module.value_proj.in_features
-    pixels = int(shapes.prod(1).sum())
-
-    def noise(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=made).to(dtype)
-
-    query, memory = noise(2, 7, module.sampling_offsets.in_features), noise(2, pixels, width)
-    reference = torch.rand(2, 7, module.n_levels, size, generator=made).to(dtype)
-    padding = torch.rand(2, pixels, generator=made) < 0.2
-    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+    given = trial(module, dtype, size)
+    query, shapes = given["query"], given["shapes"]
     if not named:
-        return (query, reference, memory, shapes, starts, padding), {}
-    given = {
-        "attention_mask": padding,
-        "encoder_hidden_states": memory,
-        "position_embeddings": noise(*query.shape),
-        "reference_points": reference,
+        rest = (given["reference"], given["memory"], shapes, given["starts"], given["padding"])
+        return (query, *rest), {}
+    made = torch.Generator().manual_seed(1)
+    keywords = {
+        "attention_mask": given["padding"],
+        "encoder_hidden_states": given["memory"],
+        "position_embeddings": torch.randn(query.shape, generator=made).to(dtype),
+        "reference_points": given["reference"],
         "spatial_shapes": shapes,
         "spatial_shapes_list": [tuple(pair) for pair in shapes.tolist()],
-        "level_start_index": starts,
+        "level_start_index": given["starts"],
     }
-    return (query,), {key: value for key, value in given.items() if key in parameters}
+    return (query,), {key: value for key, value in keywords.items() if key in parameters}
