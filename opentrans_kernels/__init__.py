@@ -29,7 +29,9 @@ _EXPORTS = {
     "Report": "accelerate",
     "accelerate": "accelerate",
     "accelerate_heads": "heads",
+    "install_ms_deform_attn": "heads",
     "restore_heads": "heads",
+    "uninstall_ms_deform_attn": "heads",
     "restore": "accelerate",
     "load_accelerated": "checkpoint",
     "save_accelerated": "checkpoint",
@@ -71,7 +73,9 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .errors import PlanError as PlanError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .heads import accelerate_heads as accelerate_heads
+    from .heads import install_ms_deform_attn as install_ms_deform_attn
     from .heads import restore_heads as restore_heads
+    from .heads import uninstall_ms_deform_attn as uninstall_ms_deform_attn
     from .masks import MaskSet as MaskSet
     from .masks import load_masks as load_masks
     from .nn import SparseConv2d as SparseConv2d

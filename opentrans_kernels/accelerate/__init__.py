@@ -204,7 +204,7 @@ def restore(model: nn.Module) -> None:
             "restore: the module itself is a replacement, and only its parent can put the original "
             "back. Pass the whole model; the original is module.opentrans_original."
         )
-    for path in found:
+    for path in reversed(found):  # the inner ones first, which are inside a replacement
         parent_path, _, key = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         new = parent._modules[key]

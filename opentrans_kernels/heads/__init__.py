@@ -14,8 +14,17 @@ from ..plan.models import require_module
 from . import deform, encoder
 from .parts import Found, HeadPart, head_parts, swap_in, swap_out
 from .report import HeadReport
+from .stand_in import install_ms_deform_attn, uninstall_ms_deform_attn
 
-__all__ = ["Found", "HeadPart", "HeadReport", "accelerate_heads", "restore_heads"]
+__all__ = [
+    "Found",
+    "HeadPart",
+    "HeadReport",
+    "accelerate_heads",
+    "install_ms_deform_attn",
+    "restore_heads",
+    "uninstall_ms_deform_attn",
+]
 
 #: Each yields the parts of one kind; the first that knows a path has it.
 FINDERS = (deform.find, encoder.find)

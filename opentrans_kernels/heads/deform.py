@@ -56,7 +56,8 @@ class _Sampling(HeadPart):
         n, q, _ = query.shape
         levels = (self.n_heads, self.n_levels, self.n_points)
         value = self.value_proj(memory)
-        if hidden is not None and bool(hidden.any()):
+        # Mostly nothing is hidden; a tracer cannot look.
+        if hidden is not None and (torch.compiler.is_compiling() or bool(hidden.any())):
             value = value.masked_fill(hidden[..., None], 0.0)
         value = value.view(n, memory.shape[1], self.n_heads, -1)
         offsets = self.sampling_offsets(query).view(n, q, *levels, 2)
