@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="two dense variants and few rounds: under 3 minutes"
     )
     trunk.add_argument(
-        "--variants", metavar="A,B,...", help="dense variants to time (default: all)"
+        "--variants", metavar="A,B,...", help="dense variants to time (default: all but compile)"
     )
     trunk.add_argument(
         "--cpus", metavar="A,B,...", help="pin to these CPUs (default: the last ones available)"
@@ -117,10 +117,10 @@ def run_trunk(options: argparse.Namespace, out: Output) -> int:
         pin(cpus)  # before torch starts its threads, which inherit it
     from opentrans_kernels.bench.trunk import TrunkOptions
     from opentrans_kernels.bench.trunk import run as measure
-    from opentrans_kernels.bench.variants import NAMES
+    from opentrans_kernels.bench.variants import BASELINE
 
     height, width = input_size(options)
-    names = QUICK_VARIANTS if options.quick else NAMES
+    names = QUICK_VARIANTS if options.quick else BASELINE
     settings = TrunkOptions(
         height=height,
         width=width,
@@ -174,6 +174,8 @@ def failures(result: dict[str, Any], fail_under: float | None) -> list[str]:
 
 def show(result: dict[str, Any], out: Output) -> None:
     """The human-readable tables of a trunk result."""
+    from opentrans_kernels.bench.derive import timed_variants
+
     subject, mask = result["subject"], result["mask"]
     size = "x".join(map(str, result["input"]))
     out.heading(f"{subject['arch']} trunk, {mask['label']}, input {size}")
@@ -212,6 +214,8 @@ def show(result: dict[str, Any], out: Output) -> None:
         )
     else:
         out.text("no speed-up is stated: the result is not exact")
+    timed = timed_variants(result)
+    out.text(f"{best} is the fastest of {len(timed)} dense variants timed: {', '.join(timed)}")
     out.text(
         f"max error against float64: {result['max_rel_err']:.2e}; dense float32's own: "
         f"{result['dense_own_rel_err']:.2e}"

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.bench.subject import load_weights_from
-from opentrans_kernels.errors import CheckpointError, OpenTransError, UnsupportedModelError
+from opentrans_kernels.errors import CheckpointError, UnsupportedModelError
+from opentrans_kernels.lazy import optional_module
 from opentrans_kernels.masks import read_state_dict, split_entry
 
 from .config import FEATURES, RANDOM, ConfigError, OpenTransConfig
@@ -193,13 +194,7 @@ def _shape_of(
     arch: str, width: int, layers: Sequence[int], output_dim: int, resolution: int
 ) -> dict[str, Any]:
     """Arguments of open_clip's ModifiedResNet."""
-    try:
-        import open_clip
-    except ImportError as error:
-        raise OpenTransError(
-            f"the CLIP tower is built from open_clip, which cannot be imported ({error}). Install "
-            "it with: pip install open_clip_torch"
-        ) from error
+    open_clip = optional_module("open_clip", "the CLIP tower is built from open_clip")
     config = open_clip.get_model_config(arch) or {}
     vision = config.get("vision_cfg", {})
     if not isinstance(vision.get("layers"), list):

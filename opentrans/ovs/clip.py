@@ -15,6 +15,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from opentrans_kernels.errors import CheckpointError, OpenTransError
+from opentrans_kernels.lazy import optional_module
 from opentrans_kernels.masks import (
     atomic_write,
     open_checkpoint,
@@ -166,11 +167,4 @@ def _frozen(model: nn.Module, tokenizer: Any, random: bool) -> Clip:
 
 
 def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise OpenTransError(
-            f"CLIP comes from open_clip, which cannot be imported ({error}). Install it with: "
-            "pip install open_clip_torch"
-        ) from error
-    return open_clip
+    return optional_module("open_clip", "CLIP comes from open_clip")

@@ -25,7 +25,7 @@ from .layers import LayerRow, measure_layers
 from .schema import envelope
 from .subject import Subject
 from .timing import TimingTable, available_cpus, interleave
-from .variants import NAMES, TrunkModule, Variant, build_variants, relative_error
+from .variants import BASELINE, NAMES, TrunkModule, Variant, build_variants, relative_error
 
 OURS = "accelerated"
 ONE_THREAD = "accelerated_one_thread"
@@ -43,7 +43,7 @@ class TrunkOptions:
     isa: str = "native"
     rounds: int = 15
     warmup_s: float = 0.5
-    variants: tuple[str, ...] = NAMES
+    variants: tuple[str, ...] = BASELINE
     seed: int = 0
     layers: bool = True
     core_attempts: int = 3
