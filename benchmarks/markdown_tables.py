@@ -48,5 +48,3 @@ def rewrite(text: str, tables: dict[str, str]) -> str:
         block, pattern = f"{start}\n{content}\n{end}", f"{re.escape(start)}.*?{re.escape(end)}"
         text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
     return text
-
-
