@@ -31,6 +31,13 @@ GROUPS = 32  # of the group norms in the pixel decoder
 MaskTargets = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+#: Packages the mask head needs, as ``require_packages`` takes them.
+MASK_HEAD_NEEDS = {
+    "scipy": "the mask head's matcher needs scipy",
+    "transformers": "the mask head is made of transformers' Mask2Former",
+}
+
+
 @dataclass(frozen=True)
 class MaskHeadOptions:
     """Sizes and loss weights, those of Mask2Former.
@@ -175,9 +182,7 @@ def mask_targets(labels: torch.Tensor, *, ignore: int = IGNORE) -> MaskTargets:
 
 
 def _config(options: MaskHeadOptions) -> Any:
-    from transformers import Mask2FormerConfig
-
-    return Mask2FormerConfig(
+    return optional_module("transformers", MASK_HEAD_NEEDS["transformers"]).Mask2FormerConfig(
         feature_size=options.dim,
         mask_feature_size=options.dim,
         hidden_dim=options.dim,
@@ -206,6 +211,6 @@ def _initialise(library: Any, config: Any, *parts: nn.Module) -> None:
 
 
 def _library() -> Any:
-    optional_module("scipy", "the mask head's matcher needs scipy")
+    optional_module("scipy", MASK_HEAD_NEEDS["scipy"])
     name = "transformers.models.mask2former.modeling_mask2former"
-    return optional_module(name, "the mask head is made of transformers' Mask2Former")
+    return optional_module(name, MASK_HEAD_NEEDS["transformers"])
