@@ -39,6 +39,7 @@ __all__ = ["load_accelerated", "save_accelerated"]
 METADATA_KEY = "opentrans_accelerated"
 FORMAT_VERSION, WITHOUT_HEADER = 2, 1  # the older one's hash covers the tensors only
 FIELDS = {"sha256": str, "shapes": dict, "masks_given": bool, "plan": dict}
+_NOT_GIVEN = object()
 _VALUES, _MASK, _DENSE = "values/", "mask/", "dense/"
 
 
@@ -129,7 +130,7 @@ def load_accelerated(
 
 def load_accelerated(
     path: str | os.PathLike[str],
-    model: nn.Module | None = None,
+    model: Any = _NOT_GIVEN,  # None would be a mistake of the caller, and is refused as one
     *,
     build: Callable[[], nn.Module] | None = None,
 ) -> Report | tuple[nn.Module, Report]:
@@ -153,7 +154,8 @@ def load_accelerated(
         UnsupportedModelError: the model cannot take it. The model is unchanged in every case.
     """
     name = _checked_path(path)
-    if model is not None and build is not None:
+    given = model is not _NOT_GIVEN
+    if given and build is not None:
         raise UnsupportedModelError(
             "load_accelerated: a model and a function that builds one were given. Pass one of them."
         )
@@ -162,15 +164,14 @@ def load_accelerated(
             f"load_accelerated: build is a {type(build).__name__}, not a function that returns the "
             "network. Pass a network that exists already as model: load_accelerated(path, model)."
         )
-    if model is not None:
+    if given:
         check_model(model)
     tensors, header = _read(name)
     plan = Plan.from_dict(header["plan"])
-    network = model
-    if network is None:
-        network = _named(name, tensors, header) if build is None else _from(build)
-    report = _fill(name, tensors, header, plan, network)
-    return report if model is not None else (network, report)
+    if not given:
+        model = _named(name, tensors, header) if build is None else _from(build)
+    report = _fill(name, tensors, header, plan, model)
+    return report if given else (model, report)
 
 
 def _fill(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
-from opentrans_kernels.lazy import optional_module
+from opentrans_kernels.lazy import optional_module, require_packages
 
 from .folder import IGNORE
 from .text import TextClassifier
@@ -211,6 +211,6 @@ def _initialise(library: Any, config: Any, *parts: nn.Module) -> None:
 
 
 def _library() -> Any:
-    optional_module("scipy", MASK_HEAD_NEEDS["scipy"])
+    require_packages(MASK_HEAD_NEEDS)
     name = "transformers.models.mask2former.modeling_mask2former"
     return optional_module(name, MASK_HEAD_NEEDS["transformers"])
