@@ -75,7 +75,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def run(words: list[str], folder: Path) -> str:
     done = subprocess.run(
-        words, capture_output=True, text=True, cwd=folder, env=environment(folder), timeout=900
+        words, capture_output=True, text=True, cwd=folder, env=environment(folder), timeout=3600
     )
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
