@@ -40,10 +40,14 @@ from opentrans.cli.options import positive  # noqa: E402
 from opentrans.cli.render import Output  # noqa: E402
 from opentrans_kernels.bench.timing import choose_cpus, pin  # noqa: E402
 from opentrans_kernels.errors import OpenTransError  # noqa: E402
+from opentrans_kernels.lazy import require_packages  # noqa: E402
 from opentrans_kernels.synthetic import is_mask_spec  # noqa: E402
 
 STRIDE = 32  # of a CLIP ResNet
 PARTS = ("inference", "text", "fc-clip")
+_CLIP = {"open_clip": "the tower is built from open_clip"}
+_HEAD = {"torchvision": "the DeepLab head uses torchvision"}
+NEEDS = {"inference": _CLIP | _HEAD, "text": _CLIP, "fc-clip": _CLIP}
 
 
 def measure(part: str, options: argparse.Namespace, out: Output) -> dict[str, Any]:
@@ -181,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "bytedance/fc-clip, then run with PYTHONPATH=detectron2 and --fc-clip fc-clip."
             )
         parts = options.parts or [part for part in PARTS if part != "fc-clip" or not why]
+        require_packages({name: use for part in parts for name, use in NEEDS[part].items()})
         if why and not options.parts:
             out.text(f"fc-clip is left out: {why}")
         return run(parts, options, out)

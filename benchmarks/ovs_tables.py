@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from markdown_tables import table  # noqa: E402
+from markdown_tables import rewrite, table  # noqa: E402
 from ovs_result import OURS, check_form  # noqa: E402
-from report_tables import rewrite  # noqa: E402
 
 from opentrans_kernels.bench.machines import machine_slug  # noqa: E402
 from opentrans_kernels.bench.schema import Result, read_json  # noqa: E402

@@ -1,6 +1,6 @@
-"""Rewrite the generated tables of README.md and docs/performance.md: "trunk", "layers", "limits",
-"crossover" and "peers" from the JSON files that ``opentrans bench`` wrote to
-``benchmarks/results/MACHINE``, "settings" from the package.
+"""Rewrite the generated tables of README.md ("networks"), docs/performance.md ("trunk", "layers",
+"limits", "crossover", "peers") from the JSON files that ``opentrans bench`` and ``bench_ovs.py``
+wrote to ``benchmarks/results/MACHINE``, and docs/install.md ("settings") from the package.
 
 A table is what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``. A result that
 failed its checks, or lies in another machine's folder, is refused. Exit code 1 with ``--check`` if
@@ -10,7 +10,6 @@ a table is old, 2 for bad input.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,22 +17,24 @@ from typing import Any
 
 from opentrans_kernels import settings
 from opentrans_kernels.bench.compare import OTHER_FOLDERS
+from opentrans_kernels.bench.derive import timed_variants
 from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.bench.schema import Result, check_result, kind_of, read_json
 from opentrans_kernels.errors import OpenTransError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import network_table  # noqa: E402
+import ovs_tables  # noqa: E402
 import performance_tables  # noqa: E402
 import training_tables  # noqa: E402
-from markdown_tables import EMPTY, table  # noqa: E402
+from markdown_tables import EMPTY, origin, rewrite, table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TRUNK = "mask|input|threads|ISA|baseline|dense ms|ours ms|speed-up (quartiles)|error, dense's own"
 LAYERS = "run|convolution|output|n|density|dense ms|sparse ms|speed-up"
-ORIGIN = "CPU|torch|commit|uncommitted changes|weights|masks"
 SETTINGS = "variable|when|default|values|meaning"
 SHAPE = ("cin", "cout", "kernel", "stride", "h_out", "w_out", "loses")
-OTHERS = 4  # losing rows shown of the other runs, so that the README stays readable
+OTHERS = 4  # losing rows shown of the other runs, so that the page stays readable
 
 
 def load_results(folder: Path) -> list[Result]:
@@ -80,25 +81,17 @@ def _run(result: Result) -> tuple[str, str, int, str]:
 
 def trunk_table(results: Sequence[Result]) -> str:
     """One row per result, and below them where the numbers come from."""
-    rows, facts = [], []
+    rows = []
     for r in results:
         q1, q3 = r["speedup_spread"]["q1"], r["speedup_spread"]["q3"]
-        ran = sum("ms" in variant for variant in r["variants"].values())
-        name = f"{r['baseline']['name']} (of {ran})"
+        name = f"{r['baseline']['name']} (of {len(timed_variants(r))})"
         times = name, f"{r['baseline']['ms']:.1f}", f"{r['accelerated']['ms']:.1f}"
         ratio = f"**{r['speedup']:.2f}x** ({q1:.2f}-{q3:.2f})"
         if r["canary"]["disturbed"]:
             ratio += ", disturbed machine"
         errors = f"{r['max_rel_err']:.1e}, {r['dense_own_rel_err']:.1e}"
         rows.append((*_run(r), *times, ratio, errors))
-        source = r["source"] or {}
-        commit = str(source.get("commit"))[:12], str(source.get("dirty"))
-        kind = "synthetic" if r["mask"]["synthetic"] else "from files"
-        weights = r["subject"]["weights"]
-        facts.append((r["machine"]["cpu"], r["versions"]["torch"], *commit, weights, kind))
-    parts = zip(ORIGIN.split("|"), zip(*facts, strict=True), strict=False)
-    origin = "; ".join(f"{name}: {', '.join(sorted(set(values)))}" for name, values in parts)
-    return f"{table(TRUNK.split('|'), rows)}\n\n{origin}." if rows else EMPTY
+    return f"{table(TRUNK.split('|'), rows)}\n\n{origin(results)}" if rows else EMPTY
 
 
 def layer_rows(result: Result) -> list[tuple[bool, float, tuple[object, ...]]]:
@@ -141,22 +134,12 @@ def layers_table(results: Sequence[Result]) -> str:
     return table(LAYERS.split("|"), rows) + more
 
 
-def rewrite(text: str, tables: dict[str, str]) -> str:
-    """``text`` with every table replaced. Raises OpenTransError if a marker is not there once."""
-    for name, content in tables.items():
-        start, end = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise OpenTransError(f"the page must hold {start} and {end} once each. Add them.")
-        block, pattern = f"{start}\n{content}\n{end}", f"{re.escape(start)}.*?{re.escape(end)}"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-    return text
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Rewrite the generated tables.")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--install", type=Path, default=ROOT / "docs" / "install.md")
     parser.add_argument("--training-docs", type=Path, metavar="DIR", help="its training pages too")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     options = parser.parse_args(argv)
@@ -164,15 +147,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = load_results(options.results)
         trunks = [r for r in results if kind_of(r)[0] == "trunk"]
         ops = [r for r in results if kind_of(r)[0] == "op"]
+        models = [r for r in results if kind_of(r)[0] == "model"]
         rows = [(f"`{r.name}`", r.when, r.default, r.choices, r.doc) for r in settings.table({})]
-        tables = {"trunk": trunk_table(trunks), "layers": layers_table(trunks)}
-        tables["settings"] = table(SETTINGS.split("|"), rows)
-        limits = {
-            "limits": performance_tables.limits_table(trunks),
-            "crossover": performance_tables.crossover_table(ops),
-            "peers": performance_tables.peers_table(trunks),
+        whole = ovs_tables.load(options.results)
+        pages = {
+            options.readme: {"networks": network_table.networks_table(trunks, models, whole)},
+            options.performance: {
+                "trunk": trunk_table(trunks),
+                "layers": layers_table(trunks),
+                "limits": performance_tables.limits_table(trunks),
+                "crossover": performance_tables.crossover_table(ops),
+                "peers": performance_tables.peers_table(trunks),
+            },
+            options.install: {"settings": table(SETTINGS.split("|"), rows)},
         }
-        pages = {options.readme: tables, options.performance: limits}
         if options.training_docs or options.results == ROOT / "benchmarks" / "results":
             docs = options.training_docs or ROOT / "docs"
             made = training_tables.tables(options.results)

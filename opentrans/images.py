@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.lazy import optional_module
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "ImageFolder"]
 
@@ -114,14 +115,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 def pillow() -> Any:
     """``PIL.Image``. Raises OpenTransError with the fix where Pillow is missing."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise OpenTransError(
-            f"reading images needs Pillow, which cannot be imported ({error}). Install it with: "
-            "pip install pillow"
-        ) from error
-    return Image
+    return optional_module("PIL.Image", "images are read and written by Pillow")
 
 
 def _open(file: Path) -> Any:

@@ -5,7 +5,8 @@ nonzero float32 values; every other tensor of the ``state_dict`` as it is. One m
 JSON: the format version, shapes, the plan and where all of it comes from. Packing is repeated on
 loading (a second or two), so a file depends neither on the instruction set nor on the layout of
 the packed form, and a loaded model has a complete ``state_dict`` and can be restored: pruned
-weights come back as zeros.
+weights come back as zeros. A file may name its architecture, one of a fixed list; no other code is
+ever run because a file names it.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import nn
 
 from .accelerate import Report, accelerate, record_of
-from .errors import CheckpointError, MaskError, PlanError
+from .errors import CheckpointError, MaskError, PlanError, UnsupportedModelError
 from .masks import MaskSet, atomic_write, make_permanent, open_checkpoint
 from .masks.limits import Malformed, brief, parse_json
 from .masks.names import find_prefixes, rename
@@ -31,12 +32,14 @@ from .masks.packed import is_shape, pack_bits
 from .plan import Plan
 from .plan.subject import check_model
 from .topology import original
+from .towers import NAMED, check_named, empty_tower, fill_storage, shapes_of
 
 __all__ = ["load_accelerated", "save_accelerated"]
 
 METADATA_KEY = "opentrans_accelerated"
 FORMAT_VERSION, WITHOUT_HEADER = 2, 1  # the older one's hash covers the tensors only
 FIELDS = {"sha256": str, "shapes": dict, "masks_given": bool, "plan": dict}
+_NOT_GIVEN = object()
 _VALUES, _MASK, _DENSE = "values/", "mask/", "dense/"
 
 
@@ -45,6 +48,8 @@ def save_accelerated(
     model: nn.Module,
     masks: MaskSet | None = None,
     provenance: Mapping[str, str] | None = None,
+    *,
+    arch: str | None = None,
 ) -> None:
     """Write an accelerated model, all or nothing.
 
@@ -53,9 +58,12 @@ def save_accelerated(
         model: after ``accelerate(model, ...)``.
         masks: those given to ``accelerate``; None takes them from the model.
         provenance: text entries to keep with the file, such as the training run.
+        arch: one of ``opentrans_kernels.towers.NAMED`` ("RN50", "torchvision:resnet50" ...), if
+            the model is one; :func:`load_accelerated` then needs no model.
 
     Raises:
         PlanError: the model was not accelerated, or with other masks.
+        UnsupportedModelError: the model is not ``arch``, or ``arch`` is not a known name.
         CheckpointError: the path cannot be written.
     """
     from safetensors.torch import save
@@ -68,6 +76,8 @@ def save_accelerated(
             "it keeps the plan that is stored."
         )
     plan: Plan = record["plan"]
+    if arch is not None:
+        check_named(arch, model)
     bits = _mask_bits(model, record)
     if masks is not None:
         if not isinstance(masks, MaskSet):
@@ -91,8 +101,9 @@ def save_accelerated(
         tensors[_VALUES + name] = weight.detach().reshape(-1)[torch.from_numpy(keep)].float()
     for key, tensor in state.items():
         tensors[_DENSE + key] = tensor.detach().cpu().contiguous().clone()
-    header = {
+    header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
+        "arch": arch,
         "shapes": {name: list(shape) for name, (shape, _) in bits.items()},
         "masks_given": bool(record["masks"]),
         "plan": plan.to_dict(),
@@ -107,28 +118,72 @@ def save_accelerated(
     atomic_write(target, save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
 
 
-def load_accelerated(path: str | os.PathLike[str], model: nn.Module) -> Report:
-    """Load a sparse checkpoint into ``model`` and accelerate it as planned in the file.
+@overload
+def load_accelerated(path: str | os.PathLike[str], model: nn.Module) -> Report: ...
+
+
+@overload
+def load_accelerated(
+    path: str | os.PathLike[str], *, build: Callable[[], nn.Module] | None = None
+) -> tuple[nn.Module, Report]: ...
+
+
+def load_accelerated(
+    path: str | os.PathLike[str],
+    model: Any = _NOT_GIVEN,  # None would be a mistake of the caller, and is refused as one
+    *,
+    build: Callable[[], nn.Module] | None = None,
+) -> Report | tuple[nn.Module, Report]:
+    """Load a sparse checkpoint and accelerate it as planned in the file.
 
     Args:
         path: a file of :func:`save_accelerated`.
         model: the same architecture, freshly built, float32 and in eval mode; its weights are
-            overwritten.
+            overwritten. Without it the network is built here.
+        build: a function without arguments that returns such a model, which is set to eval mode;
+            by default the architecture that the file names, without random numbers.
 
     Returns:
-        The report, without timings: the plan's were measured where the file was made.
+        The report, without timings: the plan's were measured where the file was made. Without
+        ``model``: the model that was built, and the report.
 
     Raises:
-        CheckpointError: not such a file, damaged, or of another architecture.
+        CheckpointError: not such a file, damaged, of another architecture, or without the name of
+            one where neither ``model`` nor ``build`` is given.
         PlanError: its plan is not one, or for another network.
         UnsupportedModelError: the model cannot take it. The model is unchanged in every case.
     """
     name = _checked_path(path)
-    check_model(model)
+    given = model is not _NOT_GIVEN
+    if given and build is not None:
+        raise UnsupportedModelError(
+            "load_accelerated: a model and a function that builds one were given. Pass one of them."
+        )
+    if build is not None and (isinstance(build, nn.Module) or not callable(build)):
+        raise UnsupportedModelError(
+            f"load_accelerated: build is a {type(build).__name__}, not a function that returns the "
+            "network. Pass a network that exists already as model: load_accelerated(path, model)."
+        )
+    if given:
+        check_model(model)
     tensors, header = _read(name)
     plan = Plan.from_dict(header["plan"])
+    if not given:
+        model = _named(name, tensors, header) if build is None else _from(build)
+    report = _fill(name, tensors, header, plan, model)
+    return report if given else (model, report)
+
+
+def _fill(
+    path: str,
+    tensors: dict[str, torch.Tensor],
+    header: Mapping[str, Any],
+    plan: Plan,
+    model: nn.Module,
+) -> Report:
+    """Load the tensors into a checked model and accelerate it. Consumes ``tensors``."""
     own = model.state_dict()
-    state, masks = _unpack(name, tensors, header, own)
+    state, masks = _unpack(path, tensors, header, own)
     before = {key: tensor.detach().clone() for key, tensor in own.items()}
     try:
         model.load_state_dict(state)
@@ -137,6 +192,43 @@ def load_accelerated(path: str | os.PathLike[str], model: nn.Module) -> Report:
     except BaseException:
         model.load_state_dict(before)
         raise
+
+
+def _from(build: Callable[[], nn.Module]) -> nn.Module:
+    """What ``build`` returns, in eval mode, checked."""
+    model = build()
+    if isinstance(model, nn.Module):
+        model.eval()
+    check_model(model)
+    return model
+
+
+def _named(path: str, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> nn.Module:
+    """The network the file names, all zero. Memory is taken only once the shapes agree."""
+    arch = header.get("arch")
+    ways = "Pass the network, load_accelerated(path, model), or build=FUNCTION that returns it"
+    if arch is None:
+        raise CheckpointError(
+            f"{path} does not name its architecture. {ways}; save_accelerated(..., arch='RN50') "
+            "writes the name of a known one."
+        )
+    if arch not in NAMED:
+        raise CheckpointError(
+            f"{path} names the architecture {brief(arch)}, which is not one of those that are "
+            f"built by name ({', '.join(NAMED)}). {ways}."
+        )
+    model = empty_tower(arch)
+    _same_layout(path, shapes_of(model.state_dict()), _shapes_of_file(tensors, header))
+    return fill_storage(model)
+
+
+def _shapes_of_file(
+    tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Dense shapes of every entry, whole and sparse."""
+    whole = {k.removeprefix(_DENSE): t for k, t in tensors.items() if k.startswith(_DENSE)}
+    sparse = {f"{name}.weight": tuple(shape) for name, shape in header["shapes"].items()}
+    return shapes_of(whole) | sparse
 
 
 def _mask_bits(
@@ -218,6 +310,8 @@ def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     for key, kind in FIELDS.items():
         if not isinstance(header.get(key), kind):
             raise _damaged(path, f"its header is not readable: {key} is {brief(header.get(key))}")
+    if not isinstance(header.get("arch"), str | None):
+        raise _damaged(path, f"its header is not readable: arch is {brief(header['arch'])}")
     if not all(is_shape(shape) for shape in header["shapes"].values()):
         raise _damaged(path, "its table of shapes holds something else")
     names = {key.removeprefix(_MASK) for key in file.content if key.startswith(_MASK)}
@@ -245,11 +339,7 @@ def _unpack(
     """(dense state dict, masks) for a model with the state dict ``own``. Consumes ``tensors``."""
     masks: dict[str, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    shapes = {f"{name}.weight": tuple(shape) for name, shape in header["shapes"].items()}
-    dense = {
-        k.removeprefix(_DENSE): tuple(t.shape) for k, t in tensors.items() if k.startswith(_DENSE)
-    }
-    _same_layout(path, {key: tuple(tensor.shape) for key, tensor in own.items()}, dense | shapes)
+    _same_layout(path, shapes_of(own), _shapes_of_file(tensors, header))
     for name, shape in header["shapes"].items():
         values, packed = tensors.pop(_VALUES + name, None), tensors.pop(_MASK + name)
         count = math.prod(shape)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import MaskError, OpenTransError
+from opentrans_kernels.lazy import optional_module
 
 if TYPE_CHECKING:
     from opentrans_kernels.masks import MaskSet
@@ -121,7 +122,7 @@ def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> 
             f"image_size {image_size} is not a positive multiple of 32, the stride of a CLIP "
             "ResNet. Use for example 224."
         )
-    model = _empty_tower(arch, image_size)
+    model = clip_resnet_on_meta(arch, image_size).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         _fill_parameters(model, generator)
@@ -129,16 +130,13 @@ def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> 
     return model.eval().requires_grad_(False)
 
 
-def _empty_tower(arch: str, image_size: int) -> nn.Module:
-    """The tower with uninitialised storage: built on meta so that no time goes into an init."""
-    try:
-        import open_clip
-        from open_clip.modified_resnet import ModifiedResNet
-    except ImportError as exc:
-        raise OpenTransError(
-            "the synthetic CLIP ResNet is built from open_clip, which cannot be imported "
-            f"({exc}). Install it with: pip install open_clip_torch"
-        ) from exc
+def clip_resnet_on_meta(arch: str, image_size: int) -> nn.Module:
+    """open_clip's visual tower ``arch`` on the meta device: shapes without storage or an init.
+
+    Raises OpenTransError if open_clip is missing or ``arch`` is not a CLIP ResNet.
+    """
+    use = "the CLIP ResNet is built from open_clip"
+    open_clip = optional_module("open_clip", use)
     known = [n for n in open_clip.list_models() if n.startswith("RN")]
     vision = (open_clip.get_model_config(arch) or {}).get("vision_cfg", {})
     if not isinstance(vision.get("layers"), list):
@@ -147,14 +145,13 @@ def _empty_tower(arch: str, image_size: int) -> nn.Module:
         )
     width = vision["width"]
     with torch.device("meta"):
-        model = ModifiedResNet(
+        return optional_module("open_clip.modified_resnet", use).ModifiedResNet(
             layers=vision["layers"],
             output_dim=open_clip.get_model_config(arch)["embed_dim"],
             heads=width * 32 // vision.get("head_width", 64),
             image_size=image_size,
             width=width,
         )
-    return model.to_empty(device="cpu")
 
 
 def _randn(shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> torch.Tensor:

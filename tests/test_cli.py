@@ -16,8 +16,11 @@ import pytest
 from opentrans import cli
 from opentrans.cli import bench, render, weights
 from opentrans_kernels import __version__
+from opentrans_kernels.bench import variants
 from opentrans_kernels.bench.environment import isa_environment
 from opentrans_kernels.bench.subject import load_subject
+from opentrans_kernels.bench.trunk import TrunkOptions
+from opentrans_kernels.checkpoint import load_accelerated
 from opentrans_kernels.errors import CheckpointError, OpenTransError
 
 TINY = "torchvision:resnet18"
@@ -189,6 +192,8 @@ def test_accelerate_writes_only_exact_results(
     assert target.stat().st_size < 0.6 * Path(checkpoint).stat().st_size
     payload = json.loads(numbers.read_text())
     assert payload["exact"] and payload["max_rel_err"] <= 2 * payload["dense_own_rel_err"]
+    assert "load_accelerated builds the network" in capsys.readouterr().out
+    assert load_accelerated(target)[1].accelerated, "the file names its architecture"
     target.unlink()
     monkeypatch.setattr("opentrans_kernels.bench.variants.relative_error", wrong_after_one())
     assert cli.main(arguments) == 1
@@ -274,7 +279,28 @@ def test_demo_writes_a_report(
     )
     assert "SYNTHETIC weights" in page and page.count("<svg") == 4
     assert f"{result['speedup']:.2f}x" in page and result["banner"]
-    assert "SYNTHETIC weights" in capsys.readouterr().err
+    assert "fastest of the 1 dense variants that were timed: eager." in page
+    shown = capsys.readouterr()
+    assert "eager is the fastest of 1 dense variants timed: eager\n" in shown.out
+    assert "SYNTHETIC weights" in shown.err
+
+
+@pytest.mark.parametrize("command", ["demo --no-download --output report", "bench trunk"])
+def test_demo_and_benchmark_time_the_same_dense_variants(
+    command: str, limited: None, mask_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def stop(subject: object, options: TrunkOptions, *_: object) -> None:
+        asked.append(options.variants)
+        raise OpenTransError("far enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("opentrans_kernels.bench.trunk.run", stop)
+    assert cli.main([*command.split(), "--mask", mask_file, "--arch", TINY, "--size", "64"]) == 2
+    assert asked == [variants.BASELINE] and TrunkOptions().variants == variants.BASELINE
+    # Plain compile and its folded twin end the process together (docs/performance.md, 6).
+    assert set(variants.NAMES) - set(variants.BASELINE) == {"compile"}
 
 
 def test_weights_are_searched_briefly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,12 +31,15 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_tower_that_is_no_resnet(weights: Path, tmp_path: Path) -> None:
+def test_a_tower_that_is_no_resnet(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target, numbers = tmp_path / "packed.safetensors", tmp_path / "numbers.json"
     code = cli.main(
-        ["accelerate", str(weights), "--mask", "uniform:0.95", "--size", "64",
-         "--output", str(target), "--json", str(numbers)]
+        ["accelerate", str(weights), "--mask", "uniform:0.95", "--size", "64", "--arch",
+         "torchvision:none", "--output", str(target), "--json", str(numbers)]
     )  # fmt: skip
+    assert "load it with its network" in capsys.readouterr().out, "no name is made up for it"
     record = json.loads(numbers.read_text())
     assert record["exact"] and record["max_rel_err"] <= 2 * record["dense_own_rel_err"]
     assert record["report"]["parts_checked"] in (1, 2)  # as measured: the first is hardly pruned

@@ -139,7 +139,12 @@ def test_mask_head_learns_two_masks_and_their_names() -> None:
 def test_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.models.mask2former", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(OpenTransError, match="pip install 'transformers>=5' scipy"):
+    with pytest.raises(
+        OpenTransError, match="Mask2Former, which.*: pip install 'transformers>=5'$"
+    ):
+        MaskHead(CHANNELS, 32, SMALL)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(OpenTransError, match="them with: pip install scipy 'transformers>=5'$"):
         MaskHead(CHANNELS, 32, SMALL)
 
 

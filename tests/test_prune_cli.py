@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,7 @@ def test_bad_input_is_2_with_the_fix(
     assert command(empty, tmp_path / "run") == 2
     assert "x.jpeg cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "skimage", None)
     name = command.__name__
     assert cli.main([name, "--example", "--output", str(tmp_path / "run")]) == 2
     assert "pip install scikit-image" in capsys.readouterr().err

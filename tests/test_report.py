@@ -119,6 +119,7 @@ def test_the_page_shows_the_result() -> None:
         "layer1.0.conv3",
         "jit_optimized could not be run: RuntimeError: no compiler",
         "within the limit",
+        "fastest of the 1 dense variants that were timed: compile.",
         "density table",
         "plan table",
         "Example CPU",

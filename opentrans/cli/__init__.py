@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from opentrans_kernels import __version__
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.lazy import require_packages
 
 from .render import Output
 
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.arguments = arguments
     try:
         _start_logging()
+        needs = getattr(options, "packages", None)
+        if needs is not None:  # before anything slow, the import of torch included
+            require_packages(needs(options))
         return options.run(options, Output(getattr(options, "json", None)))
     except OpenTransError as error:
         return _explain(f"opentrans {options.command}: {error}", BAD_INPUT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import ARCH_HELP, add_json, add_size, add_threads, input_size
+from .options import ARCH_HELP, add_json, add_size, add_threads, arch_packages, input_size
 from .render import Output, check_writable
 
 SUMMARY = "checkpoint + mask in, packed checkpoint out"
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_size(parser)
     add_threads(parser)
     add_json(parser)
+    parser.set_defaults(packages=arch_packages)
 
 
 def run(options: argparse.Namespace, out: Output) -> int:
@@ -35,6 +36,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     from opentrans_kernels.bench.variants import relative_error
     from opentrans_kernels.checkpoint import save_accelerated
     from opentrans_kernels.topology import find_trunk
+    from opentrans_kernels.towers import NAMED
 
     torch.set_num_threads(options.threads)
     subject = load_subject(options.mask, arch=options.arch, checkpoint=options.checkpoint)
@@ -65,8 +67,11 @@ def run(options: argparse.Namespace, out: Output) -> int:
     if not report.accelerated:
         out.warn(f"nothing was accelerated, so {options.output} was not written; see above why")
     elif written:
-        save_accelerated(options.output, subject.model, subject.masks)
-        out.text(f"wrote {options.output}")
+        # Only known names are recorded: a file never says how else a network is built.
+        arch = options.arch if options.arch in NAMED else None
+        save_accelerated(options.output, subject.model, subject.masks, arch=arch)
+        how = "load_accelerated builds the network" if arch else "load it with its network"
+        out.text(f"wrote {options.output}; {how}")
     else:
         out.warn(
             f"inexact: the error is more than twice dense float32's own; {options.output} was "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench_session import INTERRUPTED
-from .options import AGAIN, add_json
+from .options import AGAIN, add_json, arch_packages
 from .render import Output, check_writable
 
 SUMMARY = "the whole suite for this machine: under 30 minutes, --quick under 3"
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a first look, under 3 minutes")
     parser.add_argument("--peer-envs", metavar="DIR", help="where the peers' environments are")
     add_json(parser)
+    parser.set_defaults(packages=arch_packages)
 
 
 def commands(quick: bool, cpus: int) -> Iterator[tuple[str, list[str]]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench_session import INTERRUPTED, Session, chosen_cpus
-from .options import add_json, add_threads, positive
+from .options import add_json, add_threads, arch_packages, positive
 from .render import Output
 
 ALPHA_SUMMARY = "alpha of a network against WeightWatcher and the published estimator"
@@ -29,6 +29,7 @@ def add_alpha_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds")
     parser.add_argument("--peer-envs", metavar="DIR", help="where WeightWatcher's environment is")
     add_json(parser)
+    parser.set_defaults(packages=arch_packages)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, metavar="N", help="default 7, quick 3")
     parser.add_argument("--quick", action="store_true", help="two freeze sets, few rounds")
     add_json(parser)
+    parser.set_defaults(packages=arch_packages)
 
 
 def run_alpha(options: argparse.Namespace, out: Output) -> int:

@@ -65,6 +65,8 @@ def shown_commands(
 
 def show(result: dict[str, Any], out: Output) -> None:
     """The human-readable tables of a trunk result."""
+    from opentrans_kernels.bench.derive import timed_variants
+
     subject, mask = result["subject"], result["mask"]
     size = "x".join(map(str, result["input"]))
     out.heading(f"{subject['arch']} trunk, {mask['label']}, input {size}")
@@ -103,6 +105,8 @@ def show(result: dict[str, Any], out: Output) -> None:
         )
     else:
         out.text("no speed-up is stated: the result is not exact")
+    timed = timed_variants(result)
+    out.text(f"{best} is the fastest of {len(timed)} dense variants timed: {', '.join(timed)}")
     out.text(
         f"max error against float64: {result['max_rel_err']:.2e}; dense float32's own: "
         f"{result['dense_own_rel_err']:.2e}"

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import chosen_cpus, failures, show
 from .inspect import show_audit
-from .options import AGAIN, add_json, add_size, add_threads, input_size, positive
+from .options import (
+    AGAIN,
+    add_json,
+    add_size,
+    add_threads,
+    arch_packages,
+    input_size,
+    positive,
+)
 from .render import Output, check_writable, to_json, write_atomically
 
 if TYPE_CHECKING:
     from opentrans_kernels.bench.subject import Subject
 
 SUMMARY = "the whole way on one page: mask, audit, plan, exactness, timing, report"
-
-#: Enough dense variants to find a strong baseline within the demo's time.
-VARIANTS = ("eager", "eager_channels_last", "folded_channels_last", "compile", "jit_optimized")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=positive, default=10, metavar="N", help="default 10")
     parser.add_argument(
-        "--variants", default=",".join(VARIANTS), metavar="A,B,...", help="dense variants to time"
+        "--variants", metavar="A,B,...", help="dense variants to time (default: as bench trunk)"
     )
     add_size(parser)
     add_threads(parser)
     add_json(parser)
+    parser.set_defaults(packages=arch_packages)
 
 
 def run(options: argparse.Namespace, out: Output) -> int:
@@ -58,6 +64,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     from opentrans_kernels.audit import audit
     from opentrans_kernels.bench.trunk import TrunkOptions
     from opentrans_kernels.bench.trunk import run as run_trunk
+    from opentrans_kernels.bench.variants import BASELINE
 
     size = input_size(options)
     settings = TrunkOptions(
@@ -65,7 +72,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         width=size[1],
         threads=options.threads,
         rounds=options.rounds,
-        variants=tuple(options.variants.split(",")),
+        variants=tuple(options.variants.split(",")) if options.variants else BASELINE,
         cpus=tuple(cpus) if cpus is not None else None,
     )
     settings.check()

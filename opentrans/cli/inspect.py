@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .options import ARCH_HELP, add_json, add_size, input_size, subject_of
+from .options import ARCH_HELP, add_json, add_size, arch_packages, input_size, subject_of
 from .render import Cell, Output
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="exit with 1 if any mask has no place in the model"
     )
     add_json(parser)
+    parser.set_defaults(packages=_packages)
+
+
+def _packages(options: argparse.Namespace) -> dict[str, str]:
+    """A mask file alone needs no network, so nothing that builds one."""
+    recipe = options.mask.startswith(("global:", "uniform:"))
+    return arch_packages(options) if recipe or options.arch or options.checkpoint else {}
 
 
 def run(options: argparse.Namespace, out: Output) -> int:

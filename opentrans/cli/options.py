@@ -26,8 +26,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def arch_packages(options: argparse.Namespace) -> dict[str, str]:
+    """The library that has ``--arch`` (RN50 where there is none), as ``require_packages`` takes it.
+
+    Commands name such a function with ``set_defaults(packages=...)``; ``main`` calls it before
+    torch is imported.
+    """
+    arch = getattr(options, "arch", None) or "RN50"
+    family = arch.partition(":")[0] if ":" in arch else "open_clip"
+    if family not in ("open_clip", "torchvision", "timm"):
+        return {}  # refused with the known ones when it is built
+    return {family: f"arch {arch!r} needs {family}"}
+
+
 def add_model(parser: argparse.ArgumentParser, *, checkpoint: bool = True) -> None:
     """``--arch``, ``--seed`` and, unless it is positional, ``--checkpoint``."""
+    parser.set_defaults(packages=arch_packages)
     parser.add_argument("--arch", default="RN50", help=ARCH_HELP)
     if checkpoint:
         parser.add_argument(

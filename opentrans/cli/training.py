@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import ARCH_HELP, add_json, add_threads, positive
+from .options import ARCH_HELP, add_json, add_threads, arch_packages, positive
 from .render import Output, check_writable
 
 if TYPE_CHECKING:
@@ -73,12 +73,25 @@ def add_training(parser: argparse.ArgumentParser, *, output: str) -> None:
     )
     add_threads(parser)
     add_json(parser)
+    parser.set_defaults(packages=training_packages)
+
+
+def training_packages(options: argparse.Namespace) -> dict[str, str]:
+    """What a training command needs beside torch."""
+    needs = {"PIL": "images are read and written by Pillow"}
+    if options.example:
+        needs["skimage"] = "--example uses the sample images of scikit-image"
+    if options.loss != "visual":
+        needs["open_clip"] = "the text encoder is open_clip's"
+    return arch_packages(options) | needs
 
 
 def example_images() -> list[Path]:
-    """Photographs that come with scikit-image. Raises OpenTransError if it is not installed."""
+    """Photographs that come with scikit-image. Raises OpenTransError if they are not there."""
     from opentrans_kernels.errors import OpenTransError
+    from opentrans_kernels.lazy import require_packages
 
+    require_packages({"skimage": "--example uses the sample images of scikit-image"})
     found = importlib.util.find_spec("skimage")
     places = list(found.submodule_search_locations or ()) if found is not None else []
     files = [
@@ -89,8 +102,8 @@ def example_images() -> list[Path]:
     ]
     if not files:
         raise OpenTransError(
-            "--example uses the sample images of scikit-image, which is not installed. Install it "
-            "with: pip install scikit-image. Any folder of images works too: --images DIR."
+            "--example uses the sample images of scikit-image, and the one that is installed has "
+            "none of them. Install version 0.26 or use any folder of images: --images DIR."
         )
     return files
 
@@ -204,6 +217,7 @@ def _vocabulary(options: argparse.Namespace) -> torch.Tensor:
     from opentrans.distill import TextCache
     from opentrans_kernels.bench.subject import load_weights
     from opentrans_kernels.errors import OpenTransError
+    from opentrans_kernels.lazy import optional_module
 
     if not options.classes:
         raise OpenTransError(
@@ -213,13 +227,7 @@ def _vocabulary(options: argparse.Namespace) -> torch.Tensor:
     listed = Path(options.classes)
     text = listed.read_text(encoding="utf-8") if listed.is_file() else options.classes
     names = [name.strip() for name in text.replace("\n", ",").split(",") if name.strip()]
-    try:
-        import open_clip
-    except ImportError as error:
-        raise OpenTransError(
-            f"the text encoder is open_clip's, which cannot be imported ({error}). Install it "
-            "with: pip install open_clip_torch, or use --loss visual."
-        ) from error
+    open_clip = optional_module("open_clip", "the text encoder is open_clip's")
     if open_clip.get_model_config(options.arch) is None:
         raise OpenTransError(
             f"{options.arch} has no text encoder in open_clip. Use a CLIP tower such as RN50, or "

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.bench.subject import load_weights_from
-from opentrans_kernels.errors import CheckpointError, OpenTransError, UnsupportedModelError
+from opentrans_kernels.errors import CheckpointError, UnsupportedModelError
+from opentrans_kernels.lazy import optional_module
 from opentrans_kernels.masks import read_state_dict, split_entry
 
 from ..ovs.clip import RANDOM
@@ -29,6 +30,7 @@ __all__ = ["ClipTower", "clip_resnet", "pool_positions", "resize_positions", "to
 
 log = logging.getLogger(__name__)
 
+BUILT_FROM = "the CLIP tower is built from open_clip"
 _TABLE = "attnpool.positional_embedding"
 _PARTS = tuple(f"{kind}{i}" for i in (1, 2, 3) for kind in ("conv", "bn", "act"))
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -196,13 +198,7 @@ def _shape_of(
     arch: str, width: int, layers: Sequence[int], output_dim: int, resolution: int
 ) -> dict[str, Any]:
     """Arguments of open_clip's ModifiedResNet."""
-    try:
-        import open_clip
-    except ImportError as error:
-        raise OpenTransError(
-            f"the CLIP tower is built from open_clip, which cannot be imported ({error}). Install "
-            "it with: pip install open_clip_torch"
-        ) from error
+    open_clip = optional_module("open_clip", BUILT_FROM)
     config = open_clip.get_model_config(arch) or {}
     vision = config.get("vision_cfg", {})
     if not isinstance(vision.get("layers"), list):
@@ -224,20 +220,21 @@ def _shape_of(
 def clip_resnet(arch: str, *, image_size: int = 0) -> nn.Module:
     """open_clip's own tower ``arch`` with its random initial weights, for counting and tests."""
     shape = _shape_of(arch, 0, (), 0, image_size)
-    from open_clip.modified_resnet import ModifiedResNet
+    return _modified_resnet()(**shape)
 
-    return ModifiedResNet(**shape)
+
+def _modified_resnet() -> Any:
+    """open_clip's class of CLIP ResNets. Raises OpenTransError if open_clip is missing."""
+    return optional_module("open_clip.modified_resnet", BUILT_FROM).ModifiedResNet
 
 
 def _build(
     shape: dict[str, Any], state: dict[str, torch.Tensor] | None, file: str, pooled: bool
 ) -> nn.Module:
     """The tower with the weights of ``state``, its position table as large as the file's."""
-    from open_clip.modified_resnet import ModifiedResNet
-
     tables = [] if state is None else [v for k, v in state.items() if k.endswith(_TABLE)]
     side = math.isqrt(len(tables[0]) - 1) if tables else shape["image_size"] // 32
-    tower = ModifiedResNet(**{**shape, "image_size": side * 32})
+    tower = _modified_resnet()(**{**shape, "image_size": side * 32})
     if state is None:
         return tower
     if not tables and pooled:

@@ -20,9 +20,11 @@ import yaml
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.lazy import require_packages
 from opentrans_kernels.masks import split_entry
 from opentrans_kernels.synthetic import is_mask_spec
 
+from ..ovs.mask_head import MASK_HEAD_NEEDS
 from .presence import DetectronMissing, require_detectron2
 
 try:
@@ -173,6 +175,9 @@ def _inference(model: nn.Module, cfg: CfgNode) -> Any:
 def _check(cfg: CfgNode) -> None:
     options = OpenTransConfig.from_cfg(cfg)
     ovs = OvsConfig.from_cfg(cfg)
+    panoptic = cfg.MODEL.META_ARCHITECTURE == PANOPTIC
+    needs = {"open_clip": "the text encoder is open_clip's"}
+    require_packages(needs | (MASK_HEAD_NEEDS if panoptic else {}))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} and torch sees no CUDA device. Add MODEL.DEVICE "

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.lazy import require_packages
 
 log = logging.getLogger("opentrans.ovs")
 
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shapes(options: argparse.Namespace) -> None:
+    require_packages({"PIL": "images are read and written by Pillow"})
     from .folder import SPLITS, write_shapes
 
     count = options.train + options.val * (len(SPLITS) - 1)
@@ -54,6 +56,7 @@ def _shapes(options: argparse.Namespace) -> None:
 
 
 def _clip(options: argparse.Namespace) -> None:
+    require_packages({"open_clip": "CLIP comes from open_clip"})
     from .tiny import train_tiny_clip
 
     def tell(step: int, loss: float) -> None:

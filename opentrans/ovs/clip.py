@@ -15,6 +15,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from opentrans_kernels.errors import CheckpointError, OpenTransError
+from opentrans_kernels.lazy import optional_module
 from opentrans_kernels.masks import (
     atomic_write,
     open_checkpoint,
@@ -29,6 +30,7 @@ __all__ = ["RANDOM", "Clip", "build_clip", "load_clip", "save_clip"]
 log = logging.getLogger(__name__)
 
 RANDOM = "random"
+COMES_FROM = "CLIP comes from open_clip"
 METADATA = "opentrans_clip"  # the shape of a CLIP, in the metadata of a safetensors file
 # Numbers that OpenAI's archives keep beside the weights.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
@@ -105,10 +107,8 @@ def build_clip(shape: Mapping[str, Any]) -> nn.Module:
 
     "vision" and "text" are the options of open_clip's CLIPVisionCfg and CLIPTextCfg.
     """
-    _open_clip()
-    from open_clip.model import CLIP
-
-    return CLIP(shape["embed_dim"], dict(shape["vision"]), dict(shape["text"]))
+    model = optional_module("open_clip.model", COMES_FROM)
+    return model.CLIP(shape["embed_dim"], dict(shape["vision"]), dict(shape["text"]))
 
 
 def save_clip(path: str | os.PathLike[str], model: nn.Module, shape: Mapping[str, Any]) -> Path:
@@ -166,11 +166,4 @@ def _frozen(model: nn.Module, tokenizer: Any, random: bool) -> Clip:
 
 
 def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise OpenTransError(
-            f"CLIP comes from open_clip, which cannot be imported ({error}). Install it with: "
-            "pip install open_clip_torch"
-        ) from error
-    return open_clip
+    return optional_module("open_clip", COMES_FROM)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.lazy import optional_module
 
 __all__ = ["DeepLabHead"]
 
@@ -82,11 +83,5 @@ def _conv(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
 
 
 def _pyramid() -> Any:
-    try:
-        from torchvision.models.segmentation.deeplabv3 import ASPP
-    except ImportError as error:
-        raise OpenTransError(
-            f"the DeepLab head uses torchvision, which cannot be imported ({error}). Install the "
-            "version that belongs to your torch: pip install torchvision"
-        ) from error
-    return ASPP
+    name = "torchvision.models.segmentation.deeplabv3"
+    return optional_module(name, "the DeepLab head uses torchvision").ASPP

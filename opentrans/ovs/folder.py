@@ -106,6 +106,7 @@ def write_shapes(
     """
     if train < 1 or val < 1:
         raise OpenTransError(f"train={train} and val={val} must be 1 or more images.")
+    pillow()  # which writes every image; its absence is told before a folder is made
     folder = Path(root)
     for number, (split, names) in enumerate(SPLITS.items()):
         classes = (BACKGROUND, *names)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.lazy import optional_module, require_packages
 
 from .folder import IGNORE
 from .text import TextClassifier
@@ -25,10 +26,16 @@ __all__ = ["MaskHead", "MaskHeadOptions", "MaskTargets", "mask_targets"]
 LEVELS = ("res2", "res3", "res4", "res5")
 STRIDES = (4, 8, 16, 32)
 GROUPS = 32  # of the group norms in the pixel decoder
-EXTRA = "Install both with: pip install 'transformers>=5' scipy"
 
 # Per image: masks [n, H, W] (0 or 1) and class numbers [n].
 MaskTargets = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+#: Packages the mask head needs, as ``require_packages`` takes them.
+MASK_HEAD_NEEDS = {
+    "scipy": "the mask head's matcher needs scipy",
+    "transformers": "the mask head is made of transformers' Mask2Former",
+}
 
 
 @dataclass(frozen=True)
@@ -175,9 +182,7 @@ def mask_targets(labels: torch.Tensor, *, ignore: int = IGNORE) -> MaskTargets:
 
 
 def _config(options: MaskHeadOptions) -> Any:
-    from transformers import Mask2FormerConfig
-
-    return Mask2FormerConfig(
+    return optional_module("transformers", MASK_HEAD_NEEDS["transformers"]).Mask2FormerConfig(
         feature_size=options.dim,
         mask_feature_size=options.dim,
         hidden_dim=options.dim,
@@ -206,12 +211,6 @@ def _initialise(library: Any, config: Any, *parts: nn.Module) -> None:
 
 
 def _library() -> Any:
-    try:
-        import scipy  # noqa: F401  (the matcher's assignment)
-        from transformers.models.mask2former import modeling_mask2former
-    except ImportError as error:
-        raise OpenTransError(
-            "the mask head is made of transformers' Mask2Former and of scipy, which cannot be "
-            f"imported ({error}). {EXTRA}"
-        ) from error
-    return modeling_mask2former
+    require_packages(MASK_HEAD_NEEDS)
+    name = "transformers.models.mask2former.modeling_mask2former"
+    return optional_module(name, MASK_HEAD_NEEDS["transformers"])

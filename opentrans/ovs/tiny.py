@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.lazy import optional_module
 
 from ..images import CLIP_MEAN, CLIP_STD
-from .clip import build_clip, save_clip
+from .clip import COMES_FROM, build_clip, save_clip
 from .shapes import BACKGROUND, SEEN, draw_scene
 from .text import TEMPLATES
 
@@ -52,8 +53,7 @@ def train_tiny_clip(
     """
     if steps < 1 or batch < 2:
         raise OpenTransError(f"steps={steps} must be 1 or more, batch={batch} 2 or more.")
-    import open_clip
-
+    open_clip = optional_module("open_clip", COMES_FROM)
     captions = (BACKGROUND, *SEEN)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

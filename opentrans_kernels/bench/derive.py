@@ -117,3 +117,8 @@ def trunk_work(result: Mapping[str, Any]) -> dict[str, int] | None:
     if not totals:
         return None
     return {name: int(totals[f"{name}_macs"]) for name in ("nominal", "effective", "executed")}
+
+
+def timed_variants(result: Mapping[str, Any]) -> list[str]:
+    """The dense variants a trunk result timed; the fastest of them is its baseline."""
+    return [name for name, entry in result["variants"].items() if "ms" in entry]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, MaskError, OpenTransError, UnsupportedModelError
+from ..errors import CheckpointError, MaskError, UnsupportedModelError
 from ..masks import MaskMatch, MaskSet, read_state_dict
-from ..synthetic import MaskSpec, read_masks, synthetic_masks, synthetic_rn50
+from ..synthetic import MaskSpec, read_masks, synthetic_masks
 from ..synthetic import load_masks_file as load_masks_file
 from ..topology import conv_shapes, find_trunk
-
-_FAMILIES = ("torchvision", "timm")
+from ..towers import build_tower
+from ..towers import clip_image_size as clip_image_size
 
 
 @dataclass
@@ -149,75 +149,6 @@ def load_subject(
         synthetic_weights=checkpoint is None,
         synthetic_mask=masks.source.synthetic,
     )
-
-
-def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
-    """A tower without trained weights, eval mode, float32, no gradients.
-
-    CLIP ResNets get synthetic weights; CLIP's other towers ("ViT-L-14"), "torchvision:NAME" and
-    "timm:NAME" their library's random initialisation under ``seed``.
-
-    Raises:
-        OpenTransError: the library is missing or does not know the name.
-    """
-    family, colon, name = arch.partition(":")
-    if not colon and arch.startswith("ViT"):
-        return _vision_transformer(arch, seed)
-    if not colon:
-        return synthetic_rn50(arch, seed=seed, image_size=clip_image_size(arch))
-    if family not in _FAMILIES:
-        raise OpenTransError(
-            f"arch {arch!r}: {family!r} is not a known library. Write RN50, RN101 or RN50x4 for "
-            "CLIP, or torchvision:resnet50, timm:resnet50."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            if family == "torchvision":
-                import torchvision
-
-                model = torchvision.models.get_model(name, weights=None)
-            else:
-                import timm
-
-                model = timm.create_model(name, pretrained=False)
-        except ImportError as error:
-            raise OpenTransError(
-                f"arch {arch!r} needs {family}, which cannot be imported ({error}). Install it "
-                f"with: pip install {family}"
-            ) from error
-        except (ValueError, RuntimeError) as error:
-            raise OpenTransError(
-                f"{family} does not know {name!r} ({error}). Write for example {family}:resnet50."
-            ) from error
-    return model.eval().requires_grad_(False)
-
-
-def _vision_transformer(arch: str, seed: int) -> nn.Module:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise OpenTransError(
-            f"arch {arch!r} needs open_clip, which cannot be imported ({error}). Install it with: "
-            "pip install open_clip_torch"
-        ) from error
-    if arch not in open_clip.list_models():
-        known = ", ".join([n for n in open_clip.list_models() if n.startswith("ViT")][:8])
-        raise OpenTransError(f"open_clip does not know {arch!r}. Use for example one of: {known}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = open_clip.create_model(arch, pretrained=None).visual
-    return model.eval().requires_grad_(False)
-
-
-def clip_image_size(arch: str) -> int:
-    """Side in pixels that ``arch``'s attention pool is made for; 224 where that is unknown."""
-    try:
-        import open_clip
-    except ImportError:
-        return 224  # synthetic_rn50 reports the missing package, with the fix
-    config = open_clip.get_model_config(arch) or {}
-    return int(config.get("vision_cfg", {}).get("image_size", 224))
 
 
 def load_weights(model: nn.Module, checkpoint: str | Path) -> None:

@@ -26,7 +26,7 @@ from .rows import matched
 from .schema import envelope
 from .subject import Subject
 from .timing import TimingTable, available_cpus, interleave
-from .variants import NAMES, TrunkModule, Variant, build_variants, relative_error
+from .variants import BASELINE, NAMES, TrunkModule, Variant, build_variants, relative_error
 
 OURS = "accelerated"
 ONE_THREAD = "accelerated_one_thread"
@@ -44,7 +44,7 @@ class TrunkOptions:
     isa: str = "native"
     rounds: int = 15
     warmup_s: float = 0.5
-    variants: tuple[str, ...] = NAMES
+    variants: tuple[str, ...] = BASELINE
     seed: int = 0
     layers: bool = True
     core_attempts: int = 3

@@ -125,6 +125,10 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("jit_optimized", "torch.jit.trace, freeze, optimize_for_inference", _traced),
 )
 NAMES = tuple(recipe.name for recipe in RECIPES)
+#: Those that are timed unless others are asked for; the fastest is the baseline, in the demo as in
+#: the benchmarks. Without plain "compile", which lost to its folded twin in every stored result and
+#: ends the process if both are compiled in it for AVX-512 (docs/performance.md, 6).
+BASELINE = tuple(name for name in NAMES if name != "compile")
 
 
 def build_variants(

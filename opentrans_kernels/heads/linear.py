@@ -25,7 +25,8 @@ def has_kernel() -> bool:
 
 def linear(layer: nn.Linear, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
     """``layer(x)``, with a ReLU if asked for, on the parameters as they are now."""
-    if torch.is_grad_enabled() or x.numel() == 0 or not torch.backends.mkldnn.enabled:
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()  # which fuses it itself
+    if plain or x.numel() == 0 or not torch.backends.mkldnn.enabled:
         out = F.linear(x, layer.weight, layer.bias)
         return out.relu_() if relu and not out.requires_grad else out.relu() if relu else out
     act = "relu" if relu else "none"

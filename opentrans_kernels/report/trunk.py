@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..bench.derive import timed_variants
 from .page import Page
 from .svg import Series, bar_chart
 
@@ -62,10 +63,12 @@ def _exactness(page: Page, result: Mapping[str, Any]) -> None:
 
 
 def _variants(page: Page, result: Mapping[str, Any]) -> None:
+    timed = timed_variants(result)
     page.heading("Every way to run it")
     page.paragraph(
         f"Median wall time of {result['rounds']} interleaved rounds. The speed-up is the median "
-        "of the ratios within a round; the baseline is the fastest dense variant of this run.",
+        f"of the ratios within a round; the baseline is the fastest of the {len(timed)} dense "
+        f"variants that were timed: {', '.join(timed)}.",
         "soft",
     )
     entries = [("accelerated", result["accelerated"])]

@@ -1,0 +1,122 @@
+"""The README's table: whole networks against the fastest dense PyTorch and other engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from markdown_tables import EMPTY, origin, table
+from performance_tables import SHOWN
+
+from opentrans_kernels.bench.compare import run_label
+from opentrans_kernels.bench.derive import timed_variants
+from opentrans_kernels.bench.peers.registry import BUILT_IN
+
+Result = Mapping[str, Any]
+Row = tuple[object, ...]
+COLUMNS = "network, input|mask|threads, ISA|against|its ms|our ms|speed-up (quartiles)".split("|")
+SHOWN_MASK, SHOWN_SIZE = "global:0.90", 224
+WHOLE = {"inference": "DeepLabV3 on RN50, whole", "fc-clip": "FC-CLIP on RN50, whole"}
+
+
+def networks_table(
+    trunks: Sequence[Result], models: Sequence[Result], whole: Sequence[Result]
+) -> str:
+    """Trunks of the first run's instruction set, its peers, towers, whole segmentation models."""
+    shown = [r for r in trunks if _is_shown(r, trunks[0])]
+    measured = [r for r in whole if any(name in r["parts"] for name in WHOLE)]
+    rows = [_trunk_row(r) for r in shown]
+    rows += [row for r in shown if run_label(dict(r)) == SHOWN for row in _peer_rows(r)]
+    rows += [row for r in models for row in _model_rows(r)]
+    rows += [row for r in measured for row in _whole_rows(r)]
+    if not rows:
+        return EMPTY
+    return f"{table(COLUMNS, rows)}\n\n{origin([*shown, *models, *measured])}"
+
+
+def _is_shown(result: Result, first: Result) -> bool:
+    """Every mask at one size and thread, and one mask at every size and number of threads."""
+    same = _isa(result) == _isa(first)
+    plain = result["threads"] == 1 and result["input"][2] == SHOWN_SIZE
+    return same and (plain or _mask(result) == SHOWN_MASK)
+
+
+def _trunk_row(r: Result) -> Row:
+    _, _, height, width = r["input"]
+    dense = f"{r['baseline']['name']} (fastest of {len(timed_variants(r))})"
+    times = r["baseline"]["ms"], r["accelerated"]["ms"]
+    name = f"{r['subject']['arch']} trunk, {_size(height, width)}"
+    return (
+        name,
+        *_where(r),
+        dense,
+        *_cells(*times, {**r["speedup_spread"], "median": r["speedup"]}, r),
+    )
+
+
+def _peer_rows(r: Result) -> Iterator[Row]:
+    for name, peer in r["peers"].items():
+        if name == BUILT_IN or not peer["available"]:
+            continue
+        label = f"{name} {peer.get('version', '').split('-')[0]}".strip()
+        if peer.get("note", "").startswith("another network"):
+            label += ", another network"
+        elif peer.get("note", "").startswith("cannot be limited"):
+            label += ", any ISA"
+        ours = peer.get("ours_ms", r["accelerated"]["ms"])
+        cells = _cells(peer["ms"], ours, peer["speedup_of_ours"], r)
+        arch = f"{r['subject']['arch']} trunk, {_size(*r['input'][2:])}"
+        yield (arch, *_where(r), label, *cells)
+
+
+def _model_rows(r: Result) -> Iterator[Row]:
+    """The tower with its attention pool, the largest batch and the largest image."""
+    largest = max(r["rows"], key=lambda row: row["height"] * row["width"])
+    batched = max(r["rows"], key=lambda row: row["batch"])
+    for row in r["rows"]:
+        if row["part"] != "tower" and row is not largest and row is not batched:
+            continue
+        name = f"{r['subject']['arch']} {row['part']}, {_size(row['height'], row['width'])}"
+        name += f", batch {row['batch']}" * (row["batch"] > 1)
+        where = _mask(r), f"{row['threads']}, {_isa(r)}"
+        sides = row.get("dense_variants_ms", ())  # older results lack it
+        dense = row["dense_kind"] + f" (fastest of {len(sides)})" * bool(sides)
+        yield (name, *where, dense, *_cells(row["dense_ms"], row["ms"], row["speedup"], r))
+
+
+def _whole_rows(r: Result) -> Iterator[Row]:
+    for part, title in WHOLE.items():
+        if part not in r["parts"]:
+            continue
+        one = r["parts"][part]
+        best, ours = one["baseline"]["whole"], one["accelerated"]
+        dense = [n for n in one["timings"] if n.startswith("whole: ") and "accelerated" not in n]
+        times = (one["timings"][name]["cpu"]["median"] for name in (best, ours))
+        *cells, ratio = _cells(*times, one["speedup"], r)
+        if one["speedup"]["median"] > one["amdahl_bound"]:
+            ratio += f"; {one['amdahl_predicted']:.2f}x by Amdahl's law"
+        against = f"{best.partition(': ')[2]} (fastest of {len(dense)})"
+        yield (f"{title}, {one['size']}", *_where(r), against, *cells, ratio)
+
+
+def _cells(theirs: float, ours: float, ratio: Mapping[str, Any], r: Result) -> tuple[str, ...]:
+    loses = " loses" * (ratio["median"] < 1)
+    text = f"**{ratio['median']:.2f}x{loses}** ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
+    text += ", disturbed machine" * r["canary"]["disturbed"]
+    return f"{theirs:.1f}", f"{ours:.1f}", text
+
+
+def _where(r: Result) -> tuple[str, str]:
+    return _mask(r), f"{r['threads']}, {_isa(r)}"
+
+
+def _mask(r: Result) -> str:
+    return r["mask"]["label"].removesuffix(" (synthetic mask)")
+
+
+def _isa(r: Result) -> str:
+    return r["opentrans_cpu_capability"] or r["isa"]
+
+
+def _size(height: int, width: int) -> str:
+    return f"{height}" if height == width else f"{height}x{width}"

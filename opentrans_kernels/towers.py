@@ -1,0 +1,136 @@
+"""Networks by name: CLIP's towers from open_clip, and those of torchvision and timm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .errors import OpenTransError, UnsupportedModelError
+from .lazy import optional_module
+from .synthetic import clip_resnet_on_meta, synthetic_rn50
+
+__all__ = [
+    "NAMED",
+    "build_tower",
+    "check_named",
+    "clip_image_size",
+    "empty_tower",
+    "fill_storage",
+    "shapes_of",
+]
+
+_FAMILIES = ("torchvision", "timm")
+_PLAIN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+#: What a file may name. A fixed list, because the libraries' own builders also take names that
+#: download weights or settings.
+NAMED = (
+    *("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"),
+    *(f"{family}:{name}" for family in _FAMILIES for name in (*_PLAIN, "wide_resnet50_2")),
+)
+
+
+def empty_tower(arch: str) -> nn.Module:
+    """The network ``arch`` of ``NAMED`` on the meta device, eval mode: shapes without storage.
+
+    Raises OpenTransError for another name, or if the library that has it is missing.
+    """
+    if arch not in NAMED:
+        raise OpenTransError(
+            f"arch {arch!r} is not built by its name alone. Known are {', '.join(NAMED)}."
+        )
+    family, colon, name = arch.partition(":")
+    if not colon:
+        return clip_resnet_on_meta(arch, clip_image_size(arch)).eval().requires_grad_(False)
+    with torch.device("meta"):
+        return _of_library(arch, family, name).eval().requires_grad_(False)
+
+
+def fill_storage(model: nn.Module) -> nn.Module:
+    """Give a network on the meta device storage on the CPU, all zero; returns it."""
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    return model
+
+
+def check_named(arch: str, model: nn.Module) -> None:
+    """Raise UnsupportedModelError unless ``arch`` is in ``NAMED`` and has the model's tensors."""
+    if arch not in NAMED:
+        raise UnsupportedModelError(
+            f"arch {arch!r} is not one of those that are built by name ({', '.join(NAMED)}). Leave "
+            "it out; the file is then loaded with the model, or with build=FUNCTION."
+        )
+    named, own = shapes_of(empty_tower(arch).state_dict()), shapes_of(model.state_dict())
+    if differ := sorted(key for key in named | own if named.get(key) != own.get(key)):
+        key = differ[0]
+        raise UnsupportedModelError(
+            f"the model is not {arch}: {len(differ)} tensors differ, {key} is "
+            f"{own.get(key, 'absent')} in the model and {named.get(key, 'absent')} in {arch}. Name "
+            "its architecture, or leave arch out."
+        )
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
+    """A tower without trained weights, eval mode, float32, no gradients.
+
+    CLIP ResNets get synthetic weights; CLIP's other towers ("ViT-L-14"), "torchvision:NAME" and
+    "timm:NAME" their library's random initialisation under ``seed``.
+
+    Raises:
+        OpenTransError: the library is missing or does not know the name.
+    """
+    family, colon, name = arch.partition(":")
+    if not colon and arch.startswith("ViT"):
+        return _vision_transformer(arch, seed)
+    if not colon:
+        return synthetic_rn50(arch, seed=seed, image_size=clip_image_size(arch))
+    if family not in _FAMILIES:
+        raise OpenTransError(
+            f"arch {arch!r}: {family!r} is not a known library. Write RN50, RN101 or RN50x4 for "
+            "CLIP, or torchvision:resnet50, timm:resnet50."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _of_library(arch, family, name).eval().requires_grad_(False)
+
+
+def _of_library(arch: str, family: str, name: str) -> nn.Module:
+    library = optional_module(family, f"arch {arch!r} needs {family}")
+    try:
+        if family == "torchvision":
+            return library.models.get_model(name, weights=None)
+        return library.create_model(name, pretrained=False)
+    except (ValueError, RuntimeError) as error:
+        raise OpenTransError(
+            f"{family} does not know {name!r} ({error}). Write for example {family}:resnet50."
+        ) from error
+
+
+def _vision_transformer(arch: str, seed: int) -> nn.Module:
+    open_clip = optional_module("open_clip", f"arch {arch!r} needs open_clip")
+    if arch not in open_clip.list_models():
+        known = ", ".join([n for n in open_clip.list_models() if n.startswith("ViT")][:8])
+        raise OpenTransError(f"open_clip does not know {arch!r}. Use for example one of: {known}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.create_model(arch, pretrained=None).visual
+    return model.eval().requires_grad_(False)
+
+
+def clip_image_size(arch: str) -> int:
+    """Side in pixels that ``arch``'s attention pool is made for; 224 where that is unknown.
+
+    Raises OpenTransError if open_clip is missing.
+    """
+    open_clip = optional_module("open_clip", f"arch {arch!r} needs open_clip")
+    config = open_clip.get_model_config(arch) or {}
+    return int(config.get("vision_cfg", {}).get("image_size", 224))
