@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from opentrans_kernels.clip_resnet import ModifiedResNet, arch_of
 from opentrans_kernels.errors import MaskError, OpenTransError
 
 if TYPE_CHECKING:
@@ -108,20 +109,20 @@ def masks_for(text: str | os.PathLike[str], model: nn.Module) -> MaskSet:
 
 
 def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> nn.Module:
-    """open_clip's visual tower ``arch`` (RN50, RN101, RN50x4 ...) with synthetic weights.
+    """CLIP's visual tower ``arch`` (RN50, RN101, RN50x4 ...) with synthetic weights.
 
     Returns a ``ModifiedResNet`` in eval mode, float32, without gradients; ``image_size`` (pixels,
     a multiple of 32) only fixes the size the attention pool accepts. The global random state is
     neither used nor changed. Batch norms hold the statistics of one forward on noise, disturbed a
-    little, so activations keep a sensible scale at any depth. Raises OpenTransError if open_clip
-    is missing, ``arch`` is not a CLIP ResNet or the size is not valid.
+    little, so activations keep a sensible scale at any depth. Raises OpenTransError if ``arch`` is
+    not a CLIP ResNet or the size is not valid.
     """
     if image_size < 32 or image_size % 32:
         raise OpenTransError(
             f"image_size {image_size} is not a positive multiple of 32, the stride of a CLIP "
             "ResNet. Use for example 224."
         )
-    model = _empty_tower(arch, image_size)
+    model = empty_tower(arch, image_size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         _fill_parameters(model, generator)
@@ -129,32 +130,20 @@ def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> 
     return model.eval().requires_grad_(False)
 
 
-def _empty_tower(arch: str, image_size: int) -> nn.Module:
-    """The tower with uninitialised storage: built on meta so that no time goes into an init."""
-    try:
-        import open_clip
-        from open_clip.modified_resnet import ModifiedResNet
-    except ImportError as exc:
-        raise OpenTransError(
-            "the synthetic CLIP ResNet is built from open_clip, which cannot be imported "
-            f"({exc}). Install it with: pip install open_clip_torch"
-        ) from exc
-    known = [n for n in open_clip.list_models() if n.startswith("RN")]
-    vision = (open_clip.get_model_config(arch) or {}).get("vision_cfg", {})
-    if not isinstance(vision.get("layers"), list):
-        raise OpenTransError(
-            f"{arch!r} is not a CLIP ResNet known to open_clip. Use one of: {', '.join(known)}."
-        )
-    width = vision["width"]
+def empty_tower(arch: str, image_size: int) -> nn.Module:
+    """The tower with uninitialised parameters, for a caller that fills them.
+
+    Built on meta, so that no time goes into an init. Counters of batch norms, which some
+    checkpoints lack, are zero. Raises OpenTransError if ``arch`` is not a CLIP ResNet.
+    """
+    shape = arch_of(arch)
     with torch.device("meta"):
-        model = ModifiedResNet(
-            layers=vision["layers"],
-            output_dim=open_clip.get_model_config(arch)["embed_dim"],
-            heads=width * 32 // vision.get("head_width", 64),
-            image_size=image_size,
-            width=width,
-        )
-    return model.to_empty(device="cpu")
+        model = ModifiedResNet(shape.layers, shape.output_dim, image_size, shape.width)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked.zero_()
+    return model
 
 
 def _randn(shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -192,7 +181,6 @@ def _fill_batch_norm(name: str, bn: nn.BatchNorm2d, generator: torch.Generator) 
     bn.bias.copy_(0.25 * _randn((channels,), generator))
     bn.running_mean.zero_()
     bn.running_var.fill_(1.0)
-    bn.num_batches_tracked.zero_()
 
 
 def _calibrate_batch_norms(model: nn.Module, generator: torch.Generator) -> None:

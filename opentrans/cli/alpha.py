@@ -134,7 +134,9 @@ def _subject(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], st
         )
         model, labels = subject.masked_copy(), subject.describe()
     else:
-        model = build_tower(options.arch, seed=options.seed)
+        model = build_tower(
+            options.arch, seed=options.seed, empty=options.checkpoint is not None
+        )
         weights = f"synthetic weights (seed {options.seed})"
         if options.checkpoint is not None:
             load_weights(model, options.checkpoint)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..clip_resnet import ARCHS
 from ..errors import CheckpointError, MaskError, OpenTransError, UnsupportedModelError
 from ..masks import MaskMatch, MaskSet, read_state_dict
-from ..synthetic import MaskSpec, read_masks, synthetic_masks, synthetic_rn50
+from ..synthetic import MaskSpec, empty_tower, read_masks, synthetic_masks, synthetic_rn50
 from ..synthetic import load_masks_file as load_masks_file
 from ..topology import conv_shapes, find_trunk
 
@@ -121,7 +122,7 @@ def load_subject(
     # Errors of files come first: building a tower takes seconds.
     given = None if mask is None else read_masks(mask)
     state = None if checkpoint is None else read_state_dict(checkpoint)
-    model = build_tower(arch, seed=seed)
+    model = build_tower(arch, seed=seed, empty=state is not None)
     weights = f"synthetic weights (seed {seed})"
     if checkpoint is not None and state is not None:
         load_weights_from(model, state, Path(checkpoint).name)
@@ -151,10 +152,11 @@ def load_subject(
     )
 
 
-def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
+def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     """A tower without trained weights, eval mode, float32, no gradients.
 
-    CLIP ResNets get synthetic weights; CLIP's other towers ("ViT-L-14"), "torchvision:NAME" and
+    CLIP ResNets get synthetic weights, or with ``empty`` uninitialised ones, for callers that load
+    a checkpoint; CLIP's other towers ("ViT-L-14"), "torchvision:NAME" and
     "timm:NAME" their library's random initialisation under ``seed``.
 
     Raises:
@@ -163,6 +165,8 @@ def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
     family, colon, name = arch.partition(":")
     if not colon and arch.startswith("ViT"):
         return _vision_transformer(arch, seed)
+    if not colon and empty:
+        return empty_tower(arch, clip_image_size(arch)).eval().requires_grad_(False)
     if not colon:
         return synthetic_rn50(arch, seed=seed, image_size=clip_image_size(arch))
     if family not in _FAMILIES:
@@ -212,10 +216,15 @@ def _vision_transformer(arch: str, seed: int) -> nn.Module:
 
 def clip_image_size(arch: str) -> int:
     """Side in pixels that ``arch``'s attention pool is made for; 224 where that is unknown."""
+    known = ARCHS.get(arch.removesuffix("-quickgelu"))
+    if known is not None:
+        return known.image_size
+    if not arch.startswith("ViT"):
+        return 224  # no CLIP tower: who builds it says so
     try:
         import open_clip
     except ImportError:
-        return 224  # synthetic_rn50 reports the missing package, with the fix
+        return 224  # build_tower reports the missing package, with the fix
     config = open_clip.get_model_config(arch) or {}
     return int(config.get("vision_cfg", {}).get("image_size", 224))
 
