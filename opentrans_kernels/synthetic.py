@@ -133,16 +133,18 @@ def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> 
 def empty_tower(arch: str, image_size: int) -> nn.Module:
     """The tower with uninitialised parameters, for a caller that fills them.
 
-    Built on meta, so that no time goes into an init. Counters of batch norms, which some
-    checkpoints lack, are zero. Raises OpenTransError if ``arch`` is not a CLIP ResNet.
+    Built on meta, so that no time goes into an init. Buffers are zero: some checkpoints lack the
+    counters of batch norms. Raises OpenTransError if ``arch`` is not a CLIP ResNet.
     """
     shape = arch_of(arch)
     with torch.device("meta"):
         model = ModifiedResNet(shape.layers, shape.output_dim, image_size, shape.width)
-    model.to_empty(device="cpu")
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.num_batches_tracked.zero_()
+        # Not by ``to_empty``: it loads all of torch's compiler to copy a shape.
+        for key, value in module.named_parameters(recurse=False):
+            setattr(module, key, nn.Parameter(torch.empty(value.shape)))
+        for key, value in module.named_buffers(recurse=False):
+            setattr(module, key, torch.zeros(value.shape, dtype=value.dtype))
     return model
 
 
