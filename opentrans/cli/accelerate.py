@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .options import ARCH_HELP, add_json, add_size, add_threads, input_size
+from .progress import steps
 from .render import Output, check_writable
 
 SUMMARY = "checkpoint + mask in, packed checkpoint out"
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     if subject.banner():
         out.warn(str(subject.banner()))
     size = input_size(options)
-    with out.progress("accelerate") as step, torch.no_grad():
+    with steps(out, "accelerate") as step, torch.no_grad():
         step("planning and packing")
         masked = subject.masked_copy()
         report = accelerate(subject.model, subject.masks, input_size=size, threads=options.threads)
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         out.warn(f"nothing was accelerated, so {options.output} was not written; see above why")
     elif written:
         save_accelerated(options.output, subject.model, subject.masks)
-        out.text(f"wrote {options.output}")
+        out.text(f"wrote {options.output}", whole=True)
     else:
         out.warn(
             f"inexact: the error is more than twice dense float32's own; {options.output} was "
