@@ -49,13 +49,14 @@ def published_half(threes: Iterable[str]) -> list[str]:
 def training_table(size: tuple[int, int] = (512, 512)) -> list[TrainingRow]:
     """Rows of the table, at (height, width) in pixels, multiples of 32.
 
-    Raises OpenTransError for another size, or if open_clip, which has the network, is missing.
+    Raises OpenTransError for another size.
     """
-    from .d2.tower import clip_resnet
+    from opentrans_kernels.clip_resnet import ModifiedResNet, arch_of
 
     area_of(size)
+    shape = arch_of("RN50")
     with torch.device("meta"):
-        model = clip_resnet("RN50", image_size=512)
+        model = ModifiedResNet(shape.layers, shape.output_dim, image_size=512)
     head = sum(part.macs["fvcore"] for part in head_parts("han", size))
     threes = [n for n, m in model.named_modules() if _is_3x3(m)]
     half = published_half(threes)

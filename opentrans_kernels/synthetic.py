@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from opentrans_kernels.clip_resnet import ModifiedResNet, arch_of
 from opentrans_kernels.errors import MaskError, OpenTransError
-from opentrans_kernels.lazy import optional_module
 
 if TYPE_CHECKING:
     from opentrans_kernels.masks import MaskSet
@@ -109,20 +109,20 @@ def masks_for(text: str | os.PathLike[str], model: nn.Module) -> MaskSet:
 
 
 def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> nn.Module:
-    """open_clip's visual tower ``arch`` (RN50, RN101, RN50x4 ...) with synthetic weights.
+    """CLIP's visual tower ``arch`` (RN50, RN101, RN50x4 ...) with synthetic weights.
 
     Returns a ``ModifiedResNet`` in eval mode, float32, without gradients; ``image_size`` (pixels,
     a multiple of 32) only fixes the size the attention pool accepts. The global random state is
     neither used nor changed. Batch norms hold the statistics of one forward on noise, disturbed a
-    little, so activations keep a sensible scale at any depth. Raises OpenTransError if open_clip
-    is missing, ``arch`` is not a CLIP ResNet or the size is not valid.
+    little, so activations keep a sensible scale at any depth. Raises OpenTransError if ``arch`` is
+    not a CLIP ResNet or the size is not valid.
     """
     if image_size < 32 or image_size % 32:
         raise OpenTransError(
             f"image_size {image_size} is not a positive multiple of 32, the stride of a CLIP "
             "ResNet. Use for example 224."
         )
-    model = clip_resnet_on_meta(arch, image_size).to_empty(device="cpu")
+    model = with_storage(clip_resnet_on_meta(arch, image_size))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         _fill_parameters(model, generator)
@@ -130,28 +130,29 @@ def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> 
     return model.eval().requires_grad_(False)
 
 
-def clip_resnet_on_meta(arch: str, image_size: int) -> nn.Module:
-    """open_clip's visual tower ``arch`` on the meta device: shapes without storage or an init.
+def clip_resnet_on_meta(arch: str, image_size: int) -> ModifiedResNet:
+    """CLIP's visual tower ``arch`` on the meta device: shapes without storage or an init.
 
-    Raises OpenTransError if open_clip is missing or ``arch`` is not a CLIP ResNet.
+    Raises OpenTransError if ``arch`` is not a CLIP ResNet.
     """
-    use = "the CLIP ResNet is built from open_clip"
-    open_clip = optional_module("open_clip", use)
-    known = [n for n in open_clip.list_models() if n.startswith("RN")]
-    vision = (open_clip.get_model_config(arch) or {}).get("vision_cfg", {})
-    if not isinstance(vision.get("layers"), list):
-        raise OpenTransError(
-            f"{arch!r} is not a CLIP ResNet known to open_clip. Use one of: {', '.join(known)}."
-        )
-    width = vision["width"]
+    shape = arch_of(arch)
     with torch.device("meta"):
-        return optional_module("open_clip.modified_resnet", use).ModifiedResNet(
-            layers=vision["layers"],
-            output_dim=open_clip.get_model_config(arch)["embed_dim"],
-            heads=width * 32 // vision.get("head_width", 64),
-            image_size=image_size,
-            width=width,
-        )
+        return ModifiedResNet(shape.layers, shape.output_dim, image_size, shape.width)
+
+
+def with_storage(model: nn.Module) -> nn.Module:
+    """Give a network on the meta device storage on the CPU; returns it.
+
+    Parameters are uninitialised, for a caller that fills them; buffers are zero, since some
+    checkpoints lack the counters of batch norms.
+    """
+    for module in model.modules():
+        # Not by ``to_empty``: it loads all of torch's compiler to copy a shape.
+        for key, value in module.named_parameters(recurse=False):
+            setattr(module, key, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
+        for key, value in module.named_buffers(recurse=False):
+            setattr(module, key, torch.zeros(value.shape, dtype=value.dtype))
+    return model
 
 
 def _randn(shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -189,7 +190,6 @@ def _fill_batch_norm(name: str, bn: nn.BatchNorm2d, generator: torch.Generator) 
     bn.bias.copy_(0.25 * _randn((channels,), generator))
     bn.running_mean.zero_()
     bn.running_var.fill_(1.0)
-    bn.num_batches_tracked.zero_()
 
 
 def _calibrate_batch_norms(model: nn.Module, generator: torch.Generator) -> None:

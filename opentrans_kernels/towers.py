@@ -1,4 +1,4 @@
-"""Networks by name: CLIP's towers from open_clip, and those of torchvision and timm."""
+"""Networks by name: CLIP's ResNets, and towers of open_clip, torchvision and timm."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .clip_resnet import ARCHS
 from .errors import OpenTransError, UnsupportedModelError
 from .lazy import optional_module
-from .synthetic import clip_resnet_on_meta, synthetic_rn50
+from .synthetic import clip_resnet_on_meta, synthetic_rn50, with_storage
 
 __all__ = [
     "NAMED",
@@ -50,7 +51,7 @@ def empty_tower(arch: str) -> nn.Module:
 
 def fill_storage(model: nn.Module) -> nn.Module:
     """Give a network on the meta device storage on the CPU, all zero; returns it."""
-    model.to_empty(device="cpu")
+    with_storage(model)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.zero_()
@@ -79,10 +80,11 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
+def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     """A tower without trained weights, eval mode, float32, no gradients.
 
-    CLIP ResNets get synthetic weights; CLIP's other towers ("ViT-L-14"), "torchvision:NAME" and
+    CLIP ResNets get synthetic weights, or with ``empty`` uninitialised ones, for callers that load
+    a checkpoint; CLIP's other towers ("ViT-L-14"), "torchvision:NAME" and
     "timm:NAME" their library's random initialisation under ``seed``.
 
     Raises:
@@ -91,6 +93,9 @@ def build_tower(arch: str, *, seed: int = 0) -> nn.Module:
     family, colon, name = arch.partition(":")
     if not colon and arch.startswith("ViT"):
         return _vision_transformer(arch, seed)
+    if not colon and empty:
+        tower = with_storage(clip_resnet_on_meta(arch, clip_image_size(arch)))
+        return tower.eval().requires_grad_(False)
     if not colon:
         return synthetic_rn50(arch, seed=seed, image_size=clip_image_size(arch))
     if family not in _FAMILIES:
@@ -129,8 +134,13 @@ def _vision_transformer(arch: str, seed: int) -> nn.Module:
 def clip_image_size(arch: str) -> int:
     """Side in pixels that ``arch``'s attention pool is made for; 224 where that is unknown.
 
-    Raises OpenTransError if open_clip is missing.
+    Raises OpenTransError if a tower of open_clip is asked for, and it is missing.
     """
+    known = ARCHS.get(arch.removesuffix("-quickgelu"))
+    if known is not None:
+        return known.image_size
+    if not arch.startswith("ViT"):
+        return 224  # no CLIP tower: who builds it says so
     open_clip = optional_module("open_clip", f"arch {arch!r} needs open_clip")
     config = open_clip.get_model_config(arch) or {}
     return int(config.get("vision_cfg", {}).get("image_size", 224))

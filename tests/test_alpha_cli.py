@@ -17,7 +17,7 @@ from freeze_cases import Chain, alpha_row, alpha_table
 
 from opentrans import FreezePlan, cli, freeze_plan
 from opentrans.cli import render
-from opentrans.cli.alpha import progress_bar
+from opentrans.cli.progress import progress_bar
 from opentrans_kernels.bench.subject import build_tower
 from opentrans_kernels.report import alpha_files
 from opentrans_kernels.report.alpha_plots import Freezing, alphas_svg, spectra_svg, standalone
@@ -163,10 +163,11 @@ def test_progress_bar(use_rich: bool) -> None:
             progress(step, 4, f"layer{step}")
     shown = streams["stderr"].getvalue()
     assert "4/4" in shown and "layer4" in shown and not streams["stdout"].getvalue()
-    quiet = render.Output(None, stdout=io.StringIO(), stderr=io.StringIO(), use_rich=use_rich)
-    with progress_bar(quiet, "alpha") as progress:
-        assert progress is None
-    assert quiet.stderr.getvalue() == ""
+    piped = render.Output(None, stdout=io.StringIO(), stderr=io.StringIO(), use_rich=use_rich)
+    with progress_bar(piped, "alpha") as progress:
+        progress(1, 4, "layer1")
+    assert piped.stderr.getvalue() == "alpha: 1 of 4, layer1\n"
+    assert piped.stdout.getvalue() == ""
 
 
 def marks(svg: str, css: str) -> int:

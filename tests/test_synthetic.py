@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from opentrans_kernels.clip_resnet import ARCHS, ModifiedResNet, arch_of
 from opentrans_kernels.errors import MaskError, OpenTransError
 from opentrans_kernels.synthetic import (
     MaskSpec,
@@ -18,10 +19,13 @@ from opentrans_kernels.synthetic import (
     synthetic_rn50,
 )
 
+# Of seed 0: what these name must never change.
+FIRST_WEIGHTS = [-0.01782582, -0.06131906, 0.0464691]
+LAST_BIASES = [0.4170278, -0.03849825, 0.2115114]
+
 
 @pytest.fixture(scope="module")
 def rn50() -> nn.Module:
-    pytest.importorskip("open_clip", reason="open_clip is not installed")
     return synthetic_rn50()
 
 
@@ -83,7 +87,6 @@ def test_eval_without_gradients_repeatable_and_global_random_state_untouched(rn5
 
 
 def test_other_towers_and_sizes():
-    pytest.importorskip("open_clip", reason="open_clip is not installed")
     wide = synthetic_rn50("RN50x4", image_size=64)
     assert wide.conv1.weight.shape == (40, 3, 3, 3)
     assert wide.attnpool.positional_embedding.shape[0] == 2 * 2 + 1
@@ -93,7 +96,6 @@ def test_other_towers_and_sizes():
 
 @pytest.mark.parametrize("arch", ["RN51", "ViT-B-32", "RN50x4-nope", ""])
 def test_unknown_arch(arch):
-    pytest.importorskip("open_clip", reason="open_clip is not installed")
     with pytest.raises(OpenTransError, match="not a CLIP ResNet.*Use one of: .*RN50"):
         synthetic_rn50(arch)
 
@@ -104,11 +106,51 @@ def test_bad_image_size(size):
         synthetic_rn50(image_size=size)
 
 
-def test_without_open_clip_only_the_tower_is_missing(monkeypatch):
+def test_nothing_needs_open_clip(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(OpenTransError, match="pip install open_clip_torch"):
-        synthetic_rn50()
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert synthetic_rn50(image_size=32).conv1.weight.shape == (32, 3, 3, 3)
     assert synthetic_masks(small_net(), "global:0.5").density() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("arch", list(ARCHS))
+def test_towers_are_those_of_open_clip(arch):
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip.modified_resnet import ModifiedResNet as Theirs
+
+    config = open_clip.get_model_config(arch)
+    vision, ours = config["vision_cfg"], arch_of(arch)
+    assert arch_of(f"{arch}-quickgelu") == ours
+    assert list(ours.layers) == vision["layers"] and ours.width == vision["width"]
+    assert (ours.image_size, ours.output_dim) == (vision["image_size"], config["embed_dim"])
+    with torch.device("meta"):
+        mine = ModifiedResNet(ours.layers, ours.output_dim, ours.image_size, ours.width)
+        theirs = Theirs(
+            vision["layers"], config["embed_dim"], ours.width * 32 // 64, ours.image_size,
+            vision["width"],
+        )  # fmt: skip
+    # In the same order too: synthetic weights are drawn one after the other.
+    assert [n for n, _ in mine.named_modules()] == [n for n, _ in theirs.named_modules()]
+    shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (mine, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_forward_is_that_of_open_clip():
+    theirs = pytest.importorskip("open_clip.modified_resnet").ModifiedResNet
+    torch.manual_seed(0)
+    mine = ModifiedResNet((1, 2, 1, 1), 16, image_size=64, width=8).eval()
+    for parameter in mine.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    other = theirs([1, 2, 1, 1], 16, 4, image_size=64, width=8).eval()
+    other.load_state_dict(mine.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(mine(x), other(x))
+
+
+def test_the_recipe_gives_the_weights_that_stored_results_refer_to(rn50):
+    assert rn50.conv1.weight[0, 0, 0].tolist() == pytest.approx(FIRST_WEIGHTS, rel=1e-5)
+    assert rn50.layer4[2].bn3.bias[:3].tolist() == pytest.approx(LAST_BIASES, rel=1e-5)
 
 
 @pytest.mark.parametrize("text", ["global:0.90", " uniform:0 ", "global:1", "uniform:.5"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,3 +145,16 @@ def test_norms_without_statistics_are_recognised_and_fail_when_folded():
     node = trunk.blocks[0].convs[0]
     with pytest.raises(UnsupportedModelError, match=r"layer1.0.conv1 with layer1.0.bn1"):
         fold_bn(node, node.conv.weight.detach().double())
+
+
+def test_reading_a_tower_does_not_load_the_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from opentrans_kernels.clip_resnet import ModifiedResNet\n"
+        "from opentrans_kernels.topology import conv_shapes, find_trunk\n"
+        "trunk = find_trunk(ModifiedResNet((1, 1, 1, 1), 16, 64, 8).eval())\n"
+        "assert len(trunk.blocks) == 4 and len(conv_shapes(trunk, (64, 64))) == 19\n"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

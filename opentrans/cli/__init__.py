@@ -18,6 +18,7 @@ from opentrans_kernels import __version__
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.lazy import require_packages
 
+from .progress import begin
 from .render import Output
 
 OK, FAILED_CHECK, BAD_INPUT, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -27,6 +28,9 @@ COMMANDS = (
     "info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "flops", "bench",
     "report", "demo",
 )  # fmt: skip
+
+#: These may start over in a process of their own, and speak when they have; report needs no torch.
+RESTARTING = ("bench", "demo", "report")
 
 _EPILOG = """\
 MASK is a mask file or a recipe: global:0.90 prunes 90 % of all weights by magnitude, uniform:0.90
@@ -74,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         needs = getattr(options, "packages", None)
         if needs is not None:  # before anything slow, the import of torch included
             require_packages(needs(options))
-        return options.run(options, Output(getattr(options, "json", None)))
+        out = Output(getattr(options, "json", None))
+        if options.command not in RESTARTING:
+            begin(out, f"opentrans {options.command}")
+        return options.run(options, out)
     except OpenTransError as error:
         return _explain(f"opentrans {options.command}: {error}", BAD_INPUT)
     except KeyboardInterrupt:

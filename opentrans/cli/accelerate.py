@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .options import ARCH_HELP, add_json, add_size, add_threads, arch_packages, input_size
+from .progress import steps
 from .render import Output, check_writable
 
 SUMMARY = "checkpoint + mask in, packed checkpoint out"
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     if subject.banner():
         out.warn(str(subject.banner()))
     size = input_size(options)
-    with out.progress("accelerate") as step, torch.no_grad():
+    with steps(out, "accelerate") as step, torch.no_grad():
         step("planning and packing")
         masked = subject.masked_copy()
         report = accelerate(subject.model, subject.masks, input_size=size, threads=options.threads)
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         arch = options.arch if options.arch in NAMED else None
         save_accelerated(options.output, subject.model, subject.masks, arch=arch)
         how = "load_accelerated builds the network" if arch else "load it with its network"
-        out.text(f"wrote {options.output}; {how}")
+        out.text(f"wrote {options.output}; {how}", whole=True)
     else:
         out.warn(
             f"inexact: the error is more than twice dense float32's own; {options.output} was "

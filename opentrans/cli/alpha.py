@@ -9,14 +9,13 @@ rules: median, above_median, ratio:SHARE, random:SEED, all_3x3, prefix:MODULE, l
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import add_json, add_model, add_size, add_threads, input_size
+from .progress import progress_bar
 from .render import Cell, Output, check_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from opentrans_kernels.spectrum import AlphaTable, LayerAlpha
 
 SUMMARY = "power-law exponent per layer, and a freeze plan from it"
-
-Progress = Callable[[int, int, str], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,14 +107,14 @@ def run(options: argparse.Namespace, out: Output) -> int:
         out.heading(f"Freeze plan, rule {plan.rule}, {options.size} px")
         out.text(savings_text)
         for note in plan.notes:
-            out.text(f"note: {note}")
+            out.note(note)
         payload.update(freeze=plan.to_dict(), savings=saving.to_dict())
     if options.csv:
         table.to_csv(options.csv)
-        out.text(f"wrote {options.csv}")
+        out.text(f"wrote {options.csv}", whole=True)
     if plan is not None and options.save_plan:
         plan.to_json(options.save_plan)
-        out.text(f"wrote {options.save_plan}")
+        out.text(f"wrote {options.save_plan}", whole=True)
     if folder is not None:
         _write_plots(folder, table, plan, payload, savings_text, banner, out)
     out.finish(payload)
@@ -134,7 +131,7 @@ def _subject(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], st
         )
         model, labels = subject.masked_copy(), subject.describe()
     else:
-        model = build_tower(options.arch, seed=options.seed)
+        model = build_tower(options.arch, seed=options.seed, empty=options.checkpoint is not None)
         weights = f"synthetic weights (seed {options.seed})"
         if options.checkpoint is not None:
             load_weights(model, options.checkpoint)
@@ -248,44 +245,5 @@ def _write_plots(
     )
     for name, text in files.items():
         write_atomically(folder / name, text)
-    out.text(f"wrote {', '.join(str(folder / name) for name in files)}")
-
-
-@contextlib.contextmanager
-def progress_bar(out: Output, label: str) -> Iterator[Progress | None]:
-    """A bar of finished layers on stderr if that is a terminal, else nothing.
-
-    Yields the callback of ``estimate_alpha``.
-    """
-    if not out.stderr.isatty():
-        yield None
-        return
-    if not out.rich:
-
-        def plain(done: int, total: int, name: str) -> None:
-            filled = 30 * done // max(1, total)
-            bar = "#" * filled + "." * (30 - filled)
-            out.stderr.write(f"\r{label} [{bar}] {done}/{total} {name[:30]:<30}")
-            out.stderr.flush()
-
-        yield plain
-        out.stderr.write("\r" + " " * 90 + "\r")
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[layer]}", markup=False),
-    )
-    with Bar(*columns, console=Console(file=out.stderr), transient=True) as bar:
-        task = bar.add_task(label, total=None, layer="")
-
-        def advance(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, layer=name)
-
-        yield advance
+    for name in files:
+        out.text(f"wrote {folder / name}", whole=True)

@@ -21,6 +21,7 @@ from .options import (
     positive,
     subject_of,
 )
+from .progress import begin, steps
 from .render import Output
 
 SUMMARY = "time dense against accelerated: ops, trunk, whole models; compare results"
@@ -116,6 +117,7 @@ def run_trunk(options: argparse.Namespace, out: Output) -> int:
     cpus = chosen_cpus(options.cpus, options.threads)
     if cpus is not None:
         pin(cpus)  # before torch starts its threads, which inherit it
+    begin(out, "opentrans bench trunk")
     from opentrans_kernels.bench.trunk import TrunkOptions
     from opentrans_kernels.bench.trunk import run as measure
     from opentrans_kernels.bench.variants import BASELINE
@@ -137,7 +139,7 @@ def run_trunk(options: argparse.Namespace, out: Output) -> int:
     )
     settings.check()
     subject = subject_of(options, out)
-    with out.progress("bench trunk") as step:
+    with steps(out, "bench trunk") as step:
         result = measure(subject, settings, step)
     result["command"] = command_of(options)
     for row, _, words in row_commands(result, options):

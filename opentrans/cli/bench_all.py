@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         ("result", "exit code", "seconds"),
         [[one["name"], one["exit_code"], f"{one['seconds']:.0f}"] for one in records],
     )
-    out.text(f"a page of them: opentrans report {folder} -o report.html")
+    out.text(f"a page of them: opentrans report {folder} -o report.html", whole=True)
     out.finish({"folder": folder.name, "complete": not interrupted, "runs": records})
     if interrupted:
         return INTERRUPTED

@@ -11,6 +11,7 @@ from .bench_op import numbers
 from .bench_rows import match_cell, ratio_cell, show_repeats
 from .bench_session import Session, add_limits, limit
 from .options import add_json, add_model, positive, subject_of
+from .progress import steps
 from .render import Output
 
 SUMMARY = "whole model over batch, size and threads, with memory"
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         counts = list(range(1, every + 1))
     options.threads = max(counts)  # the process is limited and pinned for the most threads
-    started = limit(options)
+    started = limit(options, out)
     if isinstance(started, int):
         return started
     from opentrans_kernels.bench.environment import SIMD_BITS, portable_words
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     rows = session.result["rows"]
     complete = True
     try:
-        with out.progress("bench model") as step:
+        with steps(out, "bench model") as step:
             for setting in settings(batches, sizes, counts, tower):
                 step(str(setting))
                 row = measure_setting(

@@ -10,6 +10,7 @@ from typing import Any
 from .bench_rows import INEXACT, match_cell, show_repeats
 from .bench_session import Session, add_limits, limit
 from .options import add_json, add_size, input_size, positive
+from .progress import steps
 from .render import Output
 
 SUMMARY = "every kernel on RN50's shapes by density, dense beside it"
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, out: Output) -> int:
     """Measure and show; 1 if a row is inexact."""
     asked = _densities(options.densities)
-    started = limit(options)
+    started = limit(options, out)
     if isinstance(started, int):
         return started
     from opentrans_kernels.bench import canary, ops
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     }
     complete = True
     try:
-        with out.progress("bench op") as step:
+        with steps(out, "bench op") as step:
             for case in ops.build_cases(
                 input_size(options),
                 ops=names,

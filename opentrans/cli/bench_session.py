@@ -11,6 +11,7 @@ from opentrans_kernels.bench.environment import ISAS
 
 from . import INTERRUPTED
 from .options import AGAIN, positive
+from .progress import begin
 from .render import Output, to_json, write_atomically
 
 __all__ = ["INTERRUPTED", "ISAS", "Session", "add_limits", "chosen_cpus", "command_of", "limit"]
@@ -32,7 +33,7 @@ def add_limits(parser: argparse.ArgumentParser, *, threads: bool = True) -> None
     parser.add_argument("--quick", action="store_true", help="few cases and rounds")
 
 
-def limit(options: argparse.Namespace) -> int | list[int] | None:
+def limit(options: argparse.Namespace, out: Output) -> int | list[int] | None:
     """Limit and pin this process.
 
     Returns:
@@ -47,6 +48,7 @@ def limit(options: argparse.Namespace) -> int | list[int] | None:
     cpus = chosen_cpus(options.cpus, options.threads)
     if cpus is not None:
         pin(cpus)  # before torch starts its threads, which inherit it
+    begin(out, f"opentrans bench {options.target}")
     import torch
 
     torch.set_num_threads(options.threads)
@@ -97,6 +99,7 @@ class Session:
         from opentrans_kernels.bench.schema import envelope
 
         self.options, self.out = options, out
+        begin(out, f"opentrans bench {kind}")
         self.result: dict[str, Any] = {
             **envelope(kind, complete=False),
             **environment_block(),

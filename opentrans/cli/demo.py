@@ -17,6 +17,7 @@ from .options import (
     input_size,
     positive,
 )
+from .progress import begin, steps
 from .render import Output, check_writable, to_json, write_atomically
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     cpus = chosen_cpus(None, options.threads)
     if cpus is not None:
         pin(cpus)
+    begin(out, "opentrans demo")
     from opentrans_kernels.audit import audit
     from opentrans_kernels.bench.trunk import TrunkOptions
     from opentrans_kernels.bench.trunk import run as run_trunk
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     audited = audit(subject.masks, subject.model, input_size=size)
     show_audit(audited, out)
     out.heading("2. Timing, dense and accelerated interleaved")
-    with out.progress("demo") as step:
+    with steps(out, "demo") as step:
         result = run_trunk(subject, settings, step)
     out.heading("3. What was done with each layer")
     out.text(result["report"]["text"])
@@ -89,8 +91,6 @@ def run(options: argparse.Namespace, out: Output) -> int:
     result.update(audit=str(audited), plan=result["report"]["text"], banner=subject.banner())
     result["failed_checks"] = failures(result, None)
     _write(folder, result, out)
-    if subject.banner():
-        out.warn(str(subject.banner()))
     for line in result["failed_checks"]:
         out.warn(line)
     out.finish(result)
@@ -131,4 +131,4 @@ def _write(folder: Path, result: dict[str, Any], out: Output) -> None:
         ) from error
     write_atomically(folder / "report.json", to_json(result))
     write_atomically(folder / "index.html", trunk_page(result))
-    out.text(f"\nwrote {folder / 'index.html'} and {folder / 'report.json'}")
+    out.text(f"\nwrote {folder / 'index.html'} and {folder / 'report.json'}", whole=True)

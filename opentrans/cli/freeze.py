@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .alpha import progress_bar
 from .options import positive
+from .progress import progress_bar
 from .render import Output, write_atomically
 from .training import Training, add_training, example_settings, prepare
 
@@ -215,15 +215,14 @@ def _train(
                 )
             losses.append(loss)
             done += 1
-            if bar is not None:
-                bar(iteration + 1, options.steps, f"loss {loss:.4g}")
+            bar(iteration + 1, options.steps, f"loss {loss:.4g}")
             if (iteration + 1) % options.save_every == 0 or iteration + 1 == options.steps:
                 mean = sum(losses) / len(losses)
                 log.append({"step": iteration + 1, "loss": mean})
                 losses = []
                 state.save(folder / STATE, step=iteration + 1)
                 write_atomically(folder / LOG, json.dumps(log, indent=2) + "\n")
-                if bar is None:
+                if not out.stderr.isatty():  # a bar in place would leave nothing behind
                     out.text(f"step {iteration + 1} of {options.steps}: mean loss {mean:.4g}")
     return (time.process_time() - began) / max(1, done)
 

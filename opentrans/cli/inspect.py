@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     unmatched: list[str] = []
     if is_mask_spec(options.mask) or options.arch or options.checkpoint:
         options.arch = options.arch or "RN50"
-        subject = subject_of(options, out)
+        subject = subject_of(options, out, match_is_shown=not out.quiet)
         masks, unmatched = subject.masks, subject.match.unmatched_masks
         report = audit(masks, subject.model, input_size=size)
         payload.update(

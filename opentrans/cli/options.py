@@ -84,8 +84,13 @@ def input_size(options: argparse.Namespace) -> tuple[int, int]:
     return options.size, options.size_w or options.size
 
 
-def subject_of(options: argparse.Namespace, out: Output) -> Subject:
-    """The tower and masks the options name; a synthetic one is announced on stderr."""
+def subject_of(
+    options: argparse.Namespace, out: Output, *, match_is_shown: bool = False
+) -> Subject:
+    """The tower and masks the options name; a synthetic one is announced on stderr.
+
+    ``match_is_shown``: the command shows on its own which masks found no place.
+    """
     from opentrans_kernels.bench.subject import load_subject
 
     subject = load_subject(
@@ -98,5 +103,6 @@ def subject_of(options: argparse.Namespace, out: Output) -> Subject:
     if banner:
         out.warn(banner)
     if not subject.match.complete:
-        out.warn(f"{len(subject.match.unmatched_masks)} masks are not used. {subject.match}")
+        which = "" if match_is_shown else f" {subject.match}"
+        out.warn(f"{len(subject.match.unmatched_masks)} masks are not used.{which}")
     return subject

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .options import add_json, add_model, add_size, add_threads, input_size, subject_of
+from .progress import steps
 from .render import Output
 
 SUMMARY = "per layer: dense, compact or sparse, with the reason"
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
     torch.set_num_threads(options.threads)
     subject = subject_of(options, out)
-    with out.progress("planning"):
+    with steps(out, "planning"):
         plan = make_plan(
             subject.model,
             subject.masks,

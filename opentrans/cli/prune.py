@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .alpha import progress_bar
 from .options import positive
+from .progress import progress_bar, steps
 from .render import Output, write_atomically
 from .training import add_training, example_settings, prepare
 
@@ -79,10 +79,9 @@ def run(options: argparse.Namespace, out: Output) -> int:
     with progress_bar(out, "prune") as bar:
 
         def show(progress: Any) -> None:
-            if bar is not None:
-                state = f"round {progress.round}/{progress.rounds}, {progress.density:.1%} left"
-                bar(progress.step, progress.steps, f"{state}, loss {progress.loss:.4g}")
-            elif progress.record is not None:
+            state = f"round {progress.round}/{progress.rounds}, {progress.density:.1%} left"
+            bar(progress.step, progress.steps, f"{state}, loss {progress.loss:.4g}")
+            if progress.record is not None and not out.stderr.isatty():
                 out.text(
                     f"round {progress.round} of {progress.rounds}: {progress.record.kept:,} "
                     f"weights left ({progress.density:.2%}), loss {progress.record.loss:.4g}, "
@@ -139,7 +138,7 @@ def _measured(model: Any, options: argparse.Namespace, out: Output) -> Any:
                 f"{path} is not the plan of a run ({error}). Copy it again from its source; a "
                 "continued run must weigh by the same milliseconds."
             ) from error
-    with out.progress("measuring the layers"):
+    with steps(out, "measuring the layers"):
         masks = synthetic_masks(model, "uniform:0.8")
         plan = make_plan(model, masks, input_size=(options.size, options.size))
     path.parent.mkdir(exist_ok=True)
@@ -171,13 +170,14 @@ def _finish(
         for record in result.records
     ]
     out.table(None, columns, rows)
-    out.text(f"\nmasks {last}\nplots {folder / 'index.html'}")
+    out.text(f"\nmasks {last}\nplots {folder / 'index.html'}", whole=True)
     if banner is None:
         checkpoint = f" --checkpoint {folder / 'state.pt'}"
-        out.text(f"next: opentrans bench trunk --arch {options.arch} --mask {last}{checkpoint}")
+        command = f"opentrans bench trunk --arch {options.arch} --mask {last}{checkpoint}"
     else:
-        out.text(f"next: opentrans bench trunk --arch {options.arch} --mask {last}")
+        command = f"opentrans bench trunk --arch {options.arch} --mask {last}"
         out.warn(banner)
+    out.text(f"next: {command}", whole=True)
     out.finish(
         {
             "folder": str(folder),

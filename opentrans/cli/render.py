@@ -6,16 +6,19 @@ Commands describe *what* to show; whether that becomes a coloured table, aligned
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
 from opentrans_kernels.errors import CheckpointError
+
+from .layout import ELISION, WIDTH, Block, fit_text, lay_out
+from .progress import steps
 
 Cell = str | int | float | None
 
@@ -42,7 +45,9 @@ class Output:
         self.json_target = json_target
         self.quiet = json_target == "-"
         self._console: Any = None
-        self._error_console: Any = None
+        self.error_console: Any = None
+        self.begun = False  # whether ``progress.begin`` has spoken
+        self._said: set[str] = set()
         if use_rich is None:
             use_rich = self.stdout.isatty() and os.environ.get("TERM") != "dumb"
         if use_rich:
@@ -55,10 +60,11 @@ class Output:
         """Whether rich renders the output."""
         return self._console is not None
 
-    def text(self, text: str = "") -> None:
-        """One paragraph."""
+    def text(self, text: str = "", *, whole: bool = False) -> None:
+        """One paragraph, wrapped; ``whole``: a command or path to copy, left as it is."""
         if self.quiet:
             return
+        text = text if whole else fit_text(text)
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -72,14 +78,27 @@ class Output:
             self._console.print()
             self._console.print(text, style="bold", markup=False, highlight=False)
         else:
-            self.stdout.write(f"\n{text}\n{'-' * len(text)}\n")
+            text = fit_text(text)
+            self.stdout.write(f"\n{text}\n{'-' * max(map(len, text.splitlines()))}\n")
 
     def warn(self, text: str) -> None:
-        """Something the reader must not miss; on stderr, also when JSON is on stdout."""
-        if self._error_console is not None:
-            self._error_console.print(f"warning: {text}", style="bold yellow", markup=False)
+        """Something the reader must not miss; on stderr, also when JSON is on stdout.
+
+        Said once in a command, however many of its parts have to say it.
+        """
+        if text in self._said:
+            return
+        self._said.add(text)
+        if self.error_console is not None:
+            self.error_console.print(f"warning: {text}", style="bold yellow", markup=False)
         else:
             self.stderr.write(f"warning: {text}\n")
+
+    def note(self, text: str) -> None:
+        """A remark on the result, said once in a command."""
+        if text not in self._said:
+            self._said.add(text)
+            self.text(f"note: {text}")
 
     def pairs(self, rows: Mapping[str, Cell] | Sequence[tuple[str, Cell]]) -> None:
         """Names and values in two columns."""
@@ -102,19 +121,23 @@ class Output:
             return
         aligned = set(range(1, len(columns)) if right is None else right)
         texts = [[cell_text(cell) for cell in row] for row in rows]
-        if self._console is not None:
-            self._rich_table(title, columns, texts, aligned)
-        else:
+        if self._console is None:
             self.stdout.write(plain_table(title, columns, texts, aligned))
+            return
+        # A border and a blank on either side of every cell.
+        width = min(WIDTH, self._console.width)
+        prefix, blocks = lay_out(columns, texts, aligned, width=width - 4, gap=3)
+        for block in blocks:
+            self._rich_table(_titled(title, prefix), block)
 
-    @contextlib.contextmanager
-    def progress(self, label: str) -> Iterator[Callable[[str], None]]:
-        """A function that shows the present step; silent when stderr is no terminal."""
-        if self._error_console is not None and self.stderr.isatty():
-            with self._error_console.status(label) as status:
-                yield lambda step: status.update(f"{label}: {step}")
-        else:
-            yield lambda step: None
+    def progress(self, label: str) -> AbstractContextManager[Callable[[str], None]]:
+        """``progress.steps`` on this output."""
+        return steps(self, label)
+
+    def write_error(self, text: str) -> None:
+        """``text`` on stderr, at once."""
+        self.stderr.write(text)
+        self.stderr.flush()
 
     def finish(self, payload: Mapping[str, Any]) -> None:
         """Write the command's JSON, if it was asked for; files are replaced atomically."""
@@ -125,7 +148,7 @@ class Output:
             self.stdout.write(text)
         else:
             write_atomically(self.json_target, text)
-            self.text(f"wrote {self.json_target}")
+            self.text(f"wrote {self.json_target}", whole=True)
 
     def _start_rich(self) -> None:
         try:
@@ -133,25 +156,29 @@ class Output:
         except ImportError:
             return  # rich is optional; plain text says the same
         self._console = Console(file=self.stdout)
-        self._error_console = Console(file=self.stderr)
+        self.error_console = Console(file=self.stderr)
 
-    def _rich_table(
-        self, title: str | None, columns: Sequence[str], rows: list[list[str]], right: set[int]
-    ) -> None:
+    def _rich_table(self, title: str | None, block: Block) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left", show_header=any(columns))
-        for index, column in enumerate(columns):
+        header = ["\n".join(lines) for lines in block.header]
+        table = Table(title=title, title_justify="left", show_header=any(header))
+        for index, column in enumerate(header):
             table.add_column(
-                column,
-                justify="right" if index in right else "left",
-                no_wrap=index in right or index == 0,
+                Text(column),
+                justify="right" if index in block.right else "left",
                 overflow="fold",
+                min_width=block.widths[index],
             )
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+        for row in block.rows:
+            table.add_row(*(Text("\n".join(lines)) for lines in row))
         self._console.print(table)
+
+
+def _titled(title: str | None, prefix: str | None) -> str | None:
+    """The title, and what was taken out of the names of the first column."""
+    return title if prefix is None else f"{title or ''}\n{ELISION} = {prefix}".strip()
 
 
 def cell_text(cell: Cell) -> str:
@@ -166,25 +193,11 @@ def cell_text(cell: Cell) -> str:
 def plain_table(
     title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], right: set[int]
 ) -> str:
-    """Columns aligned with spaces, ending with a newline."""
-    header = [list(columns)] if any(columns) else []
-    widths = [
-        max((len(row[index]) for row in [*header, *rows]), default=0)
-        for index in range(len(columns))
-    ]
-
-    def line(row: Sequence[str]) -> str:
-        cells = (
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
-
-    lines = [title] if title else []
-    if header:
-        lines += [line(header[0]), "  ".join("-" * width for width in widths)]
-    lines += [line(row) for row in rows]
-    return "\n".join(lines) + "\n"
+    """Columns aligned with spaces, at most ``WIDTH`` wide, ending with a newline."""
+    prefix, blocks = lay_out(columns, rows, right)
+    title = _titled(title, prefix)
+    tables = ["\n".join(block.lines()) for block in blocks]
+    return "\n".join(filter(None, [title, "\n\n".join(tables)])) + "\n"
 
 
 def to_json(payload: Mapping[str, Any]) -> str:

@@ -32,5 +32,5 @@ def run(options: argparse.Namespace, out: Output) -> int:
     results = load_results(options.results)
     changes = compare(load_results([options.base]), results) if options.base else None
     write_atomically(options.output, results_page(results, changes))
-    out.text(f"wrote {options.output} from {len(results)} result files")
+    out.text(f"wrote {options.output} from {len(results)} result files", whole=True)
     return 0

@@ -184,7 +184,7 @@ def prepare(options: argparse.Namespace, out: Output, masks: MaskSet | None = No
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    model = build_tower(options.arch, seed=options.seed)
+    model = build_tower(options.arch, seed=options.seed, empty=options.checkpoint is not None)
     banner = None
     if options.checkpoint is not None:
         load_weights(model, options.checkpoint)

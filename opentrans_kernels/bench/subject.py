@@ -121,7 +121,7 @@ def load_subject(
     # Errors of files come first: building a tower takes seconds.
     given = None if mask is None else read_masks(mask)
     state = None if checkpoint is None else read_state_dict(checkpoint)
-    model = build_tower(arch, seed=seed)
+    model = build_tower(arch, seed=seed, empty=state is not None)
     weights = f"synthetic weights (seed {seed})"
     if checkpoint is not None and state is not None:
         load_weights_from(model, state, Path(checkpoint).name)

@@ -10,7 +10,7 @@ from torch import nn
 from opentrans_kernels.errors import PlanError, UnsupportedModelError
 from opentrans_kernels.topology.find import find_trunk, walk_modules
 from opentrans_kernels.topology.nodes import ConvShape, Trunk
-from opentrans_kernels.topology.tracing import meta_copy
+from opentrans_kernels.topology.tracing import ShapesOnly, meta_copy
 
 _MOST_PIXELS = 2**31 - 1
 
@@ -53,6 +53,10 @@ def forward_trunk(trunk: Trunk, x: torch.Tensor) -> list[torch.Tensor]:
     return outputs
 
 
+class _AllKnown(Exception):
+    """Ends a forward in which every convolution was seen."""
+
+
 def conv_shapes(model: nn.Module | Trunk, input_size: tuple[int, int]) -> dict[str, ConvShape]:
     """Input and output size of every convolution that an image of ``input_size`` (H, W) reaches.
 
@@ -77,6 +81,8 @@ def conv_shapes(model: nn.Module | Trunk, input_size: tuple[int, int]) -> dict[s
     def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             shapes[name] = ConvShape(*args[0].shape[-2:], *out.shape[-2:])
+            if trunk.stem is not None and len(shapes) == len(wanted):
+                raise _AllKnown  # what follows is the head, whose shapes nobody asked for
 
         return hook
 
@@ -96,8 +102,10 @@ def conv_shapes(model: nn.Module | Trunk, input_size: tuple[int, int]) -> dict[s
     x = torch.empty(1, first.in_channels, height, width, dtype=first.weight.dtype, device="meta")
     failure: Exception | None = None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ShapesOnly():
             twin(x)
+    except _AllKnown:
+        pass
     except Exception as error:  # judged below: only a failure before the last block matters
         failure = error
     known = {node.name for node in trunk.convs() if node not in trunk.loose}

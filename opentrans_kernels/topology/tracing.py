@@ -27,7 +27,7 @@ def _memoise(module: nn.Module, memo: dict[int, Any]) -> None:
         tensors = [*sub._parameters.values(), *sub._buffers.values(), *vars(sub).values()]
         for value in tensors:
             if isinstance(value, torch.Tensor) and id(value) not in memo:
-                empty = torch.empty_like(value.detach(), device="meta", requires_grad=False)
+                empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
                 is_parameter = isinstance(value, nn.Parameter)
                 memo[id(value)] = nn.Parameter(empty, False) if is_parameter else empty
         for name, value in vars(sub).items():
@@ -61,7 +61,77 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-class ExpressionRecorder(TorchDispatchMode):
+def _grown(size: int, window: int, stride: int, padding: int, dilation: int = 1) -> int:
+    return (size + 2 * padding - dilation * (window - 1) - 1) // stride + 1
+
+
+def _result_shape(name: str, args: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """Shape of what a frequent operator gives, None where its rule is not known here."""
+    x = args[0] if args and isinstance(args[0], torch.Tensor) else None
+    if x is None:
+        return None
+    if name == "aten::relu" or name == "aten::native_batch_norm":
+        return tuple(x.shape)
+    if name == "aten::add":
+        other = args[1]
+        same = isinstance(other, torch.Tensor) and other.shape == x.shape
+        return tuple(x.shape) if same and other.dtype == x.dtype else None
+    if x.ndim != 4:
+        return None
+    if name == "aten::convolution":
+        weight, _, stride, padding, dilation, transposed, _, groups = args[1:9]
+        if transposed or weight.shape[1] * groups != x.shape[1]:
+            return None
+        windows: Any = zip(weight.shape[2:], stride, padding, dilation, strict=True)
+        channels = weight.shape[0]
+    elif name == "aten::avg_pool2d" and len(args) <= 3:
+        windows = ((k, s, 0) for k, s in zip(args[1], args[2] or args[1], strict=True))
+        channels = x.shape[1]
+    else:
+        return None
+    height, width = (_grown(n, *w) for n, w in zip(x.shape[2:], windows, strict=True))
+    return (x.shape[0], channels, height, width) if min(height, width) > 0 else None
+
+
+def call_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func(*args, **kwargs)`` of meta tensors.
+
+    torch's own shape rules are Python that loads its compiler first, seconds in a process that has
+    no other use for it; those of a ResNet's operators are stated here. Whatever they do not cover,
+    errors included, is torch's.
+    """
+    name = func._schema.name
+    in_place = name.endswith("_") and not name.endswith("__")
+    shape = None if kwargs else _result_shape(name.removesuffix("_") if in_place else name, args)
+    if shape is None:
+        return func(*args, **kwargs)
+    if in_place:
+        return args[0]
+    result = args[0].new_empty(shape)
+    if name == "aten::native_batch_norm":
+        return result, args[0].new_empty(0), args[0].new_empty(0)
+    return result
+
+
+class ShapesOnly(TorchDispatchMode):
+    """Runs a module on meta tensors by :func:`call_on_meta`."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch would load its compiler, seconds, to keep it out of here; nothing compiles this.
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return call_on_meta(func, args, kwargs or {})
+
+
+class ExpressionRecorder(ShapesOnly):
     """Gives every tensor an integer that stands for the expression that computed it.
 
     Two tensors get the same integer exactly when they come from the same operations on the same
@@ -108,11 +178,7 @@ class ExpressionRecorder(TorchDispatchMode):
         if name == "aten::add" and len(args) == 2:
             frozen = tuple(sorted(frozen, key=repr))
         key = (name, frozen, self._freeze(kwargs))
-        if name == "aten::native_batch_norm":
-            # Its shape rule is known, and torch's own takes milliseconds on the meta device.
-            result: Any = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
-        else:
-            result = func(*args, **kwargs)
+        result = call_on_meta(func, args, kwargs)
         outputs = result if isinstance(result, (list, tuple)) else (result,)
         for position, output in enumerate(outputs):
             if isinstance(output, torch.Tensor):
