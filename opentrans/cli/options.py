@@ -34,6 +34,8 @@ def arch_packages(options: argparse.Namespace) -> dict[str, str]:
     """
     arch = getattr(options, "arch", None) or "RN50"
     family = arch.partition(":")[0] if ":" in arch else "open_clip"
+    if family == "open_clip" and not arch.startswith("ViT"):
+        return {}  # CLIP's ResNets are built here
     if family not in ("open_clip", "torchvision", "timm"):
         return {}  # refused with the known ones when it is built
     return {family: f"arch {arch!r} needs {family}"}

@@ -10,14 +10,24 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .render import Output
+from typing import Any, Protocol, TextIO
 
 PAUSE_S = 5.0
 
 Bar = Callable[[int, int, str], None]
+
+
+class Screen(Protocol):
+    """What is needed of ``render.Output``."""
+
+    begun: bool
+    rich: bool
+    stderr: TextIO
+
+    @property
+    def error_console(self) -> Any: ...
+
+    def write_error(self, text: str) -> object: ...
 
 
 class Lines:
@@ -36,7 +46,7 @@ class Lines:
             self._write(f"{self._label}: {step}\n")
 
 
-def begin(out: Output, label: str) -> None:
+def begin(out: Screen, label: str) -> None:
     """Say what was started before PyTorch is imported, which alone takes seconds; once."""
     if not out.begun and "torch" not in sys.modules:
         out.write_error(f"{label}: loading PyTorch\n")
@@ -45,7 +55,7 @@ def begin(out: Output, label: str) -> None:
 
 @contextlib.contextmanager
 def steps(
-    out: Output, label: str, *, clock: Callable[[], float] = time.monotonic
+    out: Screen, label: str, *, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[str], None]]:
     """A function that shows the present step; the label is shown at once."""
     if out.stderr.isatty() and out.error_console is not None:
@@ -58,7 +68,7 @@ def steps(
 
 @contextlib.contextmanager
 def progress_bar(
-    out: Output, label: str, *, clock: Callable[[], float] = time.monotonic
+    out: Screen, label: str, *, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Bar]:
     """A bar of finished parts on a terminal, lines elsewhere.
 
