@@ -22,29 +22,33 @@ PACKAGES = ("opentrans_kernels", "opentrans")
 TESTS = ("test_ops", "test_native", "test_csrc", "test_layering")
 #: Of the optional dependencies; what needs them is named and not imported.
 OPTIONAL = ("open_clip", "torchvision", "transformers", "scipy", "timm", "matplotlib", "detectron2")
+OPTIONAL += ("yaml",)  # of detectron2
 
 IMPORTS = """
-import importlib, pathlib, pkgutil, sys
+import importlib, pkgutil, sys
 names, left_out = 0, {}
 for package in sys.argv[1].split(","):
     found = importlib.import_module(package)
     assert "site-packages" in found.__file__, found.__file__
     modules = [package, *(m.name for m in pkgutil.walk_packages(found.__path__, package + "."))]
     for module in modules:
-        if module.endswith("__main__"):
-            continue
+        if module.endswith("__main__") or ".workers." in module:
+            continue  # scripts, the latter of other environments
         try:
             loaded = importlib.import_module(module)
             for name in getattr(loaded, "__all__", ()):
                 getattr(loaded, name)
                 names += 1
-        except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
+        except Exception as error:
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            missing = str(getattr(cause, "name", "")).partition(".")[0]
             if missing not in sys.argv[2].split(","):
                 raise
             left_out.setdefault(missing, []).append(module)
 for missing, modules in left_out.items():
-    print(f"not imported without {missing}: {', '.join(modules)}")
+    print(f"not all of it without {missing}: {', '.join(modules)}")
 from opentrans_kernels import native
 assert native.load(), native.reason()
 print(f"{names} public names of {len(sys.modules)} modules, compiled kernels: loaded")
