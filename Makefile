@@ -6,16 +6,18 @@ BIN         := .venv/bin
 SOURCES     := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.h %.inc %.cpp %.cu,$(SOURCES) $(wildcard benchmarks/gpu/prototype/*) $(wildcard tests/*.h tests/*.cpp))
 THREADS     ?= 1
+TESTS       ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test test-all test-isa test-torch demo bench bench-quick bench-all bench-ops peers readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
+.PHONY: help dev test test-all test-isa test-torch test-python demo bench bench-quick bench-all bench-ops peers readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
 
 help:
 	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
-	@echo "make test          install, build, then every test that is not slow"
+	@echo "make test          install, build, then every test that is not slow (TESTS=tests/test_ops.py)"
 	@echo "make test-all      the slow tests too"
 	@echo "make test-isa      the suite once per instruction set of this CPU (ISA=avx2 ...)"
 	@echo "make test-torch    the suite on another torch, in build/torch-VERSION (VERSION=2.15.0)"
+	@echo "make test-python   the wheel on another Python, in build/python-VERSION (PYTHON=python3.13)"
 	@echo "make dev           install and build only (editable)"
 	@echo "make bench         time the RN50 trunk: dense variants against accelerated (THREADS=1)"
 	@echo "make bench-quick   a first look at this machine, < 3 minutes -> bench-results/"
@@ -49,7 +51,7 @@ help:
 dev: .venv/.built
 
 test: .venv/.built
-	$(BIN)/python -m pytest -q -rs -m "not slow" tests
+	$(BIN)/python -m pytest -q -rs -m "not slow" $(TESTS)
 
 test-all: .venv/.built
 	$(BIN)/python -m pytest -q -rs tests
@@ -58,7 +60,11 @@ test-isa: .venv/.built
 	$(BIN)/python tests/run_isa.py $(ISA)
 
 test-torch:
-	$(PYTHON) tests/run_torch.py $(VERSION)
+	$(PYTHON) tests/run_torch.py $(VERSION) $(filter-out tests,$(TESTS))
+
+# The wheel is made by .venv; PYTHON is the one that it is then installed for.
+test-python: wheel
+	$(BIN)/python tests/run_python.py $(PYTHON) "$$(ls -t dist/*.whl | head -n 1)"
 
 demo: .venv/.built
 	$(BIN)/opentrans demo

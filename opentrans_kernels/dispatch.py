@@ -203,7 +203,10 @@ def _resolve(op: str, device: str, dtype: str, forced: str) -> Resolution:
         raise KernelUnavailable(
             f"{op}: no kernel for {device} {dtype} ({reasons or 'unknown op'}). {fix}"
         )
-    best = min(accepted, key=lambda row: row.rank)
+    best = accepted[0]
+    for row in accepted[1:]:  # torch.compile of torch 2.11 cannot trace min() with a key
+        if row.rank < best.rank:
+            best = row
     faster = [why for row, why in rejected if row.rank < best.rank]
     missing = [why for why in faster if why.startswith((_NOT_LOADED, _NO_TRITON, _NO_NVCC))]
     rejected += [(row, f"slower than {best.backend}") for row in accepted if row is not best]

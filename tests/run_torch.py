@@ -1,7 +1,8 @@
-"""The suite on another release of torch, in an environment of its own: ``run_torch.py VERSION``.
+"""The suite on another release of torch: ``run_torch.py VERSION [FILE ...]``.
 
-The tree is copied to ``build/torch-VERSION``, compiled there against that torch and tested with
-``make test``; the environment stays for the next run.
+The tree is copied to ``build/torch-VERSION``, compiled there against that torch, in an environment
+of its own that stays for the next run, and tested with ``make test``: all of it, or the files that
+are named.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def copy_tree(to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     for old in to.iterdir():
         if old.name != ".venv":
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     listing = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"],
         cwd=ROOT, check=True, capture_output=True, text=True,
@@ -41,16 +42,17 @@ def install(to: Path, version: str) -> None:
     )  # fmt: skip
 
 
-def main(version: str) -> int:
+def main(version: str, files: list[str]) -> int:
     to = ROOT / "build" / f"torch-{version}"
     copy_tree(to)
     install(to, version)
     (to / ".venv" / ".deps").touch()
     print(f"== torch {version}: make test in {to}", flush=True)
-    return subprocess.run(["make", "test"], cwd=to).returncode
+    tests = [f"TESTS={' '.join(files)}"] if files else []
+    return subprocess.run(["make", "test", *tests], cwd=to).returncode
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("Name one release of torch: make test-torch VERSION=2.15.0")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) < 2:
+        sys.exit("Name a release of torch: make test-torch VERSION=2.15.0")
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,76 @@ def test_compiled_without_graph_breaks_and_with_a_dynamic_batch(extension: None)
         for n in (2, 1, 3, 5):
             x = torch.randn(n, 3, 16, 17)
             torch.testing.assert_close(run(x), module(x))
+
+
+FIRST = """
+import torch
+from torch._dynamo.utils import counters
+import opentrans_kernels as otk
+from kernel_cases import bottleneck_parts, masked_weight
+from opentrans_kernels import ops, settings
+from opentrans_kernels.pack import SparseWeight
+conv = SparseWeight.from_dense(masked_weight(6, 6, 3, 0.4), torch.randn(6), 1, 1)
+block = bottleneck_parts(6, 5, 6, 0.5, False)[1]
+x = torch.randn(2, 6, 6, 8)
+for call in (
+    lambda x: otk.sparse_conv2d(x, conv, relu=True),
+    lambda x: ops.sparse_conv2d(x, conv, x),
+    lambda x: ops.avg_pool2d(x, 2),
+    lambda x: ops.sparse_bottleneck(x, *block),
+    lambda x: ops.sparse_stage(x, [tuple(block)] * 2, (1, 1)),
+):
+    torch._dynamo.reset()
+    settings._current = None  # as in a process that has called no op
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+    assert settings._current is not None
+    torch.testing.assert_close(found, call(x))
+assert not counters["graph_break"]
+print("same")
+"""
+
+
+def test_a_compiled_call_is_the_first_call_of_its_process(extension: None) -> None:
+    """Reading the environment cannot be traced, and nothing has read it yet."""
+    here = Path(__file__).parent
+    path = os.pathsep.join((str(here.parent), str(here)))
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+def test_settings_read_again_reach_a_compiled_call(extension: None, set_env) -> None:
+    packed = SparseWeight.from_dense(masked_weight(9, 7, 3, 0.4), torch.randn(9), 1, 1)
+    x = torch.randn(2, 7, 6, 5)
+    expected = ops.sparse_conv2d(x, packed)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: ops.sparse_conv2d(x, packed), backend="aot_eager")
+    torch.testing.assert_close(run(x), expected)
+    set_env(OPENTRANS_BACKEND="triton")
+    with pytest.raises(KernelUnavailable, match="OPENTRANS_BACKEND=triton"):
+        run(x)
+    set_env(OPENTRANS_BACKEND=None)
+    torch.testing.assert_close(run(x), expected)
+
+
+def test_reference_kernels_stay_out_of_the_graph(set_env) -> None:
+    """They read where the nonzeros are, from numbers that no tracer has."""
+    packed = SparseWeight.from_dense(masked_weight(9, 7, 3, 0.4), torch.randn(9), 1, 1)
+    x = torch.randn(2, 7, 6, 5)
+    set_env(OPENTRANS_BACKEND="reference")
+    torch._dynamo.reset()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return ops.sparse_conv2d(x.sin(), packed).cos()
+
+    for image in (x, x.double()):
+        found = torch.compile(call, backend="aot_eager")(image)
+        torch.testing.assert_close(found, call(image))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="the reference kernels read|autocast"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(x)
 
 
 def test_training_compiled_without_graph_breaks(extension: None) -> None:

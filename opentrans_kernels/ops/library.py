@@ -6,6 +6,7 @@ is not loaded, so that exported programs run either way.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import dispatch, flops, native
-from ..errors import UnsupportedModelError
+from ..errors import OpenTransError, UnsupportedModelError
 
 __all__ = [
     "LIBRARY",
@@ -31,6 +32,7 @@ __all__ = [
     "plane_stride",
     "release_memory",
     "require_backward_alone",
+    "resolve",
     "schemas",
     "scratch_bytes",
 ]
@@ -111,7 +113,27 @@ def kernel_for(op: str, x: torch.Tensor) -> Callable[..., Any]:
     if dtype is None:
         autocast = x.dtype in _HALF and _autocast_enabled(device)
         dtype = "float32" if autocast else str(x.dtype).removeprefix("torch.")
+    return resolve(op, device, dtype)
+
+
+def resolve(op: str, device: str, dtype: str) -> Callable[..., Any]:
+    """The kernel of :func:`dispatch.resolve`, which a compiler can trace as the very first call."""
+    if torch.compiler.is_compiling():
+        _settle(op, device, dtype)
     return dispatch.resolve(op, device, dtype).function()
+
+
+def _settle(op: str, device: str, dtype: str) -> None:
+    """Run, while a compiler traces, what it cannot: reading the environment, logging a fallback.
+
+    What is traced afterwards finds both done, and has guards on the settings.
+    """
+    with contextlib.suppress(OpenTransError):  # raised again by the call that is traced
+        dispatch.resolve(op, device, dtype)
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler, and triton.
+_settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocast_enabled(device: str) -> bool:

@@ -7,6 +7,8 @@ rows have equal loop counts) > code. ``csrc/otk.h`` documents the structure tens
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -46,6 +48,32 @@ def _words(structure: torch.Tensor) -> np.ndarray:
     return structure.detach().cpu().numpy()
 
 
+_UNTRACED: dict[str, Callable[..., Any]] = {}
+
+
+def _reads_numbers(read: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a structure's numbers; ``torch.compile`` calls it from between two graphs."""
+    name = read.__name__
+
+    def leave_out() -> None:
+        if name not in _UNTRACED:
+            why = "the reference kernels read where the nonzeros are; the compiled ones do not"
+            _UNTRACED[name] = torch.compiler.disable(read, reason=why)
+
+    # As torch.compiler.assume_constant_result does, which would import the compiler, and triton.
+    leave_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @functools.wraps(read)
+    def run(structure: torch.Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            leave_out()
+            return _UNTRACED[name](structure)
+        return read(structure)
+
+    return run
+
+
+@_reads_numbers
 def checked_header(structure: torch.Tensor) -> Header:
     """The header of a structure tensor of which every word is valid.
 
@@ -254,14 +282,14 @@ def transposed_structure(structure: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(parts), torch.from_numpy(order.astype(np.int64) - 1)
 
 
+@_reads_numbers
 def packed_indices(structure: torch.Tensor) -> torch.Tensor:
     """int64 ``[nnz]``: flat index into ``[cout, cin, k, k]`` of each packed value.
 
     Raises:
         PlanError: the structure is damaged.
     """
-    if not torch.compiler.is_compiling():
-        checked_header(structure)
+    checked_header(structure)
     return torch.from_numpy(indices(_words(structure))).to(structure.device)
 
 

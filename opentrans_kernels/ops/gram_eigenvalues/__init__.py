@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from ... import dispatch
 from ...errors import OpenTransError
-from ..library import define
+from ..library import define, resolve
 
 __all__ = ["gram_eigenvalues"]
 
@@ -63,5 +62,5 @@ def gram_eigenvalues(
             f"{matrices.dtype} {tuple(matrices.shape)}. Pass matrices[None] for a single one, and "
             "convert other dtypes with .float()."
         )
-    run = dispatch.resolve("gram_eigenvalues", matrices.device.type, "float64").function()
+    run = resolve("gram_eigenvalues", matrices.device.type, "float64")
     return run(matrices, scale, threshold, relative)

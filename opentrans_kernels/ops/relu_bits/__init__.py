@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from ... import dispatch, native
-from ..library import LIBRARY, NAMESPACE, plane_stride
+from ... import native
+from ..library import LIBRARY, NAMESPACE, plane_stride, resolve
 from . import reference
 
 __all__ = ["bits_shape", "has_channels_last", "relu_bits_", "relu_bits_backward"]
@@ -60,7 +60,7 @@ BACKWARD = torch.ops.opentrans_kernels.relu_bits_backward.default
 
 def _kernel_of(op: str, t: torch.Tensor):
     if t.dtype == torch.float32:
-        return dispatch.resolve(op, t.device.type, "float32").function()
+        return resolve(op, t.device.type, "float32")
     return getattr(reference, op)  # other dtypes have one implementation
 
 
