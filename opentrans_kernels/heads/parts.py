@@ -48,7 +48,7 @@ class HeadPart(Replacement):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training or not _is_plain([*args, *kwargs.values()]):
             return self.as_it_was(*args, **kwargs)
-        if (why := first_changed(self.bypassed())) is not None:
+        if (why := self.changed()) is not None:
             if not self.opentrans_told:
                 self.__dict__["opentrans_told"] = True
                 _log.warning(
@@ -68,6 +68,10 @@ class HeadPart(Replacement):
     def bypassed(self) -> Iterable[tuple[str, nn.Module]]:
         """(name, module) of what ``fast`` computes without calling it."""
         return ()
+
+    def changed(self) -> str | None:
+        """Why ``fast`` no longer does what the modules do ("NAME has hooks"); None if it does."""
+        return first_changed(self.bypassed())
 
 
 @dataclass
