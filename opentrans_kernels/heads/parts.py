@@ -13,6 +13,7 @@ from torch import nn
 
 from ..accelerate.parts import PartError
 from ..nn import Replacement
+from ..plan.models import refresh_pruned
 from ..topology.behaviour import first_changed, own_behaviour
 
 __all__ = ["Found", "HeadPart", "NotTheSame", "head_parts", "prove", "swap_in", "swap_out"]
@@ -48,7 +49,7 @@ class HeadPart(Replacement):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training or not _is_plain([*args, *kwargs.values()]):
             return self.as_it_was(*args, **kwargs)
-        if (why := first_changed(self.bypassed())) is not None:
+        if (why := self.changed()) is not None:
             if not self.opentrans_told:
                 self.__dict__["opentrans_told"] = True
                 _log.warning(
@@ -68,6 +69,10 @@ class HeadPart(Replacement):
     def bypassed(self) -> Iterable[tuple[str, nn.Module]]:
         """(name, module) of what ``fast`` computes without calling it."""
         return ()
+
+    def changed(self) -> str | None:
+        """Why ``fast`` no longer does what the modules do ("NAME has hooks"); None if it does."""
+        return first_changed(self.bypassed())
 
 
 @dataclass
@@ -116,8 +121,9 @@ def prove(
         return Found(path, kind, None, extra)
     try:
         new = make(original)
-        double = copy.deepcopy(original).double()
         with torch.no_grad():
+            refresh_pruned(original)  # a weight with a gradient function cannot be copied
+            double = copy.deepcopy(original).double()
             args, kwargs = inputs(torch.float64)
             exact = outputs(double(*args, **kwargs))
             args, kwargs = inputs(torch.float32)
