@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from decoder_runs import KINDS, Case, assert_exact, decided, make
 from torch import nn
 
-from opentrans_kernels.heads import HeadPart, accelerate_heads, restore_heads
+from opentrans_kernels.heads import HeadPart, accelerate_heads, named_decoder, restore_heads
 from opentrans_kernels.heads.deferred import Deferred
 
 
@@ -30,6 +30,7 @@ def test_training_is_untouched(case: Case) -> None:
     results = []
     for model in (before, case.model):
         model.train()
+        torch.manual_seed(0)  # OneFormer has dropout
         found = case.read(model.decoder(*args, **kwargs))
         sum(value.square().mean() for value in found.values()).backward()
         results.append((found, {n: p.grad for n, p in model.named_parameters()}))
@@ -55,6 +56,9 @@ def test_training_is_untouched(case: Case) -> None:
         "named:decoder.layers.3",
         "named:decoder.layers.0.self_attn.q_proj",
         "named:decoder.mask_predictor",
+        "task:layers.2",
+        "task:layers.1.self_attn.self_attn",
+        "task:class_embed",
     ],
 )
 def test_a_hook_put_on_later_is_called_as_ever(path: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -87,7 +91,14 @@ def test_a_hook_put_on_later_is_called_as_ever(path: str, caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize(
-    "path", ["plain:input_proj.1", "text:mask_embed", "named:decoder.mask_predictor.mask_embedder"]
+    "path",
+    [
+        "plain:input_proj.1",
+        "text:mask_embed",
+        "named:decoder.mask_predictor.mask_embedder",
+        "task:query_transformer",
+        "task:mask_embed",
+    ],
 )
 def test_a_hook_on_what_is_called_costs_nothing(path: str) -> None:
     kind, path = path.split(":")
@@ -132,12 +143,15 @@ def test_a_copy_is_independent(case: Case) -> None:
         assert torch.equal(case.read(case.model.decoder(*given[0], **given[1]))["masks"], before)
 
 
-def test_without_layers_to_attend_or_with_other_levels_the_original_answers() -> None:
+def test_with_other_levels_or_a_mask_of_padding_the_original_answers() -> None:
     case = make("plain")
     accelerate_heads(case.model)
     (x, features), _ = case.inputs(0)
-    with pytest.raises(AssertionError):  # the original's own check
-        case.model.decoder(x[:2], features)
+    with torch.no_grad():
+        out = case.model.decoder(x, features, mask=torch.ones(2, 3, 4))
+        assert not isinstance(case.before_last(out)[0], Deferred)
+        with pytest.raises(AssertionError):  # the original's own check
+            case.model.decoder(x[:2], features)
 
 
 class Nearest(cases.Decoder):
@@ -323,3 +337,42 @@ def test_our_own_mask_head_is_one_of_them() -> None:
     for got, right in zip((*ours, *own), (*masks, *embeddings), strict=True):
         assert torch.allclose(got, right, atol=1e-4 * float(right.abs().max()))
     assert isinstance(ours[0], Deferred) and not isinstance(ours[-1], Deferred)
+
+
+def test_a_whole_model_computes_earlier_masks_on_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = pytest.importorskip("transformers", reason="needs transformers")
+    swin = library.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = library.Mask2FormerForUniversalSegmentation(
+        library.Mask2FormerConfig(
+            backbone_config=swin, hidden_dim=32, feature_size=32, mask_feature_size=32,
+            num_attention_heads=4, dim_feedforward=32, encoder_feedforward_dim=32,
+            encoder_layers=1, decoder_layers=4, num_queries=6,
+        )
+    ).eval()  # fmt: skip
+    image = torch.randn(1, 3, 64, 64)
+    products: list[int] = []
+    product = named_decoder.mask_product
+
+    def counted(*args: torch.Tensor) -> torch.Tensor:
+        products.append(1)
+        return product(*args)
+
+    with torch.no_grad():
+        dense = model(image, output_auxiliary_logits=True)
+        report = accelerate_heads(model)
+        assert "model.transformer_module" in {part.path for part in report.replaced}, str(report)
+        monkeypatch.setattr(named_decoder, "mask_product", counted)
+        model(image)
+        assert len(products) == 1
+        ours = model(image, output_auxiliary_logits=True)
+    assert len(ours.auxiliary_logits) == len(dense.auxiliary_logits) == 3
+    pairs = [(ours, dense), *zip(ours.auxiliary_logits, dense.auxiliary_logits, strict=True)]
+    for got, right in pairs:
+        for key in ("masks_queries_logits", "class_queries_logits"):
+            assert torch.allclose(got[key], right[key], atol=1e-4 * float(right[key].abs().max()))

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan.models import require_module
-from . import decoder, deform, encoder, named_decoder, pixel_decoder, pointwise
+from . import decoder, deform, encoder, named_decoder, pixel_decoder, pointwise, task_decoder
 from .parts import Found, HeadPart, head_parts, swap_in, swap_out
 from .report import HeadReport
 from .stand_in import install_ms_deform_attn, uninstall_ms_deform_attn
@@ -34,6 +34,7 @@ FINDERS = (
     pixel_decoder.find,
     decoder.find,
     named_decoder.find,
+    task_decoder.find,
 )
 
 
@@ -42,7 +43,8 @@ def accelerate_heads(model: nn.Module) -> HeadReport:
 
     Works in eval mode on a CPU in float32; in training mode, and for other tensors, the original
     modules run. Every replacement was run beside its original on noise, and errs by no more than
-    twice as much against float64.
+    twice as much against float64. Predictions of decoder layers before the last are tensors that
+    compute when they are first read (OpenTransError if weights or inputs changed until then).
 
     Raises:
         UnsupportedModelError: no module, or a module in training mode.

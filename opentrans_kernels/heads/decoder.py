@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..topology.behaviour import added_behaviour
-from .deferred import Deferred, fingerprint, once, require_same
+from ..topology.behaviour import HOOKS, added_behaviour
+from .deferred import Deferred, Snapshot, once
 from .masked import (
     Layer,
     Level,
@@ -31,15 +31,15 @@ from .masked import (
 from .parts import Found, HeadPart, NotTheSame, prove
 from .trial import features_of_trial, levels_of_trial
 
-__all__ = ["KIND", "MaskedDecoder", "TreeDecoder", "find"]
+__all__ = ["KIND", "MaskedDecoder", "TreeDecoder", "feed_forward", "find", "last_width"]
 
 KIND = "masked decoder"
 _STACKS = tuple(
     f"transformer_{name}_layers" for name in ("cross_attention", "self_attention", "ffn")
 )
 _CHILDREN = (*_STACKS, "decoder_norm", "query_feat", "query_embed", "level_embed", "input_proj")
+_ARGUMENTS = ("x", "mask_features")
 _HEADS = ("output", "mask_features", "attn_mask_target_size")
-
 _CLASSIFY = "get_classification_logits"
 
 Tensor = torch.Tensor
@@ -68,14 +68,13 @@ class MaskedDecoder(HeadPart):
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
         self.__dict__["opentrans_positions"] = Positions(self.positions)
-        self.__dict__["opentrans_types"] = {}
-        if why := self.unknown():
+        self.__dict__["opentrans_known"] = {}
+        if why := self.unknown() or self.changed():
             raise NotTheSame(why)
-        self.__dict__["opentrans_types"] = {
-            name: type(module) for name, module in self.bypassed() if _owns(module)
+        self.__dict__["opentrans_known"] = {
+            name: (type(module) if _owns(module) else None, frozenset(vars(module)))
+            for name, module in self.bypassed()
         }
-        if why := self.changed():
-            raise NotTheSame(why)
 
     @staticmethod
     def positions(module: nn.Module, size: tuple[int, int], like: Tensor) -> Tensor:
@@ -88,14 +87,17 @@ class MaskedDecoder(HeadPart):
                 yield name, module
 
     def changed(self) -> str | None:
-        types = self.opentrans_types
         for name, module in self.bypassed():
-            if extra := added_behaviour(module):
-                return f"{name} {extra}"
+            kind, keys = self.opentrans_known.get(name, (None, None))
+            state = vars(module)
+            if kind not in (None, type(module)):
+                return f"{name} is a {type(module).__name__}"
+            # Looking through all attributes takes as long as a layer: only if there are others.
+            if state.keys() != keys or any(state[hooks] for hooks in HOOKS):
+                if extra := added_behaviour(module):
+                    return f"{name} {extra}"
             if module.training:
                 return f"{name} is in training mode"
-            if types.get(name, type(module)) is not type(module):
-                return f"{name} is a {type(module).__name__}"
         return None
 
     def levels(
@@ -135,8 +137,11 @@ class TreeDecoder(MaskedDecoder):
         names = list(inspect.signature(heads).parameters)
         if tuple(names[:3]) != _HEADS:
             return f"its forward_prediction_heads takes {', '.join(names)}"
-        own = {"signature": inspect.signature(original.forward), "passed": tuple(names[3:])}
-        self.__dict__.update({f"opentrans_{key}": value for key, value in own.items()})
+        signature = inspect.signature(original.forward)
+        if tuple(signature.parameters)[:2] != _ARGUMENTS:
+            return f"its forward takes {', '.join(signature.parameters)}"
+        self.__dict__["opentrans_signature"] = signature
+        self.__dict__["opentrans_passed"] = tuple(names[3:])
         counts = {len(getattr(self, name)) for name in _STACKS}
         if len(counts) != 1 or counts == {0}:
             return "has not as many layers of each kind, one or more"
@@ -156,7 +161,7 @@ class TreeDecoder(MaskedDecoder):
                 cross.norm,
                 _self_attention(attend.self_attn),
                 attend.norm,
-                _feed(feed),
+                feed_forward(feed),
                 feed.norm,
                 feed.normalize_before,
             )
@@ -167,9 +172,11 @@ class TreeDecoder(MaskedDecoder):
         bound = self.opentrans_signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        x, features = given["x"], given["mask_features"]
+        x, features = (given[name] for name in _ARGUMENTS)
         passed = {name: given[name] for name in self.opentrans_passed}
-        if len(x) != self.num_feature_levels:
+        # A mask of padding, say: the trees that were read ignore it, others may not.
+        others = given.keys() - passed.keys() - {*_ARGUMENTS}
+        if len(x) != self.num_feature_levels or any(given[name] is not None for name in others):
             return self.as_it_was(*args, **kwargs)
         levels = self.levels(x, self.input_proj, self.level_embed.weight, self.pe_layer)
         batch = x[0].shape[0]
@@ -183,15 +190,12 @@ class TreeDecoder(MaskedDecoder):
         def predict(index: int) -> tuple[Tensor, Tensor]:
             return self.predict(found.states[index], found.normed[index], features, passed)
 
-        used = [
-            *self.parameters(), features, *found.states,
-            *(value for value in passed.values() if isinstance(value, Tensor)),
-        ]  # fmt: skip
-        before = fingerprint(used)
+        text = [value for value in passed.values() if isinstance(value, Tensor)]
+        used = Snapshot(lambda: [*self.parameters(), features, *found.states, *text])
 
         def later(index: int) -> dict[str, Tensor]:
             def predict_later() -> tuple[Tensor, Tensor]:
-                require_same(before, used)
+                used.require_same()
                 return predict(index)
 
             both = once(predict_later)
@@ -254,7 +258,8 @@ def _self_attention(module: nn.MultiheadAttention) -> Any:
     return attend
 
 
-def _feed(layer: Any) -> Any:
+def feed_forward(layer: Any) -> Any:
+    """Of a layer with linear1, activation and linear2."""
     return lambda x: layer.linear2(layer.activation(layer.linear1(x)))
 
 
@@ -279,17 +284,18 @@ def _arguments(module: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[s
     width = module.level_embed.weight.shape[1]
     widths = [getattr(one, "in_channels", width) for one in module.input_proj]
     maps = levels_of_trial(made, widths, dtype)
-    features = features_of_trial(made, _last_width(module.mask_embed), dtype)
+    features = features_of_trial(made, last_width(module.mask_embed), dtype)
     named: dict[str, Any] = {}
     if "text_classifier" in inspect.signature(module.forward).parameters:
         counts = [1, 3, 2]  # prompts of each class; one more is for none of them
-        text = torch.randn(sum(counts) + 1, _last_width(module.class_embed), generator=made)
+        text = torch.randn(sum(counts) + 1, last_width(module.class_embed), generator=made)
         named["text_classifier"] = nn.functional.normalize(text, dim=-1).to(dtype)
         named["num_templates"] = counts
     return (maps, features), named
 
 
-def _last_width(module: nn.Module) -> int:
+def last_width(module: nn.Module) -> int:
+    """Of what ``module`` returns, by its last linear layer."""
     linear = [one for one in module.modules() if isinstance(one, nn.Linear)]
     if not linear:
         raise NotTheSame(f"its {type(module).__name__} has no linear layer")

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 __all__ = [
-    "Decoded", "Layer", "Level", "Positions", "attention_mask", "decode", "mask_product", "pixels",
-    "plain_attention", "project_attention", "require_attention",
+    "Decoded", "Layer", "Level", "Positions", "attention_mask", "contiguous", "decode",
+    "mask_product", "pixels", "plain_attention", "project_attention", "require_attention",
 ]  # fmt: skip
 
 Tensor = torch.Tensor
@@ -103,7 +103,11 @@ def decode(
 
 def pixels(maps: Tensor) -> Tensor:
     """``[B, C, H, W]`` -> ``[B, HW, C]``, contiguous; no copy of a channels_last map."""
-    rows = maps.flatten(2).transpose(1, 2)
+    return contiguous(maps.flatten(2).transpose(1, 2))
+
+
+def contiguous(rows: Tensor) -> Tensor:
+    """``rows`` ``[B, N, C]``, copied if they lie otherwise."""
     if rows.is_contiguous():
         return rows
     # Image by image: torch copies two dimensions in tiles, three with a stride per number.
@@ -124,9 +128,9 @@ def attention_mask(embedded: Tensor, features: Tensor) -> Tensor:
     """
     hidden = torch.matmul(embedded, features.flatten(2)) < 0
     hidden &= ~hidden.all(dim=-1, keepdim=True)
-    # Not boolean: the fused attention would convert that, once more for every call.
-    mask = torch.zeros(hidden.shape, dtype=embedded.dtype, device=embedded.device)
-    return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
+    # Not boolean: the fused attention would convert that.
+    lowest, none = embedded.new_full((), float("-inf")), embedded.new_zeros(())
+    return torch.where(hidden, lowest, none).unsqueeze(1)
 
 
 def project_attention(
