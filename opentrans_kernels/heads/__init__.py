@@ -11,14 +11,22 @@ from torch import nn
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan.models import require_module
-from . import deform
+from . import deform, masks
+from .lazy import lazy_masks
 from .parts import Found, HeadPart, head_parts, swap_in, swap_out
 from .report import HeadReport
 
-__all__ = ["Found", "HeadPart", "HeadReport", "accelerate_heads", "restore_heads"]
+__all__ = [
+    "Found",
+    "HeadPart",
+    "HeadReport",
+    "accelerate_heads",
+    "lazy_masks",
+    "restore_heads",
+]
 
 #: Each yields the parts of one kind; the first that knows a path has it.
-FINDERS = (deform.find,)
+FINDERS = (deform.find, masks.find)
 
 
 def accelerate_heads(model: nn.Module) -> HeadReport:
