@@ -77,19 +77,20 @@ class LazyMasks(torch.Tensor):
         args, kwargs = tree_map_only(LazyMasks, _tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-
     def __hash__(self) -> int:
         return id(self)
 
 
 def lazy_masks(masks: torch.Tensor) -> torch.Tensor:
-    """Mask logits ``[N, Q, h, w]`` or ``[Q, h, w]`` as the same tensor, remembering how others follow from it.
+    """Mask logits ``[N, Q, h, w]`` or ``[Q, h, w]`` that remember how others follow from them.
 
     Remembered are ``interpolate`` to a size (bilinear, ``align_corners=False``), cutting to
     ``[..., :h, :w]``, one image or one after the other, a batch of one, chosen queries and
     ``sigmoid``; ``einsum`` of what comes of them with class probabilities is
     :func:`opentrans_kernels.ops.mask_scores`. Everything else happens to the tensor that these
-    operations give, which is then made, once. ``masks`` itself must not be written to.
+    operations give, which is then made, once; of chosen queries only their maps are, equal to
+    rounding, because torch interpolates few maps in another order than many. ``masks`` itself must
+    not be written to.
 
     Returns ``masks`` as they are if they are not contiguous, not float32 on a CPU, have a gradient,
     or are traced, and under autocast.

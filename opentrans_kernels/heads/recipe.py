@@ -19,9 +19,9 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Masks ``source`` [N, Q, h, w], contiguous, resized, cut, resized again, and put through a sigmoid.
+    """Masks ``source`` [N, Q, h, w] resized, cut, resized again, and put through a sigmoid.
 
-    images: whether the result has the dimension of images, which is 1 otherwise. Methods that add
+    source: contiguous. images: whether the result has the dimension of images, which is 1 otherwise. Methods that add
     a step return None where the result would be no such recipe.
     """
 
@@ -45,7 +45,7 @@ class Recipe:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Those of the tensor that this stands for: dense, but for what is cut from a larger one."""
+        """Those of the tensor this stands for: dense, but for what is cut from a larger one."""
         height, width = self.pixels
         if self.crop and not (self.resize or self.sigmoid):
             height, width = self.size or self.source.shape[2:]
