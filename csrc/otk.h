@@ -189,6 +189,22 @@ void ms_deform_attn(const DeformAttn& a, float* out, const Parallel& par);
 void ms_deform_attn_backward(const DeformAttn& a, const float* grad, float* grad_value,
                              float* grad_locations, float* grad_weights, const Parallel& par);
 
+// Scores of k classes per pixel: out[n][k][y][x] is the sum over q of classes[n][q][k] times the
+// sigmoid of masks[n][q] resized. Masks are resized to `size` where `first` is set, cut to `crop`
+// from the top left, and resized to `out` where `second` is: bilinear, corners not aligned, each
+// step as torch computes it. Without `first`, size is (h, w); without `second`, out is crop.
+struct MaskScores {
+  int64_t n, q, k, h, w;
+  const float* masks;
+  int64_t masks_n, masks_q, masks_h, masks_w;  // strides
+  const float* classes;
+  int64_t classes_n, classes_q, classes_k;
+  bool first, second;
+  int64_t size[2], crop[2], out[2];
+};
+// out dense. No map of all queries is ever held. Throws std::bad_alloc.
+void mask_scores(const MaskScores& a, float* out, const Parallel& par);
+
 // Checksums of memory, block by block of kBlockBytes, the last one shorter. A block is read as
 // 64-bit words w, the last one filled up with zeros; its checksum is the sum of (w ^ (w >> 29)) *
 // key of the position, keys being odd, modulo 2^64. One changed word always changes it.

@@ -41,6 +41,8 @@ _EXPORTS = {
     "SparseWeight": "pack",
     "backends": "dispatch",
     "explain": "dispatch",
+    "lazy_masks": "heads",
+    "mask_scores": "ops",
     "ms_deform_attn": "ops",
     "release_memory": "ops",
     "sparse_bottleneck": "ops",
@@ -74,11 +76,13 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .heads import accelerate_heads as accelerate_heads
     from .heads import install_ms_deform_attn as install_ms_deform_attn
+    from .heads import lazy_masks as lazy_masks
     from .heads import restore_heads as restore_heads
     from .heads import uninstall_ms_deform_attn as uninstall_ms_deform_attn
     from .masks import MaskSet as MaskSet
     from .masks import load_masks as load_masks
     from .nn import SparseConv2d as SparseConv2d
+    from .ops import mask_scores as mask_scores
     from .ops import ms_deform_attn as ms_deform_attn
     from .ops import release_memory as release_memory
     from .ops import sparse_bottleneck as sparse_bottleneck

@@ -99,6 +99,14 @@ TABLE: tuple[Row, ...] = tuple(
         "gram_eigenvalues", "reference", "any", ("float64",), "any", "", 9,
         f"{_OPS}.gram_eigenvalues.reference:gram_eigenvalues",
     ),
+    Row(
+        "mask_scores", "cpu", "cpu", ("float32",), "any strides", "extension", 0,
+        f"{_OPS}.mask_scores:OP",
+    ),
+    Row(
+        "mask_scores", "reference", "any", (*_FLOATS, *_HALF), "any", "", 9,
+        f"{_OPS}.mask_scores.reference:mask_scores",
+    ),
 ) + tuple(
     # The GPU path; on the CPU the references serve, so that its plans can be checked there.
     row

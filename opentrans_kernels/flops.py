@@ -180,6 +180,12 @@ def deform_backward_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...
     return 2 * deform_macs(arguments, out_shape)
 
 
+def mask_scores_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of the product of classes and masks, which is what is counted of the dense network."""
+    batch, classes, height, width = out_shape
+    return batch * classes * arguments["masks"][1] * height * width
+
+
 # Operator name without its namespace -> formula.
 FORMULAS: dict[str, Formula] = {
     "sparse_conv2d": conv_macs,
@@ -193,6 +199,7 @@ FORMULAS: dict[str, Formula] = {
     "implicit_gemm_conv2d": implicit_gemm_macs,
     "bottleneck_chain": chain_macs,
     "fused_stem": stem_macs,
+    "mask_scores": mask_scores_macs,
     "ms_deform_attn": deform_macs,
     "ms_deform_attn_backward": deform_backward_macs,
     "sparse_conv2d_nhwc": sparse_nhwc_macs,

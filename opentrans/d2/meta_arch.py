@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.heads import lazy_masks
 
 from ..distill import Distiller, Regions, Teacher, TextCache
 from ..ovs.clip import Clip, load_clip
@@ -231,7 +232,8 @@ class OpenTransMaskClassifier(OpenVocabularyModel):
         classes, things = self._vocabulary(record)
         masks, embeddings = self.mask_head(self.backbone(image))
         logits = self.mask_head.class_logits(embeddings[-1], self.classifier, classes)[0]
-        full = F.interpolate(masks[-1], image.shape[-2:], mode="bilinear", align_corners=False)
+        last = lazy_masks(masks[-1])
+        full = F.interpolate(last, image.shape[-2:], mode="bilinear", align_corners=False)
         height, width = record.get("height", size[0]), record.get("width", size[1])
         full = sem_seg_postprocess(full[0], size, height, width)
         result: dict[str, Any] = {"sem_seg": semantic_scores(logits, full)}

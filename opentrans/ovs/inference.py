@@ -12,13 +12,20 @@ from typing import Any
 
 import torch
 
+from opentrans_kernels.heads import lazy_masks
+
 __all__ = ["panoptic_segments", "semantic_scores"]
 
 
 def semantic_scores(class_logits: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
-    """[..., Q, K + 1] (last: no object) and [..., Q, H, W] -> scores [..., K, H, W], 0 or more."""
+    """[..., Q, K + 1] (last: no object) and [..., Q, H, W] -> scores [..., K, H, W], 0 or more.
+
+    Of ``lazy_masks``, and of masks in float32 on a CPU without a gradient, no [..., Q, H, W] of
+    probabilities is made.
+    """
     classes = class_logits.softmax(-1)[..., :-1]
-    return torch.einsum("...qk,...qhw->...khw", classes, mask_logits.sigmoid())
+    masks = lazy_masks(mask_logits).sigmoid()
+    return torch.einsum("...qk,...qhw->...khw", classes, masks)
 
 
 def panoptic_segments(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.heads import lazy_masks
 from opentrans_kernels.topology import find_trunk, forward_trunk
 
 from .deeplab import DeepLabHead
@@ -86,7 +87,8 @@ class MaskSegmenter(nn.Module):
         """[B, 3, H, W] -> scores [B, K, H, W]."""
         masks, embeddings = self.head(self.backbone(images))
         logits = self.head.class_logits(embeddings[-1], self.classifier, classes)
-        full = F.interpolate(masks[-1], images.shape[-2:], mode="bilinear", align_corners=False)
+        last = lazy_masks(masks[-1])
+        full = F.interpolate(last, images.shape[-2:], mode="bilinear", align_corners=False)
         return semantic_scores(logits, full)
 
     def loss(

@@ -11,7 +11,17 @@ from torch import nn
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan.models import require_module
-from . import decoder, deform, encoder, named_decoder, pixel_decoder, pointwise, task_decoder
+from . import (
+    decoder,
+    deform,
+    encoder,
+    masks,
+    named_decoder,
+    pixel_decoder,
+    pointwise,
+    task_decoder,
+)
+from .lazy import lazy_masks
 from .parts import Found, HeadPart, head_parts, swap_in, swap_out
 from .report import HeadReport
 from .stand_in import install_ms_deform_attn, uninstall_ms_deform_attn
@@ -22,6 +32,7 @@ __all__ = [
     "HeadReport",
     "accelerate_heads",
     "install_ms_deform_attn",
+    "lazy_masks",
     "restore_heads",
     "uninstall_ms_deform_attn",
 ]
@@ -35,6 +46,7 @@ FINDERS = (
     decoder.find,
     named_decoder.find,
     task_decoder.find,
+    masks.find,
 )
 
 

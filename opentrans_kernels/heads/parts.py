@@ -42,9 +42,20 @@ class HeadPart(Replacement):
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
         self.__dict__["opentrans_told"] = False
+        self.__dict__["_version"] = original._version  # of the names in the state
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = vars(self).get("opentrans_original")
+            if original is None:
+                raise
+            return getattr(original, name)  # a method of its class
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
+        # Whose class may know older names. Its parameters and buffers are the ones here.
+        self.opentrans_original._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.ready([*args, *kwargs.values()]):

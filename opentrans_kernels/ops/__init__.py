@@ -7,6 +7,7 @@ from .fused_stem import fused_stem
 from .gram_eigenvalues import gram_eigenvalues
 from .implicit_gemm_conv2d import implicit_gemm_conv2d
 from .library import release_memory, scratch_bytes
+from .mask_scores import mask_scores
 from .ms_deform_attn import ms_deform_attn
 from .powerlaw_fit import powerlaw_fit
 from .sparse_bottleneck import sparse_bottleneck
@@ -20,6 +21,7 @@ __all__ = [
     "fused_stem",
     "gram_eigenvalues",
     "implicit_gemm_conv2d",
+    "mask_scores",
     "ms_deform_attn",
     "powerlaw_fit",
     "release_memory",
