@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 __all__ = [
-    "Decoded", "Layer", "Level", "Positions", "decode", "mask_product", "pixels",
+    "Decoded", "Layer", "Level", "Positions", "attention_mask", "decode", "mask_product", "pixels",
     "plain_attention", "project_attention", "require_attention",
 ]  # fmt: skip
 
@@ -94,7 +94,7 @@ def decode(
     for index, layer in enumerate(layers):
         turn = index % len(levels)
         found.embedded.append(embed(found.normed[-1]))
-        mask = _attention_mask(found.embedded[-1], small[turn])
+        mask = attention_mask(found.embedded[-1], small[turn])
         found.states.append(layer(found.states[-1], position, levels[turn], mask))
         found.normed.append(norm(found.states[-1]))
     return found
@@ -116,7 +116,7 @@ def mask_product(embedded: Tensor, features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _attention_mask(embedded: Tensor, features: Tensor) -> Tensor:
+def attention_mask(embedded: Tensor, features: Tensor) -> Tensor:
     """``[B, 1, Q, HW]`` to add to scores: 0, or minus infinity where the logit is negative.
 
     A query without any pixel attends to all.

@@ -148,18 +148,15 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 def _prove(name: str, module: Any) -> Found:
     made: list[ModuleDecoder] = []
-    fields = (
-        "masks_queries_logits", "intermediate_hidden_states", "last_hidden_state", "hidden_states"
-    )  # fmt: skip
-
     def make(original: nn.Module) -> ModuleDecoder:
         made.append(ModuleDecoder(original))
         return made[0]
 
     def outputs(out: Any) -> list[Tensor]:
         made[0].__dict__["opentrans_result"] = type(out)
-        values = [getattr(out, field) for field in fields]
-        return [t for value in values for t in (value if isinstance(value, tuple) else (value,))]
+        masks, states = out.masks_queries_logits, out.intermediate_hidden_states
+        hidden = (*out.hidden_states, out.last_hidden_state.transpose(0, 1))
+        return [masks[-1], states[-1], *(torch.stack(x) for x in (masks[:-1], states, hidden))]
 
     def arguments(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
         noise = torch.Generator().manual_seed(0)
