@@ -10,7 +10,7 @@ same, computed when read.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,8 +60,10 @@ class MaskedDecoder(HeadPart):
     )
     #: Paths of children that are called as ever.
     called: tuple[str, ...] = ()
-    #: Modules whose class says what is computed with their children.
-    owners: tuple[str, ...] = ()
+    #: Why the children are not those of this form; None if they are.
+    unknown: Callable[[], str | None]
+    #: The layers, with the modules that are there at this moment.
+    layers_now: Callable[[], list[Layer]]
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
@@ -74,13 +76,6 @@ class MaskedDecoder(HeadPart):
         }
         if why := self.changed():
             raise NotTheSame(why)
-
-    def unknown(self) -> str | None:
-        """Why the children are not those of this form; None if they are."""
-        raise NotImplementedError
-
-    def layers_now(self) -> list[Layer]:
-        raise NotImplementedError
 
     @staticmethod
     def positions(module: nn.Module, size: tuple[int, int], like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 Tensor = torch.Tensor
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Level(NamedTuple):
@@ -171,7 +172,8 @@ def plain_attention(
 class Positions:
     """Position embeddings ``[1, HW, C]`` of a module without parameters, kept per size.
 
-    like: tokens ``[B, HW, C]``. The module itself makes them, and new ones if an attribute changes.
+    The module itself makes them, and new ones if an attribute changes. One with attributes that
+    cannot be compared makes them at every call.
     """
 
     KEPT = 12
@@ -181,13 +183,18 @@ class Positions:
         self._kept: dict[Any, Tensor] = {}
 
     def __call__(self, module: nn.Module, size: tuple[int, int], like: Tensor) -> Tensor:
-        settings = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float)))
-        key = (type(module), settings, size, like.dtype, like.device)
+        """For tokens ``like`` ``[B, HW, C]`` of a map of ``size``."""
+        own = {k: v for k, v in vars(module).items() if k not in _OF_ANY_MODULE}
+        if not all(isinstance(v, (int, float, str, type(None))) for v in own.values()):
+            return self._made(module, size, like)
+        key = (type(module), *own.items(), size, like.dtype, like.device)
         if key not in self._kept:
             while len(self._kept) >= self.KEPT:
                 del self._kept[next(iter(self._kept))]
-            # Never inference tensors: a later call may record gradients.
-            with torch.inference_mode(False), torch.no_grad():
-                made = self._make(module, size, like.new_zeros(1, like.shape[-1], *size))
-                self._kept[key] = pixels(made)
+            self._kept[key] = self._made(module, size, like)
         return self._kept[key]
+
+    def _made(self, module: nn.Module, size: tuple[int, int], like: Tensor) -> Tensor:
+        # Never inference tensors: a later call may record gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            return pixels(self._make(module, size, like.new_zeros(1, like.shape[-1], *size)))

@@ -148,6 +148,7 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 def _prove(name: str, module: Any) -> Found:
     made: list[ModuleDecoder] = []
+
     def make(original: nn.Module) -> ModuleDecoder:
         made.append(ModuleDecoder(original))
         return made[0]

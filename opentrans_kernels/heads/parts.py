@@ -13,6 +13,7 @@ from torch import nn
 
 from ..accelerate.parts import PartError
 from ..nn import Replacement
+from ..plan.models import refresh_pruned
 from ..topology.behaviour import first_changed, own_behaviour
 
 __all__ = ["Found", "HeadPart", "NotTheSame", "head_parts", "prove", "swap_in", "swap_out"]
@@ -120,8 +121,9 @@ def prove(
         return Found(path, kind, None, extra)
     try:
         new = make(original)
-        double = copy.deepcopy(original).double()
         with torch.no_grad():
+            refresh_pruned(original)  # a weight with a gradient function cannot be copied
+            double = copy.deepcopy(original).double()
             args, kwargs = inputs(torch.float64)
             exact = outputs(double(*args, **kwargs))
             args, kwargs = inputs(torch.float32)
