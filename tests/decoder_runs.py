@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 FLOOR = 8 * torch.finfo(torch.float32).eps
-KINDS = ("plain", "text", "named")
+KINDS = ("plain", "text", "named", "task")
 
 
 class Case:
@@ -60,6 +60,56 @@ class NamedCase(Case):
         return list(out.masks_queries_logits[:-1])
 
 
+class TaskCase(Case):
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__(decoder)
+        self.embedder = nn.Embedding(9, 32)
+
+    def inputs(self, seed: int, **sizes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        made = torch.Generator().manual_seed(seed)
+        levels = sizes.get("sizes", self.sizes)
+        batch, full = sizes.get("batch", 2), sizes.get("full", (48, 64))
+
+        def pixels() -> list[torch.Tensor]:
+            maps = [torch.randn(batch, 32, *size, generator=made) for size in levels]
+            return [one.flatten(2).permute(2, 0, 1) for one in maps]
+
+        return (), {
+            "task_token": torch.randn(1, batch, 32, generator=made),
+            "multi_stage_features": pixels(),
+            "multi_stage_positional_embeddings": pixels(),
+            "mask_features": torch.randn(batch, 32, *full, generator=made),
+            "query_features": torch.randn(batch, 32, *full, generator=made),
+            "query_embeddings": self.embedder.weight.detach()[:, None].repeat(1, batch, 1),
+            "query_embedder": self.embedder,
+            "size_list": [torch.Size(size) for size in levels],
+        }
+
+    def read(self, out: Any) -> dict[str, torch.Tensor]:
+        names = ("object_queries", "contrastive_logits", "prediction_class")
+        found = {"masks": out.prediction_masks} | {name: out[name] for name in names}
+        for index, one in enumerate(out.auxiliary_predictions):
+            found[f"logits_{index}"] = one["class_queries_logits"]
+            found[f"masks_{index}"] = one["masks_queries_logits"]
+        return found
+
+    def before_last(self, out: Any) -> list[torch.Tensor]:
+        return [value for one in out.auxiliary_predictions for value in one.values()]
+
+
+def task_decoder(norm_first: bool) -> nn.Module:
+    library = pytest.importorskip(
+        "transformers.models.oneformer.modeling_oneformer", reason="needs transformers"
+    )
+    from transformers import OneFormerConfig
+
+    config = OneFormerConfig(
+        hidden_dim=32, conv_dim=32, mask_dim=32, num_attention_heads=4, dim_feedforward=48,
+        decoder_layers=5, num_queries=9, query_dec_layers=1, pre_norm=norm_first,
+    )  # fmt: skip
+    return library.OneFormerTransformerDecoder(32, config)
+
+
 def named_module(norm_first: bool) -> nn.Module:
     library = pytest.importorskip(
         "transformers.models.mask2former.modeling_mask2former", reason="needs transformers"
@@ -77,6 +127,8 @@ def make(kind: str, norm_first: bool = False, **options: Any) -> Case:
     torch.manual_seed(1)
     if kind == "named":
         return NamedCase(named_module(norm_first))
+    if kind == "task":
+        return TaskCase(task_decoder(norm_first))
     form = cases.TextDecoder if kind == "text" else cases.Decoder
     return Case(form(norm_first=norm_first, **options))
 

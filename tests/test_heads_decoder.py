@@ -61,8 +61,8 @@ def test_channels_last_inputs(case: Case) -> None:
     last = torch.channels_last
 
     def turned(value: Any) -> Any:
-        if isinstance(value, list) and isinstance(value[0], torch.Tensor):
-            return [one.contiguous(memory_format=last) for one in value]
+        if isinstance(value, list):
+            return [turned(one) for one in value]
         four = isinstance(value, torch.Tensor) and value.ndim == 4
         return value.contiguous(memory_format=last) if four else value
 

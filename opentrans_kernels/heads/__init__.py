@@ -11,14 +11,14 @@ from torch import nn
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan.models import require_module
-from . import decoder, deform, named_decoder
+from . import decoder, deform, named_decoder, task_decoder
 from .parts import Found, HeadPart, head_parts, swap_in, swap_out
 from .report import HeadReport
 
 __all__ = ["Found", "HeadPart", "HeadReport", "accelerate_heads", "restore_heads"]
 
 #: Each yields the parts of one kind; the first that knows a path has it.
-FINDERS = (deform.find, decoder.find, named_decoder.find)
+FINDERS = (deform.find, decoder.find, named_decoder.find, task_decoder.find)
 
 
 def accelerate_heads(model: nn.Module) -> HeadReport:

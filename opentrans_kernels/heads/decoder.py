@@ -31,7 +31,7 @@ from .masked import (
 from .parts import Found, HeadPart, NotTheSame, prove
 from .trial import features_of_trial, levels_of_trial
 
-__all__ = ["KIND", "MaskedDecoder", "TreeDecoder", "find"]
+__all__ = ["KIND", "MaskedDecoder", "TreeDecoder", "feed_forward", "find", "last_width"]
 
 KIND = "masked decoder"
 _STACKS = tuple(
@@ -156,7 +156,7 @@ class TreeDecoder(MaskedDecoder):
                 cross.norm,
                 _self_attention(attend.self_attn),
                 attend.norm,
-                _feed(feed),
+                feed_forward(feed),
                 feed.norm,
                 feed.normalize_before,
             )
@@ -254,7 +254,8 @@ def _self_attention(module: nn.MultiheadAttention) -> Any:
     return attend
 
 
-def _feed(layer: Any) -> Any:
+def feed_forward(layer: Any) -> Any:
+    """Of a layer with linear1, activation and linear2."""
     return lambda x: layer.linear2(layer.activation(layer.linear1(x)))
 
 
@@ -279,17 +280,18 @@ def _arguments(module: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[s
     width = module.level_embed.weight.shape[1]
     widths = [getattr(one, "in_channels", width) for one in module.input_proj]
     maps = levels_of_trial(made, widths, dtype)
-    features = features_of_trial(made, _last_width(module.mask_embed), dtype)
+    features = features_of_trial(made, last_width(module.mask_embed), dtype)
     named: dict[str, Any] = {}
     if "text_classifier" in inspect.signature(module.forward).parameters:
         counts = [1, 3, 2]  # prompts of each class; one more is for none of them
-        text = torch.randn(sum(counts) + 1, _last_width(module.class_embed), generator=made)
+        text = torch.randn(sum(counts) + 1, last_width(module.class_embed), generator=made)
         named["text_classifier"] = nn.functional.normalize(text, dim=-1).to(dtype)
         named["num_templates"] = counts
     return (maps, features), named
 
 
-def _last_width(module: nn.Module) -> int:
+def last_width(module: nn.Module) -> int:
+    """Of what ``module`` returns, by its last linear layer."""
     linear = [one for one in module.modules() if isinstance(one, nn.Linear)]
     if not linear:
         raise NotTheSame(f"its {type(module).__name__} has no linear layer")

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 __all__ = [
-    "Decoded", "Layer", "Level", "Positions", "attention_mask", "decode", "mask_product", "pixels",
-    "plain_attention", "project_attention", "require_attention",
+    "Decoded", "Layer", "Level", "Positions", "attention_mask", "contiguous", "decode",
+    "mask_product", "pixels", "plain_attention", "project_attention", "require_attention",
 ]  # fmt: skip
 
 Tensor = torch.Tensor
@@ -103,7 +103,11 @@ def decode(
 
 def pixels(maps: Tensor) -> Tensor:
     """``[B, C, H, W]`` -> ``[B, HW, C]``, contiguous; no copy of a channels_last map."""
-    rows = maps.flatten(2).transpose(1, 2)
+    return contiguous(maps.flatten(2).transpose(1, 2))
+
+
+def contiguous(rows: Tensor) -> Tensor:
+    """``rows`` ``[B, N, C]``, copied if they lie otherwise."""
     if rows.is_contiguous():
         return rows
     # Image by image: torch copies two dimensions in tiles, three with a stride per number.

@@ -1,25 +1,25 @@
-"""Masked transformer decoders of transformers: Mask2Former's and OneFormer's.
+"""The masked transformer decoder of transformers' Mask2Former.
 
-Their results have the masks of all layers. Those before the last are computed when read: models
-take them apart and put them together again, but read them for a loss or on request alone.
+Its results have the masks of all layers. Those before the last are computed when read: the model
+takes them apart and puts them together again, but reads them for a loss or on request alone.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .decoder import KIND, MaskedDecoder
+from .decoder import KIND, MaskedDecoder, last_width
 from .deferred import Deferred, fingerprint, require_same
 from .masked import Layer, decode, mask_product, project_attention, require_attention
 from .parts import Found, prove
 from .trial import features_of_trial, levels_of_trial
 
-__all__ = ["ModuleDecoder", "find"]
+__all__ = ["ModuleDecoder", "find", "is_named_attention", "named_attention", "prove_named"]
 
 _CHILDREN = (
     "position_embedder", "queries_embedder", "queries_features", "input_projections", "decoder",
@@ -30,8 +30,12 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 Tensor = torch.Tensor
 
 
-def self_attention(module: Any) -> Any:
-    """Of a module with q_proj, k_proj, v_proj and out_proj; batch first."""
+def is_named_attention(module: Any) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in _PROJECTIONS)
+
+
+def named_attention(module: Any) -> Any:
+    """Self-attention of a module with q_proj, k_proj, v_proj and out_proj; batch first."""
 
     def attend(x: Tensor, position: Tensor) -> Tensor:
         both = x + position
@@ -41,30 +45,11 @@ def self_attention(module: Any) -> Any:
     return attend
 
 
-class _Results(MaskedDecoder):
+class ModuleDecoder(MaskedDecoder):
+    """forward(multi_scale_features, mask_features, ...), which makes the levels."""
+
     #: Class of the results, as the original returned it in its trial.
     opentrans_result: Any = None
-
-    def masks_later(
-        self, embedded: list[Tensor], features: Tensor, like: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Masks of the layers before the last, computed when read."""
-        used = [*embedded, features]
-        before = fingerprint(used)
-
-        def later(one: Tensor) -> Tensor:
-            def compute() -> Tensor:
-                require_same(before, used)
-                return mask_product(one, features)
-
-            return Deferred(like, compute)
-
-        return tuple(later(one) for one in embedded)
-
-
-class ModuleDecoder(_Results):
-    """Mask2Former's: forward(multi_scale_features, mask_features, ...), which makes the levels."""
-
     called = ("input_projections", "decoder.mask_predictor.mask_embedder")
 
     def unknown(self) -> str | None:
@@ -74,7 +59,7 @@ class ModuleDecoder(_Results):
         for index, layer in enumerate(decoder.layers):
             if why := require_attention(layer.cross_attn):
                 return f"cross-attention {index} {why}"
-            if not all(isinstance(getattr(layer.self_attn, n), nn.Linear) for n in _PROJECTIONS):
+            if not is_named_attention(layer.self_attn):
                 return f"self-attention {index} has no linear q_proj, k_proj, v_proj and out_proj"
         if next(self.position_embedder.parameters(), None) is not None:
             return "its position embeddings are learned"
@@ -91,7 +76,7 @@ class ModuleDecoder(_Results):
             Layer(
                 layer.cross_attn,
                 layer.cross_attn_layer_norm,
-                self_attention(layer.self_attn),
+                named_attention(layer.self_attn),
                 layer.self_attn_layer_norm,
                 lambda x, layer=layer: layer.fc2(layer.activation_fn(layer.fc1(x))),
                 layer.final_layer_norm,
@@ -124,14 +109,22 @@ class ModuleDecoder(_Results):
             mask_features, decoder.layernorm, embed,
         )  # fmt: skip
         masks = mask_product(embed(found.normed[-1]), mask_features)
+        used = [*found.embedded, mask_features]
+        before = fingerprint(used)
+
+        def later(embedded: Tensor) -> Tensor:
+            def compute() -> Tensor:
+                require_same(before, used)
+                return mask_product(embedded, mask_features)
+
+            return Deferred(masks, compute)
+
         return self.opentrans_result(
             last_hidden_state=found.states[-1],
             hidden_states=_queries_first(found.states) if output_hidden_states else None,
             attentions=None,
             intermediate_hidden_states=_queries_first(found.normed),
-            masks_queries_logits=(
-                *self.masks_later(found.embedded, mask_features, masks), masks
-            ),
+            masks_queries_logits=(*map(later, found.embedded), masks),
         )  # fmt: skip
 
 
@@ -146,15 +139,29 @@ def find(model: nn.Module) -> Iterator[Found]:
             yield _prove(name, module)
 
 
-def _prove(name: str, module: Any) -> Found:
-    made: list[ModuleDecoder] = []
+def prove_named(
+    name: str,
+    module: nn.Module,
+    kind: type[MaskedDecoder],
+    arguments: Callable[[torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]],
+    outputs: Callable[[Any], list[Tensor]],
+) -> Found:
+    """Prove a replacement that returns results of the class that the original returns."""
+    made: list[MaskedDecoder] = []
 
-    def make(original: nn.Module) -> ModuleDecoder:
-        made.append(ModuleDecoder(original))
+    def make(original: nn.Module) -> MaskedDecoder:
+        made.append(kind(original))
         return made[0]
 
-    def outputs(out: Any) -> list[Tensor]:
+    def tensors(out: Any) -> list[Tensor]:
         made[0].__dict__["opentrans_result"] = type(out)
+        return outputs(out)
+
+    return prove(name, KIND, module, make, arguments, tensors)
+
+
+def _prove(name: str, module: Any) -> Found:
+    def outputs(out: Any) -> list[Tensor]:
         masks, states = out.masks_queries_logits, out.intermediate_hidden_states
         hidden = (*out.hidden_states, out.last_hidden_state.transpose(0, 1))
         return [masks[-1], states[-1], *(torch.stack(x) for x in (masks[:-1], states, hidden))]
@@ -164,14 +171,11 @@ def _prove(name: str, module: Any) -> Found:
         width = module.level_embed.weight.shape[1]
         widths = [getattr(one, "in_channels", width) for one in module.input_projections]
         maps = levels_of_trial(noise, widths, dtype)
-        linear = [
-            one for one in module.decoder.mask_predictor.modules() if isinstance(one, nn.Linear)
-        ]
-        features = features_of_trial(noise, linear[-1].out_features, dtype)
+        features = features_of_trial(noise, last_width(module.decoder.mask_predictor), dtype)
         return (), {
             "multi_scale_features": maps,
             "mask_features": features,
             "output_hidden_states": True,
         }
 
-    return prove(name, KIND, module, make, arguments, outputs)
+    return prove_named(name, module, ModuleDecoder, arguments, outputs)
