@@ -160,17 +160,34 @@ def test_earlier_predictions_cost_nothing_until_read(case: Case) -> None:
     assert "tensor(" in repr(first)
 
 
-def test_earlier_predictions_are_never_of_other_weights(case: Case) -> None:
+def test_earlier_predictions_are_never_of_other_numbers(case: Case) -> None:
     accelerate_heads(case.model)
-    args, kwargs = case.inputs(0)
-    with torch.no_grad():
-        out = case.model.decoder(*args, **kwargs)
-        read = case.before_last(out)[0].clone()
-        features = kwargs["mask_features"] if not args else args[1]
+    part = case.model.decoder
+    error = "after weights or inputs were changed.*Read it right after"
+
+    def write_features(features: torch.Tensor) -> None:
         features.mul_(2)
-        assert torch.equal(case.before_last(out)[0], read)  # computed already
-        with pytest.raises(OpenTransError, match="after weights or inputs were changed.*Read it"):
-            case.before_last(out)[-1].clone()
+
+    def write_weights(_features: torch.Tensor) -> None:
+        next(part.class_embed.parameters()).mul_(2)
+
+    def exchange(_features: torch.Tensor) -> None:
+        linear = [m for m in part.class_embed.modules() if isinstance(m, nn.Linear)][-1]
+        linear.weight = nn.Parameter(linear.weight * 2)
+
+    changes = [write_features]
+    if "class_embed" in dict(part.named_children()):
+        changes += [write_weights, exchange]
+    for change in changes:
+        args, kwargs = case.inputs(0)
+        with torch.no_grad():
+            out = part(*args, **kwargs)
+            first = case.before_last(out)[0].clone()
+            change(kwargs["mask_features"] if not args else args[1])
+            assert torch.equal(case.before_last(out)[0], first)  # computed already
+            late = [one for one in case.before_last(out)[2:] if one.shape == first.shape][-1]
+            with pytest.raises(OpenTransError, match=error):
+                late.clone()
 
 
 def test_weights_may_be_written_at_any_time(case: Case) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..topology.behaviour import added_behaviour
-from .deferred import Deferred, fingerprint, once, require_same
+from ..topology.behaviour import HOOKS, added_behaviour
+from .deferred import Deferred, Snapshot, once
 from .masked import (
     Layer,
     Level,
@@ -68,14 +68,13 @@ class MaskedDecoder(HeadPart):
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
         self.__dict__["opentrans_positions"] = Positions(self.positions)
-        self.__dict__["opentrans_types"] = {}
-        if why := self.unknown():
+        self.__dict__["opentrans_known"] = {}
+        if why := self.unknown() or self.changed():
             raise NotTheSame(why)
-        self.__dict__["opentrans_types"] = {
-            name: type(module) for name, module in self.bypassed() if _owns(module)
+        self.__dict__["opentrans_known"] = {
+            name: (type(module) if _owns(module) else None, frozenset(vars(module)))
+            for name, module in self.bypassed()
         }
-        if why := self.changed():
-            raise NotTheSame(why)
 
     @staticmethod
     def positions(module: nn.Module, size: tuple[int, int], like: Tensor) -> Tensor:
@@ -88,14 +87,17 @@ class MaskedDecoder(HeadPart):
                 yield name, module
 
     def changed(self) -> str | None:
-        types = self.opentrans_types
         for name, module in self.bypassed():
-            if extra := added_behaviour(module):
-                return f"{name} {extra}"
+            kind, keys = self.opentrans_known.get(name, (None, None))
+            state = vars(module)
+            if kind not in (None, type(module)):
+                return f"{name} is a {type(module).__name__}"
+            # Looking through all attributes takes as long as a layer: only if there are others.
+            if state.keys() != keys or any(state[hooks] for hooks in HOOKS):
+                if extra := added_behaviour(module):
+                    return f"{name} {extra}"
             if module.training:
                 return f"{name} is in training mode"
-            if types.get(name, type(module)) is not type(module):
-                return f"{name} is a {type(module).__name__}"
         return None
 
     def levels(
@@ -183,15 +185,12 @@ class TreeDecoder(MaskedDecoder):
         def predict(index: int) -> tuple[Tensor, Tensor]:
             return self.predict(found.states[index], found.normed[index], features, passed)
 
-        used = [
-            *self.parameters(), features, *found.states,
-            *(value for value in passed.values() if isinstance(value, Tensor)),
-        ]  # fmt: skip
-        before = fingerprint(used)
+        text = [value for value in passed.values() if isinstance(value, Tensor)]
+        used = Snapshot(lambda: [*self.parameters(), features, *found.states, *text])
 
         def later(index: int) -> dict[str, Tensor]:
             def predict_later() -> tuple[Tensor, Tensor]:
-                require_same(before, used)
+                used.require_same()
                 return predict(index)
 
             both = once(predict_later)

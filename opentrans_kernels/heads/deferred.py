@@ -6,14 +6,14 @@ layers but the last. Shape, dtype and device are known at once; the first operat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from ..errors import OpenTransError
 
-__all__ = ["Deferred", "fingerprint", "once"]
+__all__ = ["Deferred", "Snapshot", "once"]
 
 # What is answered without the numbers.
 _KNOWN = frozenset(
@@ -78,19 +78,26 @@ def once(compute: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def fingerprint(tensors: list[torch.Tensor]) -> Hashable:
-    """Of objects, storage and writes: equal as long as the tensors hold the same numbers.
+class Snapshot:
+    """What deferred predictions are computed from: objects, storage and writes of ``tensors()``.
 
     Inference tensors do not count their writes.
     """
-    return tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
 
+    def __init__(self, tensors: Callable[[], Iterable[torch.Tensor]]) -> None:
+        self._tensors = tensors
+        self._before = self._now()
 
-def require_same(before: Hashable, tensors: list[torch.Tensor]) -> None:
-    """Raise OpenTransError if ``tensors`` were written to since ``before``."""
-    if fingerprint(tensors) != before:
-        raise OpenTransError(
-            "a prediction of an earlier decoder layer is read after weights or inputs were "
-            "changed, so it can no longer be computed as it was. Read it right after the call "
-            "(any operation on it will do), or call restore_heads(model) first."
-        )
+    def _now(self) -> list[tuple[int, int, int | None]]:
+        return [
+            (id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in self._tensors()
+        ]
+
+    def require_same(self) -> None:
+        """Raise OpenTransError if the tensors are others, or were written to."""
+        if self._now() != self._before:
+            raise OpenTransError(
+                "a prediction of an earlier decoder layer is read after weights or inputs were "
+                "changed, so it can no longer be computed as it was. Read it right after the call "
+                "(any operation on it will do), or call restore_heads(model) first."
+            )

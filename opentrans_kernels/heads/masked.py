@@ -128,9 +128,9 @@ def attention_mask(embedded: Tensor, features: Tensor) -> Tensor:
     """
     hidden = torch.matmul(embedded, features.flatten(2)) < 0
     hidden &= ~hidden.all(dim=-1, keepdim=True)
-    # Not boolean: the fused attention would convert that, once more for every call.
-    mask = torch.zeros(hidden.shape, dtype=embedded.dtype, device=embedded.device)
-    return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
+    # Not boolean: the fused attention would convert that.
+    lowest, none = embedded.new_full((), float("-inf")), embedded.new_zeros(())
+    return torch.where(hidden, lowest, none).unsqueeze(1)
 
 
 def project_attention(

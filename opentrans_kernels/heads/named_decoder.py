@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .decoder import KIND, MaskedDecoder, last_width
-from .deferred import Deferred, fingerprint, require_same
+from .deferred import Deferred, Snapshot
 from .masked import Layer, decode, mask_product, project_attention, require_attention
 from .parts import Found, prove
 from .trial import features_of_trial, levels_of_trial
@@ -109,12 +109,11 @@ class ModuleDecoder(MaskedDecoder):
             mask_features, decoder.layernorm, embed,
         )  # fmt: skip
         masks = mask_product(embed(found.normed[-1]), mask_features)
-        used = [*found.embedded, mask_features]
-        before = fingerprint(used)
+        used = Snapshot(lambda: [*found.embedded, mask_features])
 
         def later(embedded: Tensor) -> Tensor:
             def compute() -> Tensor:
-                require_same(before, used)
+                used.require_same()
                 return mask_product(embedded, mask_features)
 
             return Deferred(masks, compute)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .decoder import MaskedDecoder, feed_forward, last_width
-from .deferred import Deferred, fingerprint, require_same
+from .deferred import Deferred, Snapshot
 from .masked import Layer, Level, contiguous, decode, mask_product, require_attention
 from .named_decoder import is_named_attention, named_attention, prove_named
 from .parts import Found
@@ -101,16 +101,16 @@ class TaskDecoder(MaskedDecoder):
         )  # fmt: skip
         masks = mask_product(self.mask_embed(found.normed[-1]), mask_features)
         logits = self.class_embed(found.normed[-1])
-        used = [*self.class_embed.parameters(), *found.normed, *found.embedded, mask_features]
-        before = fingerprint(used)
+        kept = [*found.normed, *found.embedded, mask_features]
+        used = Snapshot(lambda: [*self.class_embed.parameters(), *kept])
 
         def later(index: int) -> dict[str, Tensor]:
             def classes() -> Tensor:
-                require_same(before, used)
+                used.require_same()
                 return self.class_embed(found.normed[index])
 
             def mask() -> Tensor:
-                require_same(before, used)
+                used.require_same()
                 return mask_product(found.embedded[index], mask_features)
 
             return {
