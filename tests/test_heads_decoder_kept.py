@@ -143,12 +143,15 @@ def test_a_copy_is_independent(case: Case) -> None:
         assert torch.equal(case.read(case.model.decoder(*given[0], **given[1]))["masks"], before)
 
 
-def test_without_layers_to_attend_or_with_other_levels_the_original_answers() -> None:
+def test_with_other_levels_or_a_mask_of_padding_the_original_answers() -> None:
     case = make("plain")
     accelerate_heads(case.model)
     (x, features), _ = case.inputs(0)
-    with pytest.raises(AssertionError):  # the original's own check
-        case.model.decoder(x[:2], features)
+    with torch.no_grad():
+        out = case.model.decoder(x, features, mask=torch.ones(2, 3, 4))
+        assert not isinstance(case.before_last(out)[0], Deferred)
+        with pytest.raises(AssertionError):  # the original's own check
+            case.model.decoder(x[:2], features)
 
 
 class Nearest(cases.Decoder):

@@ -26,7 +26,8 @@ def accelerate_heads(model: nn.Module) -> HeadReport:
 
     Works in eval mode on a CPU in float32; in training mode, and for other tensors, the original
     modules run. Every replacement was run beside its original on noise, and errs by no more than
-    twice as much against float64.
+    twice as much against float64. Predictions of decoder layers before the last are tensors that
+    compute when they are first read (OpenTransError if weights or inputs changed until then).
 
     Raises:
         UnsupportedModelError: no module, or a module in training mode.

@@ -38,8 +38,8 @@ _STACKS = tuple(
     f"transformer_{name}_layers" for name in ("cross_attention", "self_attention", "ffn")
 )
 _CHILDREN = (*_STACKS, "decoder_norm", "query_feat", "query_embed", "level_embed", "input_proj")
+_ARGUMENTS = ("x", "mask_features")
 _HEADS = ("output", "mask_features", "attn_mask_target_size")
-
 _CLASSIFY = "get_classification_logits"
 
 Tensor = torch.Tensor
@@ -137,8 +137,11 @@ class TreeDecoder(MaskedDecoder):
         names = list(inspect.signature(heads).parameters)
         if tuple(names[:3]) != _HEADS:
             return f"its forward_prediction_heads takes {', '.join(names)}"
-        own = {"signature": inspect.signature(original.forward), "passed": tuple(names[3:])}
-        self.__dict__.update({f"opentrans_{key}": value for key, value in own.items()})
+        signature = inspect.signature(original.forward)
+        if tuple(signature.parameters)[:2] != _ARGUMENTS:
+            return f"its forward takes {', '.join(signature.parameters)}"
+        self.__dict__["opentrans_signature"] = signature
+        self.__dict__["opentrans_passed"] = tuple(names[3:])
         counts = {len(getattr(self, name)) for name in _STACKS}
         if len(counts) != 1 or counts == {0}:
             return "has not as many layers of each kind, one or more"
@@ -169,9 +172,11 @@ class TreeDecoder(MaskedDecoder):
         bound = self.opentrans_signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        x, features = given["x"], given["mask_features"]
+        x, features = (given[name] for name in _ARGUMENTS)
         passed = {name: given[name] for name in self.opentrans_passed}
-        if len(x) != self.num_feature_levels:
+        # A mask of padding, say: the trees that were read ignore it, others may not.
+        others = given.keys() - passed.keys() - {*_ARGUMENTS}
+        if len(x) != self.num_feature_levels or any(given[name] is not None for name in others):
             return self.as_it_was(*args, **kwargs)
         levels = self.levels(x, self.input_proj, self.level_embed.weight, self.pe_layer)
         batch = x[0].shape[0]
