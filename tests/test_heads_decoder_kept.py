@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from decoder_runs import KINDS, Case, assert_exact, decided, make
 from torch import nn
 
-from opentrans_kernels.heads import HeadPart, accelerate_heads, restore_heads
+from opentrans_kernels.heads import HeadPart, accelerate_heads, named_decoder, restore_heads
 from opentrans_kernels.heads.deferred import Deferred
 
 
@@ -337,3 +337,42 @@ def test_our_own_mask_head_is_one_of_them() -> None:
     for got, right in zip((*ours, *own), (*masks, *embeddings), strict=True):
         assert torch.allclose(got, right, atol=1e-4 * float(right.abs().max()))
     assert isinstance(ours[0], Deferred) and not isinstance(ours[-1], Deferred)
+
+
+def test_a_whole_model_computes_earlier_masks_on_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = pytest.importorskip("transformers", reason="needs transformers")
+    swin = library.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = library.Mask2FormerForUniversalSegmentation(
+        library.Mask2FormerConfig(
+            backbone_config=swin, hidden_dim=32, feature_size=32, mask_feature_size=32,
+            num_attention_heads=4, dim_feedforward=32, encoder_feedforward_dim=32,
+            encoder_layers=1, decoder_layers=4, num_queries=6,
+        )
+    ).eval()  # fmt: skip
+    image = torch.randn(1, 3, 64, 64)
+    products: list[int] = []
+    product = named_decoder.mask_product
+
+    def counted(*args: torch.Tensor) -> torch.Tensor:
+        products.append(1)
+        return product(*args)
+
+    with torch.no_grad():
+        dense = model(image, output_auxiliary_logits=True)
+        report = accelerate_heads(model)
+        assert "model.transformer_module" in {part.path for part in report.replaced}, str(report)
+        monkeypatch.setattr(named_decoder, "mask_product", counted)
+        model(image)
+        assert len(products) == 1
+        ours = model(image, output_auxiliary_logits=True)
+    assert len(ours.auxiliary_logits) == len(dense.auxiliary_logits) == 3
+    pairs = [(ours, dense), *zip(ours.auxiliary_logits, dense.auxiliary_logits, strict=True)]
+    for got, right in pairs:
+        for key in ("masks_queries_logits", "class_queries_logits"):
+            assert torch.allclose(got[key], right[key], atol=1e-4 * float(right[key].abs().max()))
