@@ -104,7 +104,7 @@ TABLE: tuple[Row, ...] = tuple(
         f"{_OPS}.mask_scores:OP",
     ),
     Row(
-        "mask_scores", "reference", "any", (*_FLOATS, *_HALF), "any", "", 9,
+        "mask_scores", "reference", "any", _FLOATS, "any", "", 9,
         f"{_OPS}.mask_scores.reference:mask_scores",
     ),
 ) + tuple(

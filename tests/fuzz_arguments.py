@@ -6,6 +6,7 @@ A case passes if the op refuses the arguments or gives what plain PyTorch gives.
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
@@ -14,6 +15,7 @@ from kernel_cases import layouts, masked_weight
 
 from opentrans_kernels import ops  # noqa: F401  (defines the ops)
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.ops.mask_scores import reference as mask_reference
 from opentrans_kernels.ops.relu_bits import reference
 from opentrans_kernels.pack import SparseWeight
 
@@ -172,4 +174,31 @@ def a_matrix(rng: random.Random) -> None:
         assert ((found[0] - exact).abs() <= 1e-9 * largest).all(), "other eigenvalues"
 
 
-KINDS = (an_image, an_image, a_pool, a_relu, a_spectrum, a_matrix)
+def some_masks(rng: random.Random) -> None:
+    masks = odd_tensor(rng)
+    sizes = list(masks.shape[:2]) if masks.dim() == 4 else [1, 2]
+    if rng.random() < 0.1:
+        sizes[rng.randrange(2)] = rng.choice((0, 1, 9, *HUGE))
+    sizes.append(rng.choice((0, 1, 2, 7, 19)))
+    kind = torch.float32 if rng.random() < 0.95 else torch.float64
+    if math.prod(sizes) >= 2**63:
+        return
+    classes = torch.rand(1, 1, 1, dtype=kind).expand(sizes)
+    if classes.numel() < 10**5:
+        classes = torch.rand(sizes, dtype=kind)
+    steps = []
+    for _ in range(3):
+        pair = [rng.choice((1, 2, 3, 8, 17, 40)) for _ in range(rng.choice((0, 2, 2, 2, 1, 3)))]
+        if pair and rng.random() < 0.05:
+            pair = [rng.choice(NUMBERS), 1]
+        steps.append(pair)
+    if rng.random() < 0.7 and masks.dim() == 4:  # a cut that fits
+        steps[1] = [max(1, n - rng.choice((0, 1, 5))) for n in steps[0] or masks.shape[2:]]
+    found = tried(lambda: OPS.mask_scores(masks, classes, *steps))
+    if found is not None and found.numel() and masks.numel() < 10**6:
+        exact = mask_reference.mask_scores(masks.double(), classes.double(), *steps)
+        assert found.shape == exact.shape
+        assert torch.allclose(found.double(), exact, atol=1e-4, equal_nan=True), "other scores"
+
+
+KINDS = (an_image, an_image, a_pool, a_relu, a_spectrum, a_matrix, some_masks)

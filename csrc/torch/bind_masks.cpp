@@ -20,7 +20,7 @@ namespace {
 constexpr const char* kOp = "mask_scores";
 // Columns are counted in int32; a row of queries, and all classes, are held in memory.
 constexpr int64_t kMaxSide = int64_t{1} << 23, kMaxCount = int64_t{1} << 24;
-constexpr int64_t kMaxClasses = int64_t{1} << 33, kMaxOut = int64_t{1} << 48;
+constexpr int64_t kMaxClasses = int64_t{1} << 30, kMaxOut = int64_t{1} << 48;
 
 void check_floats(const char* name, const Tensor& t, int64_t dim, const char* shape) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == dim, kOp, ": ",

@@ -21,8 +21,8 @@ Pair = tuple[int, int]
 class Recipe:
     """Masks ``source`` [N, Q, h, w] resized, cut, resized again, and put through a sigmoid.
 
-    source: contiguous. images: whether the result has the dimension of images, which is 1 otherwise. Methods that add
-    a step return None where the result would be no such recipe.
+    source: contiguous. images: whether the result has the dimension of images, which is 1
+    otherwise. Methods that add a step return None where the result would be no such recipe.
     """
 
     source: torch.Tensor
