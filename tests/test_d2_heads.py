@@ -1,0 +1,175 @@
+"""``attach`` and the hooks accelerate the head behind the tower, and leave nothing half done."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from head_nets import Encoder
+from torch import nn
+
+pytest.importorskip("open_clip")
+
+from d2_models import CLASSES, SIZE, Evaluation, Segmenter, Trainer, segmenter, tower  # noqa: E402
+
+import opentrans.d2.attachment as attachment  # noqa: E402
+from opentrans.d2 import attach, attach_from_config  # noqa: E402
+from opentrans.d2.config import OpenTransConfig  # noqa: E402
+from opentrans.d2.config_nodes import ConfigError  # noqa: E402
+from opentrans.d2.training import AccelerateStep  # noqa: E402
+from opentrans_kernels import UnsupportedModelError, accelerate_heads, restore  # noqa: E402
+from opentrans_kernels.heads.parts import head_parts  # noqa: E402
+from opentrans_kernels.plan.subject import accelerated_parts  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("extension")
+LEVELS = ("res3", "res4", "res5")
+FAST = {"accelerate": True, "input_size": SIZE, "measure": False}
+
+
+class MaskFormer(Segmenter):
+    """A tower, a deformable encoder over three of its maps, and a classifier per position."""
+
+    def __init__(self) -> None:
+        super().__init__(tower())
+        self.input_proj = nn.ModuleList(nn.Conv2d(w, 32, 1) for w in (128, 256, 512))
+        self.encoder = Encoder()
+        self.head = nn.Conv2d(32, CLASSES, 1)
+
+    def forward(self, x: torch.Tensor) -> object:
+        found = self.backbone(x)
+        maps = [p(found[n]) for p, n in zip(self.input_proj, LEVELS, strict=True)]
+        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+        shapes = torch.tensor([m.shape[-2:] for m in maps])
+        sizes = shapes.prod(1)
+        reference = torch.linspace(0, 1, src.shape[1]).view(1, -1, 1, 1)
+        reference = reference.expand(len(src), -1, len(maps), 2)
+        out = self.encoder(src, None, reference, shapes, sizes.cumsum(0) - sizes)
+        fine = out[:, : int(sizes[0])].transpose(1, 2).unflatten(2, maps[0].shape[-2:])
+        scores = self.head(fine)
+        return {"loss": scores.square().mean()} if self.training else scores
+
+
+@pytest.fixture
+def model() -> MaskFormer:
+    torch.manual_seed(3)
+    return MaskFormer().eval()
+
+
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(5))
+
+
+def is_dense(model: nn.Module, before: dict[str, nn.Module]) -> bool:
+    """Whether the very same modules are in place."""
+    now = dict(model.named_modules())
+    return now.keys() == before.keys() and all(now[n] is m for n, m in before.items())
+
+
+def test_attach_accelerates_the_head_and_detach_restores_it(model: MaskFormer) -> None:
+    attach(model, "global:0.9")
+    before = dict(model.named_modules())
+    keys = {k: v.shape for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        dense = model(image())
+        done = attach(model, **FAST)
+        assert done.heads is not None and len(done.heads.replaced) == len(head_parts(model)) > 2
+        assert accelerated_parts(model.backbone)
+        assert keys == {k: v.shape for k, v in model.state_dict().items()}
+        torch.testing.assert_close(model(image()), dense, rtol=1e-4, atol=1e-5)
+        text = str(done)
+        assert "2 x encoder layer" in text and "2 x deformable attention" in text
+        done.detach()
+        assert is_dense(model, before) and done.heads is None and done.report is None
+        assert torch.equal(model(image()), dense)
+    done.detach()  # nothing left to do
+
+
+def test_the_head_may_be_left_alone(model: MaskFormer) -> None:
+    done = attach(model, "global:0.9", heads=False, **FAST)
+    assert done.heads is None and not head_parts(model) and accelerated_parts(model)
+    config = {"accelerate": {"enabled": True, "input_size": [64, 64], "measure": False}}
+    done.detach()
+    assert head_parts_of(config, model)
+    config["accelerate"]["heads"] = False
+    assert not head_parts_of(config, model)
+    with pytest.raises(ConfigError, match=r"ACCELERATE.HEADS must be a bool"):
+        OpenTransConfig.from_cfg({"accelerate": {"heads": "yes"}})
+
+
+def head_parts_of(config: dict[str, object], model: nn.Module) -> int:
+    done = attach_from_config(model, OpenTransConfig.from_cfg(config))
+    count = len(head_parts(model))
+    done.detach()
+    return count
+
+
+def test_a_model_without_a_known_head_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        done = attach(segmenter().eval(), "global:0.9", **FAST)
+    assert str(done).count("no part of the head was recognised") == 1
+    assert sum("no part of the head" in r.message for r in caplog.records) == 1
+    alone = attach(tower().eval(), "global:0.9", **FAST)  # no head, and none is missed
+    assert alone.notes == [] and "head" not in str(alone)
+
+
+def broken(*_: object, **__: object) -> None:
+    raise RuntimeError("no memory")
+
+
+@pytest.mark.parametrize("what", ["accelerate", "accelerate_heads"])
+def test_an_error_leaves_neither_tower_nor_head_accelerated(
+    what: str, model: MaskFormer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dict(model.named_modules())
+    monkeypatch.setattr(attachment, what, broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        attach(model, **FAST)
+    assert is_dense(model, before)
+
+
+def test_what_is_refused_before_anything_changes(model: MaskFormer) -> None:
+    before = dict(model.named_modules())
+    weights = copy.deepcopy(model.state_dict())
+    model.train()
+    model.backbone.eval()
+    with pytest.raises(UnsupportedModelError, match="heads=False"):
+        attach(model, "global:0.9", **FAST)
+    assert is_dense(model, before)
+    done = attach(model, **FAST | {"accelerate": "auto"})  # type: ignore[arg-type]
+    assert done.heads is None and any("training mode" in note for note in done.notes)
+    done.detach()
+    model.eval()
+    accelerate_heads(model)
+    with pytest.raises(UnsupportedModelError, match=r"head is accelerated already.*detach\(\)"):
+        attach(model, "global:0.9", **FAST)
+    assert not any(p for p in accelerated_parts(model.backbone))
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    attach(model, heads=False, **FAST)
+    restore(model.backbone)
+
+
+@pytest.mark.parametrize("make", [MaskFormer, segmenter])
+def test_evaluations_run_on_the_accelerated_head_and_training_on_its_own(
+    make: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(4)
+    model = make()
+    step = AccelerateStep("require", SIZE, measure=False)
+    before = dict(model.named_modules())
+    seen = []
+
+    def evaluate() -> None:
+        seen.append(len(head_parts(model)))
+
+    with caplog.at_level(logging.INFO, "opentrans.d2.training.evaluate"):
+        Trainer(model, [step, Evaluation(1, evaluate)]).train(2)
+    assert is_dense(model, before) and all(module.training for module in model.modules())
+    told = [r.message for r in caplog.records if "head:" in r.message or "the head" in r.message]
+    assert len(told) == 1, told
+    if make is MaskFormer:
+        assert seen == [12, 12] and step.heads is not None and "2 x encoder layer" in told[0]
+    else:
+        assert seen == [0, 0] and "no part of the head was recognised" in told[0]
