@@ -21,6 +21,7 @@ from opentrans.d2.config import OpenTransConfig  # noqa: E402
 from opentrans.d2.config_nodes import ConfigError  # noqa: E402
 from opentrans.d2.training import AccelerateStep  # noqa: E402
 from opentrans_kernels import UnsupportedModelError, accelerate_heads, restore  # noqa: E402
+from opentrans_kernels.bench.parts import REST  # noqa: E402
 from opentrans_kernels.heads.parts import head_parts  # noqa: E402
 from opentrans_kernels.plan.subject import accelerated_parts  # noqa: E402
 
@@ -173,3 +174,36 @@ def test_evaluations_run_on_the_accelerated_head_and_training_on_its_own(
         assert seen == [12, 12] and step.heads is not None and "2 x encoder layer" in told[0]
     else:
         assert seen == [0, 0] and "no part of the head was recognised" in told[0]
+
+
+def test_an_example_gives_times_by_part_and_of_the_whole(model: MaskFormer) -> None:
+    attach(model, "global:0.9")
+    with torch.no_grad():
+        dense = model(image())
+        done = attach(model, example=image(), **FAST)
+        torch.testing.assert_close(model(image()), dense, rtol=1e-4, atol=1e-5)
+    assert done.parts is not None
+    rows = {name: (slow, fast, what) for name, slow, fast, what in done.parts.rows()}
+    assert list(rows)[-2:] == [REST, "the whole"]
+    assert {"trunk", "encoder.layers", "head"} <= set(rows)
+    assert rows["encoder.layers"][2].endswith("2 x encoder layer") and rows["trunk"][2]
+    assert rows["head"][2] == ""
+    for side in (0, 1):
+        times = [row[side] for row in rows.values()]
+        assert all(time >= 0 for time in times) and times[-1] > 0
+    for times in (done.parts.dense, done.parts.accelerated):
+        for values in zip(*times.values(), strict=True):
+            assert sum(values[:-1]) == pytest.approx(values[-1]), "parts add up to the whole"
+    assert "the whole" in str(done) and "tower alone" not in str(done)
+    assert len(head_parts(model)) == 12, "the fast paths are in place after timing"
+    done.detach()
+    assert not accelerated_parts(model)
+    plain = attach(model, **FAST)
+    assert plain.parts is None and "of the tower alone; attach(example=...)" in str(plain)
+
+
+def test_an_example_that_does_not_run_leaves_nothing_accelerated(model: MaskFormer) -> None:
+    before = dict(model.named_modules())
+    with pytest.raises(RuntimeError):
+        attach(model, example=torch.zeros(1, 4, 8, 8), **FAST)
+    assert is_dense(model, before)

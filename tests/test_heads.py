@@ -189,19 +189,19 @@ def test_relatives_stay_with_a_reason() -> None:
             "hooked": Attention(),
             "odd": Attention(),
             "rounded": Attention(),
-            "training": Attention(),
+            "in_training": Attention(),
         }
     ).eval()
     model["hooked"].register_forward_hook(lambda *_: None)
     model["odd"].sampling_offsets = nn.Linear(32, 7)
     model["rounded"].to(torch.bfloat16)
-    model["training"].train()
+    model["in_training"].train()
     report = otk.accelerate_heads(model)
     reasons = {part.path: part.reason for part in report.left}
     assert "computes something else" in reasons["other"]
     assert reasons["hooked"] == "has hooks"
     assert "offsets" in reasons["odd"]
-    assert "training mode" in reasons["training"]
+    assert "training mode" in reasons["in_training"]
     assert "rounded" in reasons and not report.replaced
     assert "stays as it was" in str(report)
 
@@ -320,3 +320,14 @@ def test_another_module_of_that_name_is_left_alone(tmp_path) -> None:
             print("empty" in str(error))
         """
     assert run_alone(code).split() == ["real", "True", "True"]
+
+
+def test_originals_that_ran_meanwhile_hold_originals_again() -> None:
+    model = Encoder()
+    before = dict(model.named_modules())
+    otk.accelerate_heads(model)
+    model.train()
+    model(*encoder_inputs())  # each part runs as it was, on the children it has now
+    otk.restore_heads(model.eval())
+    after = dict(model.named_modules())
+    assert all(after[name] is module for name, module in before.items())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from opentrans_kernels.accelerate import Report, accelerate, restore
+from opentrans_kernels.bench.parts import PartTimes, time_parts
 from opentrans_kernels.errors import PlanError, UnsupportedModelError
 from opentrans_kernels.heads import HeadReport, accelerate_heads, restore_heads
 from opentrans_kernels.heads.parts import head_parts
@@ -36,7 +37,7 @@ class Attachment:
 
     tower: where. masks: in force, under the tower's names. plan: of freezing. report: of
     acceleration; None if the tower runs densely. heads: the same of the head behind it. model: the
-    whole, unwrapped. notes: what a user should know.
+    whole, unwrapped. parts: times of an example, part by part. notes: what a user should know.
     """
 
     tower: Tower
@@ -45,6 +46,7 @@ class Attachment:
     report: Report | None = None
     notes: list[str] = field(default_factory=list)
     heads: HeadReport | None = None
+    parts: PartTimes | None = None
     model: nn.Module | None = field(default=None, repr=False)
 
     def detach(self) -> None:
@@ -64,6 +66,12 @@ class Attachment:
         lines.append(str(self.report) if self.report is not None else "runs densely")
         if self.heads is not None and self.heads.parts:
             lines.append(str(self.heads))
+        if self.parts is not None:
+            lines.append(str(self.parts))
+        elif self.report is not None and self.tower.path:
+            lines.append(
+                "the times are of the tower alone; attach(example=...) measures the whole"
+            )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -74,6 +82,7 @@ def attach(
     accelerate: bool | str | Plan = False,
     *,
     heads: bool = True,
+    example: object = None,
     tower: str = "",
     alphas: AlphaTable | None = None,
     fit: str = "xmin_peak",
@@ -96,6 +105,9 @@ def attach(
         accelerate: True or "require": run the tower on the sparse kernels, or raise; "auto": where
             that is possible (float32, CPU, eval mode), else densely with a note; or a Plan.
         heads: with ``accelerate``, also ``opentrans_kernels.accelerate_heads`` of the whole model.
+        example: with ``accelerate``, what the model is called with (a tensor, a list of records as
+            detectron2 has them, or a tuple of arguments): the whole is then timed on it, dense and
+            accelerated in turns, and the report has a row for every part.
         tower: module path of the tower; "": found by structure.
         alphas: for rules that need them; None: estimated with ``fit``.
         norms: with ``freeze``: see ``MODEL.OPENTRANS.FREEZE.NORMS``.
@@ -156,6 +168,8 @@ def attach(
                 restore(found.module)
                 raise
             done.notes += [note] if note else []
+        if example is not None and done.report is not None:
+            done.parts = _timed(done, whole, example)
     for note in done.notes:
         log.warning("%s", note)
     return done
@@ -253,6 +267,21 @@ def speed_up(
     register_with_fvcore()  # so that analyze_model sees the layers that are put in
     size = None if plan is not None else input_size
     return accelerate(tower, plan=plan, input_size=size, measure=measure, threads=threads), ""
+
+
+def _timed(done: Attachment, model: nn.Module, example: object) -> PartTimes:
+    """Times of every part on ``example``; an error takes the acceleration off again."""
+    given = example if isinstance(example, tuple) else (example,)
+    try:
+        if model.training:
+            raise UnsupportedModelError(
+                "the whole model is timed in eval mode, and it is in training mode. Call "
+                "model.eval(), or leave example out."
+            )
+        return time_parts(model, lambda: model(*given), done.tower.path, done.heads)
+    except BaseException:
+        done.detach()
+        raise
 
 
 def speed_up_head(model: nn.Module, tower: nn.Module, policy: str) -> tuple[HeadReport | None, str]:
