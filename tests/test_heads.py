@@ -189,19 +189,19 @@ def test_relatives_stay_with_a_reason() -> None:
             "hooked": Attention(),
             "odd": Attention(),
             "rounded": Attention(),
-            "in_training": Attention(),
+            "learning": Attention(),
         }
     ).eval()
     model["hooked"].register_forward_hook(lambda *_: None)
     model["odd"].sampling_offsets = nn.Linear(32, 7)
     model["rounded"].to(torch.bfloat16)
-    model["in_training"].train()
+    model["learning"].train()
     report = otk.accelerate_heads(model)
     reasons = {part.path: part.reason for part in report.left}
     assert "computes something else" in reasons["other"]
     assert reasons["hooked"] == "has hooks"
     assert "offsets" in reasons["odd"]
-    assert "training mode" in reasons["in_training"]
+    assert "training mode" in reasons["learning"]
     assert "rounded" in reasons and not report.replaced
     assert "stays as it was" in str(report)
 
