@@ -331,3 +331,65 @@ def test_originals_that_ran_meanwhile_hold_originals_again() -> None:
     otk.restore_heads(model.eval())
     after = dict(model.named_modules())
     assert all(after[name] is module for name, module in before.items())
+
+
+class PixelDecoder(nn.Module):
+    """An encoder between projections, as pixel decoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, 32, 1), nn.GroupNorm(4, 32)) for width in (24, 40, 8)
+        )
+        self.encoder = Encoder(1)
+        self.lateral = Normed(16, 32, 1, bias=False)
+        self.smooth = nn.Conv2d(32, 32, 3, padding=1)
+        self.grouped = nn.Conv2d(32, 32, 1, groups=2)
+        self.mask_features = nn.Conv2d(32, 48, 1)
+        self.eval()
+
+    def forward(self, maps: list[torch.Tensor], fine: torch.Tensor) -> torch.Tensor:
+        found = [project(x) for project, x in zip(self.input_proj, maps, strict=True)]
+        shapes = torch.tensor([x.shape[-2:] for x in found])
+        sizes = shapes.prod(1)
+        src = torch.cat([x.flatten(2).transpose(1, 2) for x in found], 1)
+        reference = torch.linspace(0.1, 0.9, src.shape[1] * 6).view(1, -1, 3, 2)
+        reference = reference.expand(len(src), -1, -1, -1)
+        out = self.encoder(src, None, reference, shapes, sizes.cumsum(0) - sizes)
+        last = out[:, -int(sizes[-1]) :].transpose(1, 2).unflatten(2, tuple(shapes[-1].tolist()))
+        y = self.lateral(fine) + nn.functional.interpolate(last, fine.shape[-2:], mode="bilinear")
+        return self.mask_features(self.grouped(self.smooth(y)))
+
+
+class Normed(nn.Conv2d):
+    """A convolution with its norm and activation inside."""
+
+    def __init__(self, *sizes: int, **options: bool) -> None:
+        super().__init__(*sizes, **options)
+        self.norm, self.activation = nn.GroupNorm(4, sizes[1]), torch.relu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.norm(super().forward(x)))
+
+
+@pytest.mark.parametrize("n", (1, 2))
+def test_projections_around_an_encoder(n: int) -> None:
+    dense = PixelDecoder()
+    model = copy.deepcopy(dense)
+    report = otk.accelerate_heads(model)
+    convs = {part.path for part in report.replaced if part.kind == "1x1 convolution"}
+    assert convs == {*(f"input_proj.{i}.0" for i in range(3)), "lateral", "mask_features"}
+    maps = [torch.randn(n, 24, 6, 5), torch.randn(n, 40, 3, 7), torch.randn(n, 8, 2, 3)]
+    fine = torch.randn(n, 16, 12, 10)
+    wide = torch.randn(n, 16, 12 * 10 + 16)[..., :120].unflatten(2, (12, 10))  # planes apart
+    with torch.no_grad():
+        for image in (fine, fine.contiguous(memory_format=torch.channels_last), wide):
+            found, rough = model(maps, image), dense(maps, image)
+            double = copy.deepcopy(dense).double()
+            exact = double([x.double() for x in maps], image.double())
+            assert (found - exact).abs().max() <= 2 * (rough - exact).abs().max() + 1e-6
+        assert model.mask_features(fine.repeat(1, 2, 1, 1)).is_contiguous(
+            memory_format=torch.channels_last
+        )
+    torch.testing.assert_close(model(maps, fine), dense(maps, fine))  # gradients on

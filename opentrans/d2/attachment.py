@@ -69,9 +69,7 @@ class Attachment:
         if self.parts is not None:
             lines.append(str(self.parts))
         elif self.report is not None and self.tower.path:
-            lines.append(
-                "the times are of the tower alone; attach(example=...) measures the whole"
-            )
+            lines.append("the times are of the tower alone; attach(example=...) measures the whole")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan.models import require_module
-from . import deform, encoder
+from . import decoder, deform, encoder, named_decoder, pixel_decoder, pointwise
 from .parts import Found, HeadPart, head_parts, swap_in, swap_out
 from .report import HeadReport
 from .stand_in import install_ms_deform_attn, uninstall_ms_deform_attn
@@ -27,7 +27,14 @@ __all__ = [
 ]
 
 #: Each yields the parts of one kind; the first that knows a path has it.
-FINDERS = (deform.find, encoder.find)
+FINDERS = (
+    deform.find,
+    encoder.find,
+    pointwise.find,
+    pixel_decoder.find,
+    decoder.find,
+    named_decoder.find,
+)
 
 
 def accelerate_heads(model: nn.Module) -> HeadReport:

@@ -38,8 +38,8 @@ class _Layer(HeadPart):
         """All that follows attention, for the input ``x`` of the layer."""
         first, second, norm, last = (self._modules[name] for name in self.names)
         x = norm(attended.add_(x) if not attended.requires_grad else attended + x)
-        hidden = linear(first, x, relu=True)
-        out = linear(second, hidden)
+        hidden = linear(x, first.weight, first.bias, relu=True)
+        out = linear(hidden, second.weight, second.bias)
         return last(out.add_(x) if not out.requires_grad else out + x)
 
 

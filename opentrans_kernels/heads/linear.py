@@ -23,14 +23,16 @@ def has_kernel() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(layer: nn.Linear, x: torch.Tensor, relu: bool = False) -> torch.Tensor:
-    """``layer(x)``, with a ReLU if asked for, on the parameters as they are now."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool = False
+) -> torch.Tensor:
+    """``F.linear``, with a ReLU if asked for, on the parameters as they are now."""
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling()  # which fuses it itself
     if plain or x.numel() == 0 or not torch.backends.mkldnn.enabled:
-        out = F.linear(x, layer.weight, layer.bias)
-        return out.relu_() if relu and not out.requires_grad else out.relu() if relu else out
+        out = F.linear(x, weight, bias)
+        return out.relu() if relu else out
     act = "relu" if relu else "none"
-    return torch.ops.mkldnn._linear_pointwise.default(x, layer.weight, layer.bias, act, [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, act, [], "")
 
 
 class FusedLinear(HeadPart):
@@ -39,7 +41,7 @@ class FusedLinear(HeadPart):
     what, how = KIND, "bias inside the product"
 
     def fast(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(self, x)  # type: ignore[arg-type]
+        return linear(x, self.weight, self.bias)
 
 
 def find_below(name: str, module: nn.Module) -> Iterator[Found]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..accelerate.parts import PartError
 from ..nn import Replacement
+from ..plan.models import refresh_pruned
 from ..topology.behaviour import first_changed, own_behaviour
 
 __all__ = ["Found", "HeadPart", "NotTheSame", "head_parts", "prove", "swap_in", "swap_out"]
@@ -46,28 +47,42 @@ class HeadPart(Replacement):
         nn.Module._load_from_state_dict(self, state_dict, prefix, *rest)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training or not _is_plain([*args, *kwargs.values()]):
-            return self.as_it_was(*args, **kwargs)
-        if (why := first_changed(self.bypassed())) is not None:
-            if not self.opentrans_told:
-                self.__dict__["opentrans_told"] = True
-                _log.warning(
-                    "%s since acceleration: this %s runs as it was, so that it is called. Remove "
-                    "it to be fast again.", why, type(self.opentrans_original).__name__,
-                )  # fmt: skip
-            return self.as_it_was(*args, **kwargs)
-        return self.fast(*args, **kwargs)
+        if self.ready([*args, *kwargs.values()]):
+            return self.fast(*args, **kwargs)
+        return self.as_it_was(*args, **kwargs)
 
-    def as_it_was(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original computes."""
+    def ready(self, given: Iterable[Any]) -> bool:
+        """Whether ``fast`` may run on these arguments."""
+        if self.training or not _is_plain(given):
+            return False
+        if (why := self.changed()) is None:
+            return True
+        if not self.opentrans_told:
+            self.__dict__["opentrans_told"] = True
+            _log.warning(
+                "%s since acceleration: this %s runs as it was, so that it is called. Remove "
+                "it to be fast again.", why, type(self.opentrans_original).__name__,
+            )  # fmt: skip
+        return False
+
+    def unready(self) -> nn.Module:
+        """The original, in the mode and with the children that this has now."""
         original = self.opentrans_original
         original.training = self.training
         original._modules.update(self._modules)  # what was exchanged here is exchanged there
-        return original(*args, **kwargs)
+        return original
+
+    def as_it_was(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original computes."""
+        return self.unready()(*args, **kwargs)
 
     def bypassed(self) -> Iterable[tuple[str, nn.Module]]:
         """(name, module) of what ``fast`` computes without calling it."""
         return ()
+
+    def changed(self) -> str | None:
+        """Why ``fast`` no longer does what the modules do ("NAME has hooks"); None if it does."""
+        return first_changed(self.bypassed())
 
 
 @dataclass
@@ -94,6 +109,8 @@ def _is_plain(values: Iterable[Any]) -> bool:
                 return False
         elif isinstance(value, (list, tuple)) and not _is_plain(value):
             return False
+        elif isinstance(value, dict) and not _is_plain(value.values()):
+            return False
     return not torch.is_autocast_enabled("cpu")
 
 
@@ -104,11 +121,13 @@ def prove(
     make: Callable[[nn.Module], HeadPart],
     inputs: Callable[[torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]],
     outputs: Callable[[Any], Sequence[torch.Tensor]] = lambda out: [out],
+    call: Callable[[nn.Module], Callable[..., Any]] = lambda module: module,
 ) -> Found:
     """Replace ``original`` if both give the same on noise; otherwise say what is different.
 
     make: builds the replacement, or raises NotTheSame. inputs: arguments of a call in a dtype, the
-    same numbers in each. outputs: the tensors of a result that must agree.
+    same numbers in each. outputs: the tensors of a result that must agree. call: how the module is
+    called, if not as itself.
     """
     if original.training:
         return Found(path, kind, None, "is in training mode; call model.eval()")
@@ -116,13 +135,14 @@ def prove(
         return Found(path, kind, None, extra)
     try:
         new = make(original)
-        double = copy.deepcopy(original).double()
         with torch.no_grad():
+            refresh_pruned(original)  # a weight with a gradient function cannot be copied
+            double = copy.deepcopy(original).double()
             args, kwargs = inputs(torch.float64)
-            exact = outputs(double(*args, **kwargs))
+            exact = outputs(call(double)(*args, **kwargs))
             args, kwargs = inputs(torch.float32)
-            dense = outputs(original(*args, **kwargs))
-            ours = outputs(new(*args, **kwargs))
+            dense = outputs(call(original)(*args, **kwargs))
+            ours = outputs(call(new)(*args, **kwargs))
     except NotTheSame as different:
         return Found(path, kind, None, str(different))
     except Exception as error:  # another signature, an attribute that is not there
