@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from head_nets import Encoder
 from torch import nn
 
 pytest.importorskip("open_clip")
 
-from d2_models import CLASSES, SIZE, Evaluation, Segmenter, Trainer, segmenter, tower  # noqa: E402
+from d2_models import SIZE, Evaluation, MaskFormer, Trainer, segmenter, tower  # noqa: E402
 
 import opentrans.d2.attachment as attachment  # noqa: E402
 from opentrans.d2 import attach, attach_from_config  # noqa: E402
@@ -26,31 +25,7 @@ from opentrans_kernels.heads.parts import head_parts  # noqa: E402
 from opentrans_kernels.plan.subject import accelerated_parts  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("extension")
-LEVELS = ("res3", "res4", "res5")
 FAST = {"accelerate": True, "input_size": SIZE, "measure": False}
-
-
-class MaskFormer(Segmenter):
-    """A tower, a deformable encoder over three of its maps, and a classifier per position."""
-
-    def __init__(self) -> None:
-        super().__init__(tower())
-        self.input_proj = nn.ModuleList(nn.Conv2d(w, 32, 1) for w in (128, 256, 512))
-        self.encoder = Encoder()
-        self.head = nn.Conv2d(32, CLASSES, 1)
-
-    def forward(self, x: torch.Tensor) -> object:
-        found = self.backbone(x)
-        maps = [p(found[n]) for p, n in zip(self.input_proj, LEVELS, strict=True)]
-        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
-        shapes = torch.tensor([m.shape[-2:] for m in maps])
-        sizes = shapes.prod(1)
-        reference = torch.linspace(0, 1, src.shape[1]).view(1, -1, 1, 1)
-        reference = reference.expand(len(src), -1, len(maps), 2)
-        out = self.encoder(src, None, reference, shapes, sizes.cumsum(0) - sizes)
-        fine = out[:, : int(sizes[0])].transpose(1, 2).unflatten(2, maps[0].shape[-2:])
-        scores = self.head(fine)
-        return {"loss": scores.square().mean()} if self.training else scores
 
 
 @pytest.fixture

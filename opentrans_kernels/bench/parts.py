@@ -24,18 +24,22 @@ from .timing import Spread
 
 __all__ = ["PartTimes", "Toggle", "boundaries", "time_parts", "trunk_path"]
 
-REST = "the rest, after the head too"
+REST, WHOLE = "the rest, after the head too", "the whole"
+SMALL = 0.01  # of the whole, on either side: a part below it belongs to the rest
 
 
 class Toggle:
-    """Puts all replacements of an accelerated model out of the way and back, in no time."""
+    """Puts replacements of an accelerated model out of the way and back, in no time.
 
-    def __init__(self, model: nn.Module) -> None:
+    paths: which; None: all that are there.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str] | None = None) -> None:
         # The outer ones first: inner ones are children of their replacements.
         self._places = [
             (_parent(model, path), path.rpartition(".")[2], module)
             for path, module in model.named_modules()
-            if path and "opentrans_original" in vars(module)
+            if path and "opentrans_original" in vars(module) and (paths is None or path in paths)
         ]
 
     def dense(self) -> None:
@@ -107,15 +111,15 @@ def boundaries(model: nn.Module, tower: str, head: Sequence[str]) -> dict[str, s
 
 
 def _groups(rows: dict[str, str], path: str, head: Sequence[str]) -> None:
-    """Outermost recognised parts below ``path``; those of one list are one row."""
-    below = sorted((p for p in head if p.startswith(f"{path}.")), key=lambda p: p.count("."))
-    taken: list[str] = []
-    for part in below:
-        if any(part.startswith(f"{outer}.") for outer in taken):
-            continue
-        taken.append(part)
+    """Recognised parts below ``path`` that are the items of a list: one row per list."""
+    lists: dict[str, list[str]] = {}
+    for part in head:
         above, _, key = part.rpartition(".")
-        rows[part] = above if key.isdigit() else part
+        if key.isdigit() and part.startswith(f"{path}."):
+            lists.setdefault(above, []).append(part)
+    for above, items in lists.items():
+        if len(items) > 1:
+            rows |= dict.fromkeys(items, above)
 
 
 @dataclass
@@ -135,6 +139,15 @@ class PartTimes:
                 Spread.of(self.accelerated[name]).median,
                 self.done.get(name, ""),
             )
+
+    def fold(self) -> None:
+        """Move small parts of which nothing was accelerated into the rest."""
+        sides = (self.dense, self.accelerated)
+        for name in [n for n in self.dense if n not in (REST, WHOLE) and n not in self.done]:
+            if all(sum(side[name]) < SMALL * sum(side[WHOLE]) for side in sides):
+                for side in sides:
+                    small = side.pop(name)
+                    side[REST] = [a + b for a, b in zip(side[REST], small, strict=True)]
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Rows for JSON."""
@@ -188,6 +201,7 @@ def time_parts(
                         times.setdefault(name, []).append(value)
     finally:
         toggle.accelerated()
+    found.fold()
     return found
 
 
@@ -240,4 +254,4 @@ def _one_call(
         for handle in handles:
             handle.remove()
     spent = {name: value for name, value in spent.items() if value > 0}
-    return {**spent, REST: max(0.0, whole - sum(spent.values())), "the whole": whole}
+    return {**spent, REST: max(0.0, whole - sum(spent.values())), WHOLE: whole}
