@@ -171,9 +171,15 @@ def test_a_head_of_no_known_kind_is_said_to_be_none() -> None:
 def test_a_model_that_does_not_run_in_float64_is_compared_with_float32() -> None:
     whole = small()
     plain = whole.run
-    whole.run = lambda model, dtype: plain(model, torch.float32)
+
+    def run(model: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        if dtype == torch.float64:
+            raise RuntimeError("expected scalar type Double but found Float")
+        return plain(model, dtype)
+
+    whole.run = run
     result = measured(whole, rounds=1)
-    assert result["reference"].startswith("eager float32 (not float64: ")
+    assert result["reference"].startswith("eager float32 (not float64: expected")
     assert all(row["match"]["equal"] for row in result["rows"])
 
 
