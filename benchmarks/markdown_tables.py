@@ -24,7 +24,7 @@ def origin(results: Sequence[Mapping[str, Any]]) -> str:
     facts = []
     for result in results:
         source = result["source"] or {}
-        weights = result["subject"]["weights"] if "subject" in result else result["weights"]
+        weights = result.get("subject", result).get("weights", "synthetic")
         facts.append(
             (
                 result["machine"]["cpu"],

@@ -18,9 +18,21 @@ COLUMNS = "network, input|mask|threads, ISA|against|its ms|our ms|speed-up (quar
 SHOWN_MASK, SHOWN_SIZE = "global:0.90", 224
 WHOLE = {"inference": "DeepLabV3 on RN50, whole", "fc-clip": "FC-CLIP on RN50, whole"}
 
+SYSTEM_TITLES = {
+    "fc-clip": "FC-CLIP",
+    "han": "Han et al.",
+    "deeplab": "DeepLabV3 of zs3",
+    "mask2former-hf": "Mask2Former of transformers",
+    "ovs-mask": "our mask classifier",
+    "ovs-pixel": "our DeepLabV3",
+}
+
 
 def networks_table(
-    trunks: Sequence[Result], models: Sequence[Result], whole: Sequence[Result]
+    trunks: Sequence[Result],
+    models: Sequence[Result],
+    whole: Sequence[Result],
+    systems: Sequence[Result] = (),
 ) -> str:
     """Trunks of the first run's instruction set, its peers, towers, whole segmentation models."""
     shown = [r for r in trunks if _is_shown(r, trunks[0])]
@@ -29,9 +41,10 @@ def networks_table(
     rows += [row for r in shown if run_label(dict(r)) == SHOWN for row in _peer_rows(r)]
     rows += [row for r in models for row in _model_rows(r)]
     rows += [row for r in measured for row in _whole_rows(r)]
+    rows += [row for r in systems for row in _system_rows(r)]
     if not rows:
         return EMPTY
-    return f"{table(COLUMNS, rows)}\n\n{origin([*shown, *models, *measured])}"
+    return f"{table(COLUMNS, rows)}\n\n{origin([*shown, *models, *measured, *systems])}"
 
 
 def _is_shown(result: Result, first: Result) -> bool:
@@ -97,6 +110,20 @@ def _whole_rows(r: Result) -> Iterator[Row]:
             ratio += f"; {one['amdahl_predicted']:.2f}x by Amdahl's law"
         against = f"{best.partition(': ')[2]} (fastest of {len(dense)})"
         yield (f"{title}, {one['size']}", *_where(r), against, *cells, ratio)
+
+
+def _system_rows(r: Result) -> Iterator[Row]:
+    """Our trunk and head, and our head alone, so that the share of the mask is seen."""
+    dense = next(row for row in r["rows"] if row["name"] == r["baseline"])
+    count = sum(not row["ours"] for row in r["rows"])
+    title = (
+        f"{SYSTEM_TITLES.get(r['system'], r['system'])}, whole, {_size(r['height'], r['width'])}"
+    )
+    for row in r["rows"]:
+        if row["ours"] and row["speedup"] is not None:
+            cells = _cells(dense["cpu_ms"], row["cpu_ms"], row["speedup"], r)
+            against = f"{r['baseline']} (fastest of {count})"
+            yield (f"{title}: {row['name']}", *_where(r), against, *cells)
 
 
 def _cells(theirs: float, ours: float, ratio: Mapping[str, Any], r: Result) -> tuple[str, ...]:

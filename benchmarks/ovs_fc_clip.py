@@ -9,12 +9,9 @@ same on both sides.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib.util
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +30,12 @@ from ovs_result import (
 from torch import nn
 
 from opentrans.cli.render import Output
-from opentrans.d2 import attach, require_detectron2
+from opentrans.d2 import attach, trees
 from opentrans_kernels.bench.timing import interleave
 from opentrans_kernels.bench.variants import fold_batch_norms_
-from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.synthetic import synthetic_rn50
 
 PROMPTS = 150  # class names of ADE20K
-CONFIG = "configs/coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k_r50.yaml"
 LAST, FOLDED = "channels_last", "folded, channels_last"
 WITHOUT_OP = (
     "FC-CLIP's PyTorch path, because its compiled op runs on CUDA only; that makes the head slower "
@@ -53,15 +48,9 @@ def find_tree(given: Path | None) -> Path | None:
 
     Raises OpenTransError if ``given`` is no checkout.
     """
-    if given is None:
-        spec = importlib.util.find_spec("fcclip")
-        return Path(spec.origin).resolve().parents[1] if spec and spec.origin else None
-    if not (given / "fcclip").is_dir() or not (given / CONFIG).is_file():
-        raise OpenTransError(
-            f"--fc-clip {given} is no checkout of FC-CLIP: it lacks fcclip/ or {CONFIG}. Clone "
-            "https://github.com/bytedance/fc-clip and name its folder."
-        )
-    return given.resolve()
+    if given is None and importlib.util.find_spec("fcclip") is None:
+        return None
+    return trees.find_tree("fc-clip", given)
 
 
 def measure(options: argparse.Namespace, out: Output, tree: Path) -> dict[str, Any]:
@@ -138,49 +127,11 @@ def measure(options: argparse.Namespace, out: Output, tree: Path) -> dict[str, A
 
 def build(tree: Path) -> Any:
     """FC-CLIP with RN50 in eval mode: synthetic tower, random head and text embeddings."""
-    require_detectron2()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from d2_tree_run import stand_ins
-
-    stand_ins()
-    from detectron2.config import get_cfg
-    from detectron2.modeling import build_model
-    from detectron2.projects.deeplab import add_deeplab_config
-
-    sys.path.insert(0, str(tree))
-    with _inside(tree):  # configs and class lists are opened relative to it
-        from fcclip import add_fcclip_config, add_maskformer2_config
-
-        cfg = get_cfg()
-        add_deeplab_config(cfg)
-        add_maskformer2_config(cfg)
-        add_fcclip_config(cfg)
-        cfg.merge_from_file(CONFIG)
-        test = "MODEL.MASK_FORMER.TEST."
-        cfg.merge_from_list(
-            ["MODEL.DEVICE", "cpu", "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "",
-             test + "PANOPTIC_ON", "False", test + "INSTANCE_ON", "False"]
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model = build_model(cfg).eval()
+    model, _ = trees.build("fc-clip", tree, PROMPTS)
     # Magnitudes of freshly initialised layers differ by their size, so a global mask would empty
     # whole layers and flatter the sparse side.
     model.backbone.clip_model.visual.load_state_dict(synthetic_rn50().state_dict())
-    text = torch.randn(PROMPTS, 1024, generator=torch.Generator().manual_seed(3))
-    text = nn.functional.normalize(text, dim=-1)
-    model.get_text_classifier = lambda: (text, [1] * PROMPTS)
-    model.category_overlapping_mask = torch.ones(PROMPTS)
     return model
-
-
-@contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def _backbone_input(model: Any, given: dict[str, Any]) -> torch.Tensor:

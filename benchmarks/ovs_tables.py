@@ -1,5 +1,5 @@
 """Rewrite the tables of docs/tiny-run.md and docs/fc-clip.md from the files that ``bench_ovs.py``
-wrote to ``benchmarks/results/MACHINE/ovs``.
+and ``opentrans bench model --system`` wrote to ``benchmarks/results/MACHINE/ovs``.
 
 A part without a stored result keeps the table it has. Exit code 1 with ``--check`` if a table is
 old, 2 for bad input.
@@ -8,6 +8,7 @@ old, 2 for bad input.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,24 +19,40 @@ from markdown_tables import rewrite, table  # noqa: E402
 from ovs_result import OURS, check_form  # noqa: E402
 
 from opentrans_kernels.bench.machines import machine_slug  # noqa: E402
-from opentrans_kernels.bench.schema import Result, read_json  # noqa: E402
+from opentrans_kernels.bench.schema import Result, kind_of, read_json  # noqa: E402
+from opentrans_kernels.bench.system_form import KIND as SYSTEM  # noqa: E402
+from opentrans_kernels.bench.system_form import check_system  # noqa: E402
 from opentrans_kernels.errors import OpenTransError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("whole", "backbone", "head")
 PAGES = {"inference": "tiny-run.md", "text": "tiny-run.md", "fc-clip": "fc-clip.md"}
+SYSTEMS_PAGE = "fc-clip.md"
 
 
 def load(folder: Path) -> list[Result]:
-    """Every result below ``folder``/MACHINE/ovs, checked.
+    """Every result of ``bench_ovs.py`` below ``folder``/MACHINE/ovs, checked.
 
     Raises OpenTransError for one that has not the form, failed, was interrupted, or lies in the
     folder of another machine.
     """
+    return [result for result in _stored(folder) if kind_of(result)[0] != SYSTEM]
+
+
+def load_systems(folder: Path) -> list[Result]:
+    """The same for results of ``opentrans bench model --system``."""
+    return [result for result in _stored(folder) if kind_of(result)[0] == SYSTEM]
+
+
+def _stored(folder: Path) -> list[Result]:
     found = []
     for path in sorted(folder.glob("*/ovs/*.json")):
+        result = read_json(path)
         try:
-            result = check_form(read_json(path))
+            if kind_of(result)[0] == SYSTEM:
+                check_system(result, path.name)
+            else:
+                check_form(result)
         except OpenTransError as error:
             raise OpenTransError(f"{path.name}: {error}") from error
         why = "was interrupted" if not result["complete"] else ""
@@ -47,6 +64,35 @@ def load(folder: Path) -> list[Result]:
             raise OpenTransError(f"{path.name} {why}. Measure it again, or move it elsewhere.")
         found.append(dict(result))
     return found
+
+
+def system_table(result: Result) -> str:
+    """Every side of one system, then its time by part."""
+    size = f"{result['height']} x {result['width']}"
+    rows = []
+    for row in result["rows"]:
+        name = row["name"] + " (fastest dense)" * (row["name"] == result["baseline"])
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
+        ratio = "inexact" if row["speedup"] is None else _times(row["speedup"])
+        error = f"{row['match']['error']:.1e}"
+        rows.append((name, f"{row['cpu_ms']:.0f}", ratio, error, f"{row['argmax']:.2%}", peak))
+    columns = ("CPU ms", "against the fastest dense", "error", "same class", "peak MB")
+    parts = [
+        (p["part"], f"{p['dense_ms']:.0f}", f"{p['ms']:.0f}", p["what"]) for p in result["parts"]
+    ]
+    words = [
+        f"Errors against {result['reference']}, dense float32's own {result['dense_error']:.1e}."
+    ]
+    words += [f"Not timed: {name}, {why}." for name, why in result["unavailable"].items()]
+    return "\n\n".join(
+        (
+            table((f"{result['system']}, {size}", *columns), rows),
+            table(("part of it", "eager ms", "our ms", "what was done"), parts),
+            " ".join(words),
+            f"`{shlex.join(result['command'])}`",
+            _origin(result),
+        )
+    )
 
 
 def text_table(result: Result, part: dict[str, Any]) -> str:
@@ -134,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     old = 0
     try:
         results = load(options.results)
+        systems = load_systems(options.results)
         for page in sorted(set(PAGES.values())):
             made = {
                 f"ovs-{name}": "\n\n".join(
@@ -144,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, home in PAGES.items()
                 if home == page
             }
+            if page == SYSTEMS_PAGE:
+                made["systems"] = "\n\n".join(map(system_table, systems))
             file = options.docs / page
             before = file.read_text(encoding="utf-8")
             after = rewrite(before, {name: text for name, text in made.items() if text})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from head_nets import Encoder
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +18,7 @@ from opentrans_kernels.masks.names import conv_modules
 
 SIZE = (64, 64)
 CLASSES = 5
+LEVELS = ("res3", "res4", "res5")
 
 
 class Backbone(nn.Module):
@@ -42,6 +44,29 @@ class Segmenter(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         found = self.backbone(x)
         scores = self.head(found["res5"] if isinstance(found, dict) else found)
+        return {"loss": scores.square().mean()} if self.training else scores
+
+
+class MaskFormer(Segmenter):
+    """A tower, a deformable encoder over three of its maps, and a classifier per position."""
+
+    def __init__(self) -> None:
+        super().__init__(tower())
+        self.input_proj = nn.ModuleList(nn.Conv2d(w, 32, 1) for w in (128, 256, 512))
+        self.encoder = Encoder()
+        self.head = nn.Conv2d(32, CLASSES, 1)
+
+    def forward(self, x: torch.Tensor) -> object:
+        found = self.backbone(x)
+        maps = [p(found[n]) for p, n in zip(self.input_proj, LEVELS, strict=True)]
+        src = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+        shapes = torch.tensor([m.shape[-2:] for m in maps])
+        sizes = shapes.prod(1)
+        reference = torch.linspace(0, 1, src.shape[1]).view(1, -1, 1, 1)
+        reference = reference.expand(len(src), -1, len(maps), 2)
+        out = self.encoder(src, None, reference, shapes, sizes.cumsum(0) - sizes)
+        fine = out[:, : int(sizes[0])].transpose(1, 2).unflatten(2, maps[0].shape[-2:])
+        scores = self.head(fine)
         return {"loss": scores.square().mean()} if self.training else scores
 
 

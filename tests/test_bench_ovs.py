@@ -273,6 +273,8 @@ def stored(form: ModuleType, tmp_path: Path) -> tuple[Path, Path]:
     for page, names in (("tiny-run.md", ("inference", "text")), ("fc-clip.md", ("fc-clip",))):
         marked = (f"<!-- table:ovs-{name} -->\nold {name}\n<!-- /table:ovs-{name} -->\n"
                   for name in names)  # fmt: skip
+        if page == "fc-clip.md":
+            marked = (*marked, "<!-- table:systems -->\nold systems\n<!-- /table:systems -->\n")
         (tmp_path / "docs" / page).write_text("before\n" + "".join(marked) + "after\n")
     return file, tmp_path / "docs"
 

@@ -322,6 +322,17 @@ def test_another_module_of_that_name_is_left_alone(tmp_path) -> None:
     assert run_alone(code).split() == ["real", "True", "True"]
 
 
+def test_originals_that_ran_meanwhile_hold_originals_again() -> None:
+    model = Encoder()
+    before = dict(model.named_modules())
+    otk.accelerate_heads(model)
+    model.train()
+    model(*encoder_inputs())  # each part runs as it was, on the children it has now
+    otk.restore_heads(model.eval())
+    after = dict(model.named_modules())
+    assert all(after[name] is module for name, module in before.items())
+
+
 class PixelDecoder(nn.Module):
     """An encoder between projections, as pixel decoders have them."""
 

@@ -7,6 +7,7 @@ import argparse
 import os
 from typing import Any
 
+from . import bench_system
 from .bench_op import numbers
 from .bench_rows import match_cell, ratio_cell, show_repeats
 from .bench_session import Session, add_limits, limit
@@ -30,11 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", metavar="PX,HxW,...", help=f"default {_list(SIZES)}")
     parser.add_argument("--threads", metavar="N,...", dest="counts", help="default 1 to all CPUs")
     parser.add_argument("--rounds", type=positive, metavar="N", help="default 5, quick 3")
+    bench_system.add_arguments(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Measure and show; 1 if a row is inexact."""
+    if options.system:
+        return bench_system.run(options, out)
+    bench_system.refuse_without_system(options)
     counts = numbers(options.counts, int, "--threads", lambda n: n > 0, "1,2")
     batches = numbers(options.batches, int, "--batches", lambda n: n > 0, "1,4,16")
     sizes = _sizes(options.sizes or _list(QUICK_SIZES if options.quick else SIZES))

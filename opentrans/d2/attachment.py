@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from opentrans_kernels.accelerate import Report, accelerate, restore
+from opentrans_kernels.bench.parts import PartTimes, time_parts
 from opentrans_kernels.errors import PlanError, UnsupportedModelError
+from opentrans_kernels.heads import HeadReport, accelerate_heads, restore_heads
+from opentrans_kernels.heads.parts import head_parts
 from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.plan import Plan
 from opentrans_kernels.plan.subject import accelerated_parts, check_model
@@ -23,7 +26,7 @@ from .config_options import DEVICE_POLICIES
 from .norms import hold_norms
 from .towers import Masks, Tower, find_tower, masks_for, unwrap
 
-__all__ = ["Attachment", "attach", "plan_freezing", "speed_up"]
+__all__ = ["Attachment", "attach", "plan_freezing", "speed_up", "speed_up_head"]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,8 @@ class Attachment:
     """What :func:`attach` did.
 
     tower: where. masks: in force, under the tower's names. plan: of freezing. report: of
-    acceleration; None if the tower runs densely. notes: what a user should know.
+    acceleration; None if the tower runs densely. heads: the same of the head behind it. model: the
+    whole, unwrapped. parts: times of an example, part by part. notes: what a user should know.
     """
 
     tower: Tower
@@ -41,12 +45,17 @@ class Attachment:
     plan: FreezePlan | None = None
     report: Report | None = None
     notes: list[str] = field(default_factory=list)
+    heads: HeadReport | None = None
+    parts: PartTimes | None = None
+    model: nn.Module | None = field(default=None, repr=False)
 
     def detach(self) -> None:
         """Take the acceleration off; masked weights stay zero and frozen ones frozen."""
+        if self.heads is not None and self.model is not None:
+            restore_heads(self.model)
         if accelerated_parts(self.tower.module):
             restore(self.tower.module)
-        self.report = None
+        self.report = self.heads = None
 
     def __str__(self) -> str:
         lines = [str(self.tower)]
@@ -55,6 +64,12 @@ class Attachment:
         if self.plan is not None:
             lines.append(str(self.plan).splitlines()[-1 - len(self.plan.notes)])
         lines.append(str(self.report) if self.report is not None else "runs densely")
+        if self.heads is not None and self.heads.parts:
+            lines.append(str(self.heads))
+        if self.parts is not None:
+            lines.append(str(self.parts))
+        elif self.report is not None and self.tower.path:
+            lines.append("the times are of the tower alone; attach(example=...) measures the whole")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -64,6 +79,8 @@ def attach(
     freeze: FreezePlan | str | Iterable[str] | None = None,
     accelerate: bool | str | Plan = False,
     *,
+    heads: bool = True,
+    example: object = None,
     tower: str = "",
     alphas: AlphaTable | None = None,
     fit: str = "xmin_peak",
@@ -72,11 +89,12 @@ def attach(
     measure: bool = True,
     threads: int | None = None,
 ) -> Attachment:
-    """Mask, freeze and accelerate the CLIP tower of a built detectron2 model, in place.
+    """Mask, freeze and accelerate the CLIP tower of a built model, and its head, in place.
 
-    Module paths and the keys and shapes of the ``state_dict`` stay, so code that walks the tower
-    attribute by attribute, as FC-CLIP does, and checkpoints go on working. Checks come before
-    changes. Load the model's weights first.
+    Any module with a tower will do; detectron2 is not needed. Module paths and the keys and shapes
+    of the ``state_dict`` stay, so code that walks the tower attribute by attribute, as FC-CLIP
+    does, and checkpoints go on working. Checks come before changes, and an error leaves neither
+    tower nor head accelerated. Load the model's weights first.
 
     Args:
         model: an FC-CLIP, Mask2Former-style or DeepLab model, or any with one ResNet tower.
@@ -84,6 +102,10 @@ def attach(
         freeze: a FreezePlan for the tower, a rule ("median", "ratio:0.25"), or layer names.
         accelerate: True or "require": run the tower on the sparse kernels, or raise; "auto": where
             that is possible (float32, CPU, eval mode), else densely with a note; or a Plan.
+        heads: with ``accelerate``, also ``opentrans_kernels.accelerate_heads`` of the whole model.
+        example: with ``accelerate``, what the model is called with (a tensor, a list of records as
+            detectron2 has them, or a tuple of arguments): the whole is then timed on it, dense and
+            accelerated in turns, and the report has a row for every part.
         tower: module path of the tower; "": found by structure.
         alphas: for rules that need them; None: estimated with ``fit``.
         norms: with ``freeze``: see ``MODEL.OPENTRANS.FREEZE.NORMS``.
@@ -102,6 +124,13 @@ def attach(
             f"{', '.join(DEVICE_POLICIES)}."
         )
     found = find_tower(model, tower)
+    whole = unwrap(model)
+    if accelerate is not False and heads and (there := head_parts(whole)):
+        raise UnsupportedModelError(
+            f"the head is accelerated already ({len(there)} parts, the first is "
+            f"{next(iter(there))!r}). Call detach() of the Attachment, or "
+            "opentrans_kernels.restore_heads(model), first; or pass heads=False."
+        )
     parts = accelerated_parts(found.module)
     if parts and (masks is not None or accelerate is not False):
         raise UnsupportedModelError(
@@ -109,14 +138,16 @@ def attach(
             "for the zeros it had then. Call detach() of the Attachment, or "
             "opentrans_kernels.restore(model), first."
         )
-    done = Attachment(found, notes=list(found.notes))
+    done = Attachment(found, notes=list(found.notes), model=whole)
     if masks is not None:
         done.masks = masks_for(found.module, masks)
     if freeze is not None:
         done.plan = plan_freezing(found.module, freeze, alphas=alphas, fit=fit, norms=norms)
-        _leaves_something(unwrap(model), found, done)
+        _leaves_something(whole, found, done)
     if accelerate is not False and policy == "require":
         check_model(found.module)
+        if heads:
+            _in_eval_mode(whole)
     if done.masks is not None:
         done.masks.apply_(found.module)
     if done.plan is not None:
@@ -128,6 +159,15 @@ def attach(
             found.module, policy, plan, input_size=input_size, measure=measure, threads=threads
         )
         done.notes += [note] if note else []
+        if heads and done.report is not None:
+            try:
+                done.heads, note = speed_up_head(whole, found.module, policy)
+            except BaseException:
+                restore(found.module)
+                raise
+            done.notes += [note] if note else []
+        if example is not None and done.report is not None:
+            done.parts = _timed(done, whole, example)
     for note in done.notes:
         log.warning("%s", note)
     return done
@@ -148,6 +188,7 @@ def attach_from_config(model: nn.Module, cfg: object) -> Attachment:
         options.MASK.FILE or None,
         freeze,
         options.ACCELERATE.DEVICE if options.ACCELERATE.ENABLED else False,
+        heads=options.ACCELERATE.HEADS,
         tower=options.TOWER,
         fit=options.FREEZE.FIT,
         norms=options.FREEZE.NORMS,
@@ -220,10 +261,51 @@ def speed_up(
         try:
             check_model(tower)
         except UnsupportedModelError as error:
-            return None, f"the tower runs densely: {error}"
+            return None, f"the tower runs densely, and the head as it was: {error}"
     register_with_fvcore()  # so that analyze_model sees the layers that are put in
     size = None if plan is not None else input_size
     return accelerate(tower, plan=plan, input_size=size, measure=measure, threads=threads), ""
+
+
+def _timed(done: Attachment, model: nn.Module, example: object) -> PartTimes:
+    """Times of every part on ``example``; an error takes the acceleration off again."""
+    given = example if isinstance(example, tuple) else (example,)
+    try:
+        if model.training:
+            raise UnsupportedModelError(
+                "the whole model is timed in eval mode, and it is in training mode. Call "
+                "model.eval(), or leave example out."
+            )
+        return time_parts(model, lambda: model(*given), done.tower.path, done.heads)
+    except BaseException:
+        done.detach()
+        raise
+
+
+def speed_up_head(model: nn.Module, tower: nn.Module, policy: str) -> tuple[HeadReport | None, str]:
+    """Accelerate the head of ``model``; (report, note). A head of no known kind is left, with a
+    note, and so is, under "auto", one in training mode."""
+    if policy == "auto" and model.training:
+        return None, "the head runs as it was: the model is in training mode. Call model.eval()"
+    report = accelerate_heads(model)
+    if report.parts or not _has_more_than(model, tower):
+        return report, ""
+    return report, "no part of the head was recognised, so only the tower is faster"
+
+
+def _has_more_than(model: nn.Module, tower: nn.Module) -> bool:
+    """Whether there are parameters outside the tower."""
+    inside = {id(parameter) for parameter in tower.parameters()}
+    return any(id(parameter) not in inside for parameter in model.parameters())
+
+
+def _in_eval_mode(model: nn.Module) -> None:
+    if model.training:
+        raise UnsupportedModelError(
+            "the tower is in eval mode, but the model around it is in training mode, and its head "
+            "is accelerated for inference. Call model.eval() first, or pass heads=False "
+            "(MODEL.OPENTRANS.ACCELERATE.HEADS False)."
+        )
 
 
 def _leaves_something(model: nn.Module, tower: Tower, done: Attachment) -> None:

@@ -74,6 +74,7 @@ class AccelerateOptions:
     """``MODEL.OPENTRANS.ACCELERATE``."""
 
     ENABLED: bool = option(False, "run the masked tower on the sparse kernels during evaluation")
+    HEADS: bool = option(True, "the known parts of the head, too: docs/fc-clip.md")
     DEVICE: str = option(
         "auto", "auto: where the tower is float32 on the CPU, else dense; require: else an error"
     )

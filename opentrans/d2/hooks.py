@@ -110,6 +110,7 @@ def build_opentrans_hooks(
                 size,
                 options.ACCELERATE.MEASURE,
                 options.ACCELERATE.THREADS or None,
+                heads=options.ACCELERATE.HEADS,
                 **place,
             )
         )

@@ -185,7 +185,8 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _freezing(simd_bits: int | None) -> Iterator[None]:
+def freezing(simd_bits: int | None = None) -> Iterator[None]:
+    """Inductor with weights as constants, in vectors of ``simd_bits`` (None: its own choice)."""
     import torch._inductor.config as inductor
 
     changes: dict[str, Any] = {"freezing": True}
@@ -210,7 +211,7 @@ def _freeze_compile(
 
     torch._dynamo.reset()
     compiled = torch.compile(trunk, fullgraph=True, dynamic=False)
-    with torch.no_grad(), _freezing(simd_bits):
+    with torch.no_grad(), freezing(simd_bits):
         _, codes = run_and_get_code(compiled, x)
     return _bind(compiled, x), frozen_evidence(codes)
 

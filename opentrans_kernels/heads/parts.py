@@ -200,4 +200,5 @@ def swap_out(model: nn.Module, paths: Iterable[str]) -> None:
         part = parent._modules[key]
         original = part.opentrans_original  # type: ignore[union-attr]
         original.training = part.training  # type: ignore[union-attr]
+        original._modules.update(part._modules)  # a run of the original may have left ours in it
         parent._modules[key] = original

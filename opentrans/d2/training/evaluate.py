@@ -12,10 +12,11 @@ from torch import nn
 
 from opentrans_kernels.accelerate import Report, restore
 from opentrans_kernels.errors import PlanError
+from opentrans_kernels.heads import HeadReport, restore_heads
 from opentrans_kernels.plan import Plan
 from opentrans_kernels.plan.subject import accelerated_parts
 
-from ..attachment import speed_up
+from ..attachment import speed_up, speed_up_head
 from .base import Step
 
 __all__ = ["AccelerateStep"]
@@ -35,6 +36,7 @@ class AccelerateStep(Step):
             accelerated (another device or dtype); "require": raise there.
         input_size: (height, width) in pixels to plan and measure for.
         measure, threads: as in ``opentrans_kernels.accelerate``.
+        heads: the known parts of the head, too, as in ``opentrans.d2.attach``.
         tower: module path of the tower, "" to find it.
     """
 
@@ -45,13 +47,17 @@ class AccelerateStep(Step):
         measure: bool = True,
         threads: int | None = None,
         *,
+        heads: bool = True,
         tower: str = "",
     ) -> None:
         super().__init__(tower)
+        self.with_heads = heads
         self.policy, self.input_size = policy, input_size
         self.measure, self.threads = measure, threads
-        #: Report of the last evaluation; None if it ran densely.
+        #: Reports of the last evaluation; None if it ran densely.
         self.report: Report | None = None
+        self.heads: HeadReport | None = None
+        self._told = ""  # about the head; the same is said once
         self._plan: Plan | None = None
         self._wrapped: list[Any] = []  # hooks whose evaluation runs accelerated
 
@@ -77,14 +83,18 @@ class AccelerateStep(Step):
 
     @contextlib.contextmanager
     def accelerated(self, model: nn.Module | None = None) -> Iterator[Report | None]:
-        """The model in eval mode, its tower accelerated if it can be; undone at the end."""
+        """The model in eval mode, tower and head accelerated if they can be; undone at the end."""
         model = self.model if model is None else model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
+            self.heads = None
             self.report = self._start()
+            if self.report is not None and self.with_heads:
+                self._start_head()
             yield self.report
         finally:
+            restore_heads(self.model)
             if accelerated_parts(self.tower):
                 restore(self.tower)
             for module, training in modes:
@@ -105,6 +115,15 @@ class AccelerateStep(Step):
             if report.speedup:
                 self.put("eval_speedup", report.speedup)
         return report
+
+    def _start_head(self) -> None:
+        self.heads, note = speed_up_head(self.model, self.tower, self.policy)
+        if note and note != self._told:
+            log.warning("%s", note)
+        elif not self._told and self.heads is not None and self.heads.parts:
+            note = str(self.heads)
+            log.info("%s", note)
+        self._told = note or self._told
 
     def _speed_up(self) -> tuple[Report | None, str]:
         options: dict[str, Any] = {"input_size": self.input_size, "threads": self.threads}

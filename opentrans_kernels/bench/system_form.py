@@ -1,0 +1,76 @@
+"""The form of what ``opentrans bench model --system`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import OpenTransError
+from .schema import (
+    COUNT,
+    ENVELOPE,
+    FLAG,
+    NUMBER,
+    POSITIVE,
+    SHARE,
+    SPREAD,
+    TEXT,
+    VERSION,
+    Each,
+    Maybe,
+    kind_of,
+    problems,
+)
+
+__all__ = ["KIND", "check_system"]
+
+KIND = "system"
+SYSTEM_ROW = {
+    "name": TEXT,
+    "ours": FLAG,
+    "ms": POSITIVE,
+    "cpu_ms": POSITIVE,
+    "wall": SPREAD,
+    "speedup": Maybe(SPREAD),
+    "match": {"equal": FLAG, "error": Maybe(NUMBER), "bound": NUMBER},
+    "argmax": SHARE,
+    "peak_bytes": Maybe(COUNT),
+}
+FORM = {
+    **ENVELOPE,
+    "command": [TEXT],
+    "failed_checks": [TEXT],
+    "mask": {"label": TEXT, "synthetic": FLAG},
+    "system": TEXT,
+    "queries": Maybe(COUNT),
+    "classes": COUNT,
+    "height": COUNT,
+    "width": COUNT,
+    "rounds": COUNT,
+    "reference": TEXT,
+    "dense_error": NUMBER,
+    "baseline": TEXT,
+    "unavailable": Each(TEXT),
+    "accelerated_layers": COUNT,
+    "head": {"replaced": COUNT, "left": [TEXT]},
+    "rows": [SYSTEM_ROW],
+    "parts": [{"part": TEXT, "dense_ms": NUMBER, "ms": NUMBER, "what": TEXT}],
+}
+
+
+def check_system(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The result, if it has the form. Raises OpenTransError with the first three faults.
+
+    name: of its file, for messages.
+    """
+    found = list(problems(result, FORM))
+    if (kind := kind_of(result)) != (KIND, VERSION):
+        found.insert(0, f"kind and version are {kind}, expected {(KIND, VERSION)}")
+    if not found and not any(row["name"] == result["baseline"] for row in result["rows"]):
+        found.append(f"baseline is {result['baseline']!r}, which is no row")
+    if found:
+        raise OpenTransError(
+            f"{name} is no valid result of 'opentrans bench model --system': "
+            f"{'; '.join(found[:3])}. Measure it again with --json {name}."
+        )
+    return result
