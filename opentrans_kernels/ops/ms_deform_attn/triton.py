@@ -33,15 +33,15 @@ __all__ = [
 #: Rows and pixels are counted in 32 bits inside the kernels, addresses in 64.
 LIMIT = 2**31 - 1
 LARGEST_D = 8192  # channels of a head, which a program holds at once
-LARGEST_K = 4096  # points of a row, whose logits a program holds at once
-_TILE = 1024  # rows x channels of a program
-_WARPS = 4
+#: Rows x channels of a program, and warps. What a row computes once lies otherwise in registers
+#: than what its loop needs: within one warp it is moved by shuffles, among more through barriers.
+_PLAIN, _FUSED, _BACKWARD = (1024, 4), (128, 1), (128, 1)
 _WRITTEN_OUT = 8  # points of a level up to which their loop is unrolled
 
 
 @triton.jit
 def point_of(xy, given, i, scale_x, scale_y, shift_x, shift_y, h, w, live):
-    """Where point ``i`` of every row is: upper left pixel, place in the cell, inside; its weight."""
+    """Upper left pixel, place in the cell, inside, weight: of point ``i`` of every row."""
     x = tl.load(xy + 2 * i, mask=live, other=0.0).to(tl.float32) * scale_x + shift_x
     y = tl.load(xy + 2 * i + 1, mask=live, other=0.0).to(tl.float32) * scale_y + shift_y
     weight = tl.load(given + i, mask=live, other=0.0).to(tl.float32)
@@ -99,7 +99,7 @@ def sample_kernel(
     rows, queries, heads, pixels, levels, channels,
     value_n, value_s, value_m, value_d,
     locations_n, locations_q, locations_m, weights_n, weights_q, weights_m,
-    POINTS: tl.constexpr, REFERENCE: tl.constexpr, LANES: tl.constexpr, WRITTEN_OUT: tl.constexpr,
+    POINTS: tl.constexpr, REFERENCE: tl.constexpr, WRITTEN_OUT: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BQ + tl.arange(0, BQ)
@@ -116,13 +116,16 @@ def sample_kernel(
     top_logit = tl.zeros((BQ,), tl.float32)
     share = tl.zeros((BQ,), tl.float32)
     if REFERENCE:  # weights are logits
-        k = tl.arange(0, LANES)
-        there = live[:, None] & (k < levels * POINTS)[None, :]
-        logits = tl.load(given[:, None] + k[None, :], mask=there, other=-float("inf"))
-        logits = logits.to(tl.float32)
-        top_logit = tl.max(logits, axis=1)
+        top_logit = tl.full((BQ,), -float("inf"), tl.float32)
+        total = tl.zeros((BQ,), tl.float32)
+        for k in range(0, levels * POINTS):
+            logit = tl.load(given + k, mask=live, other=0.0).to(tl.float32)
+            top_logit = tl.maximum(top_logit, logit)
+        for k in range(0, levels * POINTS):
+            logit = tl.load(given + k, mask=live, other=0.0).to(tl.float32)
+            total += tl.exp(logit - top_logit)
         # NaN, also of infinities, makes the sum NaN, and with it every weight.
-        share = 1.0 / tl.sum(tl.where(there, tl.exp(logits - top_logit[:, None]), 0.0), axis=1)
+        share = 1.0 / total
         about = reference + (image * queries + query) * levels * REFERENCE
     sums = tl.zeros((BQ, BD), tl.float32)
     first = 0
@@ -221,9 +224,7 @@ def scatter_kernel(
             of_y = tl.where(inside, of_y * weight * height, 0.0)
             of_weight = tl.where(inside, of_weight, 0.0)
             tl.store(grad_weights + k, of_weight.to(grad_weights.dtype.element_ty), mask=live)
-            tl.store(
-                grad_locations + 2 * k, of_x.to(grad_locations.dtype.element_ty), mask=live
-            )
+            tl.store(grad_locations + 2 * k, of_x.to(grad_locations.dtype.element_ty), mask=live)
             tl.store(
                 grad_locations + 2 * k + 1, of_y.to(grad_locations.dtype.element_ty), mask=live
             )
@@ -241,25 +242,26 @@ def _dense_rows(t: torch.Tensor, dims: int) -> torch.Tensor:
 
 
 def launch_arguments(
-    value, shapes, locations, weights, config: tuple[int, ...] = ()
+    value, shapes, locations, weights, config: tuple[int, int]
 ) -> tuple[tuple[int], tuple[torch.Tensor, ...], tuple[tuple[int, ...], ...], dict[str, Any]]:
     """Grid, tensors, (counts, strides) and constants that both kernels take.
 
-    config: (rows of a program, warps); empty: chosen by D.
+    config: (rows x channels of a program, warps).
     """
     n, s, m, d = value.shape
     q, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
     rows = n * q * m
-    if max(rows, s) > LIMIT or d > LARGEST_D or levels * points > LARGEST_K:
+    if max(rows, s, levels * points) > LIMIT or d > LARGEST_D:
         raise PlanError(
-            f"ms_deform_attn: {rows} rows (N x Q x M) of {d} channels, {levels * points} points "
-            f"and {s} pixels are more than the kernel takes: {LIMIT} rows and pixels, {LARGEST_D} "
-            f"channels, {LARGEST_K} points. Pass fewer images or queries at a time."
+            f"ms_deform_attn: {rows} rows (N x Q x M) of {d} channels and {s} pixels are more than "
+            f"the kernel takes: {LIMIT} rows and pixels, {LARGEST_D} channels. Pass fewer images "
+            "or queries at a time."
         )
     locations, weights = _dense_rows(locations, 3), _dense_rows(weights, 2)
     shapes = shapes.to(device=value.device, dtype=torch.int64).contiguous()
     lanes = triton.next_power_of_2(d)
-    of_rows, warps = config or (max(1, _TILE // lanes), _WARPS)
+    tile, warps = config
+    of_rows = max(1, tile // lanes)
     numbers = (rows, q, m, s, levels, d)
     strides = (*value.stride(), *locations.stride()[:3], *weights.stride()[:3])
     constants = dict(POINTS=points, BQ=of_rows, BD=lanes, num_warps=warps, **OPTIONS)
@@ -278,25 +280,24 @@ def ms_deform_attn(
     locations: torch.Tensor,
     weights: torch.Tensor,
     reference: torch.Tensor | None = None,
-    config: tuple[int, ...] = (),
+    config: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """See :func:`opentrans_kernels.ops.ms_deform_attn`; dtypes may differ from tensor to tensor."""
     n, _, m, d = value.shape
     out = value.new_empty(n, locations.shape[1], m * d)
     if out.numel() == 0 or weights.numel() == 0:
         return out.zero_()
+    config = config or (_PLAIN if reference is None else _FUSED)
     grid, tensors, (numbers, strides), constants = launch_arguments(
         value, shapes, locations, weights, config
     )
-    points = constants["POINTS"]
     with _on(value):
         sample_kernel[grid](
             # Where there are no references the constant 0 keeps the kernel from reading this.
             *tensors, value if reference is None else reference.contiguous(), out,
             *numbers, *strides,
             REFERENCE=0 if reference is None else reference.shape[-1],
-            LANES=triton.next_power_of_2(numbers[4] * points),
-            WRITTEN_OUT=points <= _WRITTEN_OUT, **constants,
+            WRITTEN_OUT=constants["POINTS"] <= _WRITTEN_OUT, **constants,
         )  # fmt: skip
     return out
 
@@ -321,7 +322,7 @@ def ms_deform_attn_backward(
     shapes: torch.Tensor,
     locations: torch.Tensor,
     weights: torch.Tensor,
-    config: tuple[int, ...] = (),
+    config: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of value, locations and weights, each in the dtype of its tensor; dense.
 
@@ -338,7 +339,7 @@ def ms_deform_attn_backward(
     )
     if runs:
         grid, tensors, (numbers, strides), constants = launch_arguments(
-            value, shapes, locations, weights, config
+            value, shapes, locations, weights, config or _BACKWARD
         )
         with _on(value):
             scatter_kernel[grid](
