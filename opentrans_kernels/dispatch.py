@@ -38,8 +38,8 @@ class Row:
         layouts: input layouts read without a copy; others are repacked inside the kernel.
         needs: ``"extension"``, ``"triton"``, ``"nvcc"`` (built at first use) or ``""``.
         rank: lower is preferred.
-        target: ``module:function``, taking the op's arguments in schema order. For a compiled row
-            it is the registered op.
+        target: ``module:function``, taking the op's arguments in schema order. For a compiled row,
+            and for a kernel behind an op that has one, it is the registered op.
     """
 
     op: str
@@ -77,6 +77,12 @@ TABLE: tuple[Row, ...] = tuple(
         ),
         Row(op, "reference", "any", _FLOATS, "any", "", 9, f"{_OPS}.{folder}.reference:{op}"),
     )
+) + tuple(
+    Row(
+        op, "triton", "cuda", (*_HALF, "float32"), "any strides, points dense", "triton", 1,
+        f"{_OPS}.ms_deform_attn:{name}",
+    )
+    for op, name in (("ms_deform_attn", "OP"), ("ms_deform_attn_backward", "BACKWARD"))
 ) + (
     # Eigenvalues are float64 from the Gram matrix to the fit.
     Row(

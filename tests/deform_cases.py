@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from opentrans_kernels import ops
+from opentrans_kernels.ops.ms_deform_attn import reference as plain
 
 LEVELS = ([(6, 5), (3, 4), (1, 2)], [(7, 3)], [(0, 4), (5, 6), (2, 0)], [(1, 1), (9, 2)])
 
@@ -63,12 +64,17 @@ def boxes_and_offsets(locations, shapes, size: int) -> tuple[torch.Tensor, torch
 
 
 def sweep() -> int:
-    """Every form against its oracle; returns how many results were compared."""
+    """Every form and gradient against its oracle; returns how many calls were compared."""
     count = 0
     for levels in LEVELS:
         for d in (1, 4, 5, 8, 16, 31, 32, 64, 72, 136):
             arguments = make(levels, d=d, m=2, q=5)
-            assert_as_exact(ops.ms_deform_attn(*arguments), *arguments)
+            out = ops.ms_deform_attn(*arguments)
+            assert_as_exact(out, *arguments)
+            grads = torch.ops.opentrans_kernels.ms_deform_attn_backward(out, *arguments)
+            # The gradient of value alone has no knots.
+            exact = plain.ms_deform_attn_backward(*as_double(out, *arguments))[0]
+            assert (grads[0] - exact).abs().max() <= 2e-6 * exact.abs().max()
             count += 1
         for q, m, n, p in ((0, 2, 1, 4), (3, 1, 0, 2), (17, 5, 2, 1), (33, 8, 1, 3), (1, 1, 1, 9)):
             arguments = make(levels, q=q, m=m, n=n, p=p, d=32)

@@ -16,6 +16,7 @@ from kernel_cases import layouts, masked_weight
 from opentrans_kernels import ops  # noqa: F401  (defines the ops)
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.ops.mask_scores import reference as mask_reference
+from opentrans_kernels.ops.ms_deform_attn import reference as deform
 from opentrans_kernels.ops.relu_bits import reference
 from opentrans_kernels.pack import SparseWeight
 
@@ -201,4 +202,45 @@ def some_masks(rng: random.Random) -> None:
         assert torch.allclose(found.double(), exact, atol=1e-4, equal_nan=True), "other scores"
 
 
-KINDS = (an_image, an_image, a_pool, a_relu, a_spectrum, a_matrix, some_masks)
+def an_attention(rng: random.Random) -> None:
+    levels = [(rng.choice(SIZES), rng.choice(SIZES)) for _ in range(rng.randint(0, 3))]
+    n, m, q, p = rng.randint(0, 2), rng.randint(0, 3), rng.randint(0, 20), rng.choice((0, 1, 4, 5))
+    d = rng.choice((0, 1, 5, 8, 32, 33))
+    value = torch.randn(n, sum(h * w for h, w in levels), m, d)
+    shapes = torch.tensor(levels, dtype=torch.int64).view(-1, 2)
+    locations = 0.5 + rng.choice((0.3, 3.0)) * torch.randn(n, q, m, len(levels), p, 2)
+    weights = torch.randn(locations.shape[:-1])
+    reference = torch.rand(n, q, len(levels), rng.choice((2, 4))) if rng.random() < 0.5 else None
+    for t in (locations, weights):
+        if t.numel() and rng.random() < 0.3:
+            odd = (float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 1e-45)
+            t.view(-1)[rng.randrange(t.numel())] = rng.choice(odd)
+    arguments = [value, shapes, locations, weights, reference]
+    found = tried(lambda: OPS.ms_deform_attn(*arguments))
+    exact = deform.ms_deform_attn(*(t if t is shapes or t is None else t.double()
+                                    for t in arguments))  # fmt: skip
+    assert found is not None and found.shape == exact.shape, "good arguments were refused"
+    if bool(weights.isfinite().all()):
+        known = exact.abs() < 1e30
+        gap = (found - exact)[known].abs()
+        assert not gap.numel() or gap.max() <= 1e-4 * (1 + exact[known].abs().max()), "another sum"
+    grad = torch.randn(found.shape)
+    assert tried(lambda: OPS.ms_deform_attn_backward(grad, *arguments[:4])) is not None
+    spoilt = rng.randrange(5)
+    good = arguments[spoilt]
+    if spoilt == 1 and levels:
+        shapes = shapes.clone()
+        shapes.view(-1)[rng.randrange(shapes.numel())] = rng.choice(NUMBERS)
+        arguments[1] = shapes
+    elif good is not None:
+        arguments[spoilt] = rng.choice((
+            good.double(), good[None], good[..., :-1], good.long(), good.new_zeros(()),
+            good.new_zeros([1] * good.dim()).expand([rng.choice(HUGE), *good.shape[1:]]),
+            good.new_zeros([1] * good.dim()).expand([*good.shape[:-1], rng.choice(HUGE)]),
+        ))  # fmt: skip
+    tried(lambda: OPS.ms_deform_attn(*arguments))
+    tried(lambda: OPS.ms_deform_attn_backward(
+        grad if rng.random() < 0.7 else odd_tensor(rng), *arguments[:4]))  # fmt: skip
+
+
+KINDS = (an_image, an_image, a_pool, a_relu, a_spectrum, a_matrix, some_masks, an_attention)

@@ -27,16 +27,23 @@ FLAGS += "-fno-sanitize-recover=all -DTORCH_TARGET_VERSION=0x020b000000000000"
 CASES = 400  # of the fuzz, per instruction set
 #: Once per instruction set, and once in all.
 EVERY = ("test_csrc",)
-ONCE = ("test_ops_errors", "test_native_bounds", "test_powerlaw_fit", "test_gram_eigenvalues")
+ONCE = (
+    "test_ops_errors",
+    "test_native_bounds",
+    "test_powerlaw_fit",
+    "test_gram_eigenvalues",
+    "test_ms_deform_attn",
+)
 SWEEP = """
 import torch
+import deform_cases
 from kernel_cases import guarded_inputs, sweep
 import opentrans_kernels._C as loaded
 assert "sanitize" in loaded.__file__, loaded.__file__
 torch.manual_seed(0)
-print(sweep(), guarded_inputs(), "cases")
+print(sweep(), guarded_inputs(), deform_cases.sweep(), "cases")
 torch.set_num_threads(3)
-print(sweep(), "cases on three threads")
+print(sweep(), deform_cases.sweep(), "cases on three threads")
 """
 
 
@@ -112,7 +119,7 @@ def main() -> int:
             (level, "fuzz", fuzz),
         ]
     once = [*pytest, *(f"{tests / name}.py" for name in ONCE)]
-    jobs.append((levels[0], "errors and spectra", once))
+    jobs.append((levels[0], "errors, spectra and attention", once))
     for level, what, job in jobs:
         started = time.monotonic()
         # Not from the root: the package there is not the sanitized one.

@@ -22,6 +22,8 @@ SPECTRA = {"gram_eigenvalues", "powerlaw_fit"}
 # The GPU path: half precision too; on the CPU only the reference, so that its plans run there.
 NHWC = {row.op for row in dispatch.TABLE if row.layouts == "channels_last"}
 ACTIVATIONS = sorted(set(OPS) - SPECTRA - NHWC)
+# Compiled for the CPU, in Triton for CUDA.
+BOTH = {"ms_deform_attn", "ms_deform_attn_backward"}
 
 
 def test_every_op_has_a_reference_row_for_every_dtype() -> None:
@@ -57,8 +59,10 @@ def test_float32_prefers_the_compiled_row(extension: None) -> None:
     for op in ACTIVATIONS:
         found = dispatch.resolve(op)
         assert found.row.backend == "cpu"
+        others = [("triton", "takes cuda tensors, not cpu")] if op in BOTH else []
         assert [(row.backend, why) for row, why in found.rejected] == [
-            ("reference", "slower than cpu")
+            *others,
+            ("reference", "slower than cpu"),
         ]
 
 
@@ -66,7 +70,9 @@ def test_float64_and_other_devices_take_the_reference_and_say_why() -> None:
     for op in ACTIVATIONS:
         assert dispatch.resolve(op, "cpu", "float64").row.backend == "reference"
         assert "float32, not float64" in dispatch.explain(op, "cpu", "float64")
-        assert dispatch.resolve(op, "cuda", "float32").row.backend == "reference"
+        if op not in BOTH:
+            assert dispatch.resolve(op, "cuda", "float32").row.backend == "reference"
+        assert dispatch.resolve(op, "cuda", "float64").row.backend == "reference"
         assert "takes cpu tensors, not cuda" in dispatch.explain(op, "cuda")
 
 

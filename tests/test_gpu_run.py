@@ -93,13 +93,17 @@ def test_a_section_runs_in_a_rehearsal(tmp_path: Path) -> None:
     if (reason := why_no_interpreter()) is not None:
         pytest.skip(reason)
     path = tmp_path / "gpu.json"
-    done = call("--rehearse", "--only", "rows", "gram", "fit", "--json", str(path))
+    names = ("rows", "gram", "fit", "deform")
+    done = call("--rehearse", "--only", *names, "--json", str(path))
     record = json.loads(path.read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     assert record["rehearsal"] and record["failed"] == []
     assert record["sections"]["fit"]["result"]["spectra"] == 2
     assert record["sections"]["fit"]["result"]["time"] is None, "a rehearsal measures nothing"
     assert record["machine"]["versions"]["torch"]
+    deform = record["sections"]["deform"]["result"]
+    assert list(deform) == [f"tiny, 3 queries, D 8, {kind}" for kind in ("float32", "float16")]
+    assert all(case["error"] <= case["bound"] and case["ours"] is None for case in deform.values())
 
 
 def test_trunk_sections_run_in_a_rehearsal(tmp_path: Path) -> None:

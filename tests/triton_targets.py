@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -61,3 +62,30 @@ def poisoned_stem(*arguments: Any) -> Any:
     from opentrans_kernels.ops.fused_stem import triton as kernels
 
     return _poisoned(kernels, kernels.fused_stem, *arguments)
+
+
+def deform_gradients(grad: torch.Tensor, *saved: Any) -> Any:
+    """The gradient formula of ``ms_deform_attn`` on the Triton kernel."""
+    from types import SimpleNamespace
+
+    from opentrans_kernels.ops import ms_deform_attn  # noqa: F401  (loads the package)
+    from opentrans_kernels.ops.ms_deform_attn import triton as kernels
+
+    package = sys.modules["opentrans_kernels.ops.ms_deform_attn"]
+    before, package.kernel_for = package.kernel_for, lambda op, value: getattr(kernels, op)
+    try:
+        with torch.no_grad():
+            return package._backward(SimpleNamespace(saved_tensors=saved), grad)
+    finally:
+        package.kernel_for = before
+
+
+def guarded_deform(value: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sampled, and the gradient of value, where NaN lies before and behind value."""
+    from opentrans_kernels.ops.ms_deform_attn import triton as kernels
+
+    held = value.new_full((value.shape[0], value.shape[1] + 64, *value.shape[2:]), float("nan"))
+    held[:, 32:-32] = value
+    out = kernels.ms_deform_attn(held[:, 32:-32], *arguments)
+    grads = kernels.ms_deform_attn_backward(torch.ones_like(out), value, *arguments)
+    return out, grads[0]

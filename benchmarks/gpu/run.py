@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Modules of this folder that register sections.
-MODULES = ("rows", "trunk", "two_four", "alpha")
+MODULES = ("rows", "trunk", "two_four", "alpha", "deform")
 #: The numbers that everything else waits for come first; sections not named here come last.
 ORDER = (
     "rows",
@@ -33,6 +33,7 @@ ORDER = (
     "compiled bfloat16",
     "trunk float32",
     "alpha",
+    "deform",
     "two_four",
     "trunk float16",
     "trunk tf32",

@@ -50,6 +50,10 @@ def setup(name: str, home: Path, *, python: str = sys.executable) -> None:
     if peer.shares_torch:
         _share(interpreter)
     extra = ["--no-deps"] if peer.shares_torch else []
+    if peer.build:  # against the torch it shares, which an isolated build would not see
+        tools = [str(interpreter), "-m", "pip", "install", "-q", *peer.build]
+        _call(tools, f"installing {', '.join(peer.build)}", peer)
+        extra += ["--no-build-isolation", "--no-binary", name]
     command = [str(interpreter), "-m", "pip", "install", "-q", *extra, *peer.requirements]
     _call(command, f"installing {', '.join(peer.requirements)}", peer)
 
@@ -68,9 +72,13 @@ def _share(interpreter: Path) -> None:
 
 
 def _call(command: list[str], what: str, peer: Peer) -> None:
-    if subprocess.run(command, stdout=sys.stderr).returncode == 0:
+    environ = dict(os.environ)
+    if peer.build:  # its own tools first, and nothing for a GPU
+        tools = str(Path(command[0]).parent)
+        environ |= {"PATH": os.pathsep.join([tools, environ.get("PATH", "")]), "FORCE_CPU": "1"}
+    if subprocess.run(command, stdout=sys.stderr, env=environ).returncode == 0:
         return
-    need = ""
+    need = " It is built here and needs a C++ compiler." if peer.build else ""
     if peer.python:
         need = f" It needs Python {' to '.join(peer.python)}; name one with --python."
     raise OpenTransError(f"{what} failed (see above): {' '.join(command)}.{need}")

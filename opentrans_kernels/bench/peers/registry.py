@@ -18,6 +18,7 @@ class Peer:
         shares_torch: its environment sees the packages of this one, so both use the same torch.
         isa_variable: environment variable that limits its instruction set, or None: it then uses
             whatever the CPU has, also under ``--isa``.
+        build: what its sources are built with, pinned, where there is no wheel; a C++ compiler too.
         same_network: False if it computes another network, whose outputs are not compared.
     """
 
@@ -29,6 +30,7 @@ class Peer:
     python: tuple[str, str] | None = None
     shares_torch: bool = False
     isa_variable: str | None = None
+    build: tuple[str, ...] = ()
     same_network: bool = True
 
     @property
@@ -73,6 +75,14 @@ PEERS: dict[str, Peer] = {
             "power-law exponents of weight spectra",
             ("weightwatcher==0.7.7", "torch"),
             where="opentrans bench alpha",
+        ),
+        Peer(
+            "torch-ms-deform-attn",
+            "deformable attention, C++ and OpenMP",
+            ("torch-ms-deform-attn==0.1.1",),
+            where="python benchmarks/bench_deform.py",
+            shares_torch=True,
+            build=("setuptools==80.9.0", "wheel==0.45.1", "ninja==1.13.0"),
         ),
     )
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from ... import native
+from ... import dispatch, native
 from ..arguments import BadArgument
 from ..library import (
     LIBRARY,
@@ -35,6 +37,23 @@ torch.library.register_fake(
 )
 if not native.load():
     LIBRARY.impl("ms_deform_attn_backward", plain.ms_deform_attn_backward, "CPU")
+
+
+def _on_cuda(op: str, value_at: int) -> Callable[..., Any]:
+    """What ``op`` runs on CUDA tensors: the row of the dispatch table, below autograd."""
+
+    def run(*arguments: Any) -> Any:
+        dtype = str(arguments[value_at].dtype).removeprefix("torch.")
+        found = dispatch.resolve(op, "cuda", dtype)
+        if found.row.backend != "triton":
+            return found.function()(*arguments)
+        # The row names the operator, which is differentiable and is what leads here.
+        return getattr(importlib.import_module(f"{__name__}.triton"), op)(*arguments)
+
+    return run
+
+
+LIBRARY.impl("ms_deform_attn_backward", _on_cuda("ms_deform_attn_backward", 1), "CUDA")
 BACKWARD = torch.ops.opentrans_kernels.ms_deform_attn_backward.default
 
 
@@ -50,6 +69,9 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, grad: torch.Tensor):
     once_differentiable("ms_deform_attn")
     value, shapes, locations, weights, reference = ctx.saved_tensors
+    dtype = value.dtype
+    if reference is not None and dtype in _HALF:  # a location in half would be off by pixels
+        locations, weights, reference = (t.float() for t in (locations, weights, reference))
     offsets = locations
     if reference is not None:
         locations = locations_of(offsets, reference, shapes)
@@ -60,6 +82,9 @@ def _backward(ctx, grad: torch.Tensor):
     if reference is not None:
         of_locations, of_weights, of_reference = reference_gradients(
             of_locations, of_weights, offsets, weights, reference, shapes
+        )
+        of_locations, of_weights, of_reference = (
+            t.to(dtype) for t in (of_locations, of_weights, of_reference)
         )
     return of_value, None, of_locations, of_weights, of_reference
 
@@ -73,6 +98,9 @@ OP = define(
     backward=_backward,
     setup_context=_setup,
 )
+LIBRARY.impl("ms_deform_attn", _on_cuda("ms_deform_attn", 0), "CUDA")
+# Not its half: eight bits of a location are a pixel of a map that is 256 wide.
+torch.library.register_autocast(f"{NAMESPACE}::ms_deform_attn", "cuda", torch.float32, lib=LIBRARY)
 
 
 def level_shapes(shapes: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
@@ -160,6 +188,10 @@ def ms_deform_attn(
 
     The gradient of a location is that of the cell between the pixels ``floor(x)`` and
     ``floor(x) + 1``.
+
+    On CUDA sizes that are given on the device are not read by the host, so nothing waits and graphs
+    can be captured; wrong ones give wrong samples of ``value``, never a read outside it. The
+    gradient of value is summed there by atomics: its last bits differ from run to run.
 
     Raises:
         BadArgument: sizes or dtypes that do not fit.
