@@ -25,7 +25,7 @@ OK, FAILED_CHECK, BAD_INPUT, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
 
 #: Commands in the order of first use; each is a module of this package.
 COMMANDS = (
-    "info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "flops", "bench",
+    "info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "flops", "segment", "bench",
     "report", "demo",
 )  # fmt: skip
 
