@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", metavar="A,B,...", help="class names, or @FILE with one per line"
     )
     parser.add_argument("--mask", metavar="MASK", help="mask file or recipe; else the own zeros")
-    parser.add_argument(
-        "--no-accelerate", action="store_true", help="run densely, to compare"
-    )
+    parser.add_argument("--no-accelerate", action="store_true", help="run densely, to compare")
     parser.add_argument(
         "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"),
         help="of the config; may be repeated",

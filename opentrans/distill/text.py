@@ -124,8 +124,8 @@ class TextCache:
         weights change: embeddings that this encoder made earlier, such as those of a file."""
         if rows.dim() != 2 or len(rows) != len(classes):
             raise OpenTransError(
-                f"TextCache: rows {tuple(rows.shape)} for {len(classes)} classes; one embedding per "
-                "class is needed, [K, D]."
+                f"TextCache: rows {tuple(rows.shape)} for {len(classes)} classes; one embedding "
+                "per class is needed, [K, D]."
             )
         device = next((t.device for _, t in self._tensors()), rows.device)
         key = (tuple(classes), tuple(templates), self._version(), self.dtype)

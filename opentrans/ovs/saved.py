@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -56,9 +57,8 @@ def build_segmenter(design: Design) -> PixelSegmenter | MaskSegmenter:
     """
     if design.head not in HEADS:
         raise OpenTransError(f"head={design.head!r} must be one of {', '.join(HEADS)}.")
-    library = optional_module("open_clip", COMES_FROM)
     clip = build_clip(design.clip).float().eval().requires_grad_(False)
-    tokenizer = library.SimpleTokenizer(context_length=design.clip["text"]["context_length"])
+    tokenizer = _tokenizer(int(design.clip["text"]["context_length"]))
     backbone = TrunkFeatures(clip.visual)
     classifier = TextClassifier(TextCache(clip, tokenizer), templates=design.templates)
     width = int(design.clip["embed_dim"])
@@ -128,6 +128,12 @@ def load_segmenter(
     for name, value in own.items():
         value.copy_(given[name])
     return model, design
+
+
+@functools.cache
+def _tokenizer(context_length: int) -> Any:
+    """open_clip's, which takes a second to read its words."""
+    return optional_module("open_clip", COMES_FROM).SimpleTokenizer(context_length=context_length)
 
 
 @torch.no_grad()

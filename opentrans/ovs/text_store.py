@@ -63,7 +63,7 @@ def stored(
     rows: int,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Embeddings [rows, D], float32: from a file in ``folder``, else from ``make()`` and kept there.
+    """Embeddings [rows, D], float32: from a file in ``folder``, else of ``make()`` and kept there.
 
     Args:
         folder: made if it is not there; None: nothing is read or written.

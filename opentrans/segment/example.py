@@ -28,7 +28,7 @@ from .pictures import read_picture
 __all__ = ["CLASSES", "train_example", "write_pictures"]
 
 CLASSES = (BACKGROUND, *UNSEEN)
-NOTE = "SYNTHETIC example: a toy trained for seconds on drawn shapes. It says nothing about accuracy."
+NOTE = "SYNTHETIC example: a toy trained for seconds on drawn shapes, no word on accuracy."
 SIDE, SHOWN = 96, 384  # of the pictures it is trained on and shown on
 STEPS, BATCH, RATE = 60, 6, 4e-3
 PRUNED_AT, MASK = 0.4, "uniform:0.80"  # of the steps; of the weights, while the rest trains on
@@ -137,4 +137,4 @@ def _small(photo: np.ndarray, side: int = SIDE) -> np.ndarray:
     scale = 1.3 * side / min(photo.shape[:2])
     size = round(photo.shape[1] * scale), round(photo.shape[0] * scale)
     image = pillow().fromarray(photo)
-    return np.asarray(image.resize(size, pillow().Resampling.BILINEAR))
+    return np.array(image.resize(size, pillow().Resampling.BILINEAR))

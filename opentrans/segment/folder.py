@@ -123,7 +123,7 @@ class OutputFolder:
         return found
 
     def _load(self, file: Path) -> dict[str, Any] | None:
-        """A record, or None where there is none or it is damaged: the picture is then done again."""
+        """A record, or None where there is none or it is damaged: the picture is done again."""
         try:
             content = parse_json(file.read_bytes())
         except (OSError, ValueError):
@@ -144,7 +144,7 @@ class OutputFolder:
             return
         changed = [key for key in settings if old.get(key) != settings[key]] or ["settings"]
         detail = "; ".join(
-            f"{key}: {brief(old.get(key))} before, {brief(settings.get(key))} now"
+            f"{key}: {_shown(old.get(key))} before, {_shown(settings.get(key))} now"
             for key in changed[:3]
         )
         raise OpenTransError(
@@ -158,6 +158,10 @@ class OutputFolder:
             for file in (self.record(name), self.overlay(name), self.label(name)):
                 file.unlink(missing_ok=True)
         (self.path / "results.json").unlink(missing_ok=True)
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) and len(value) < 120 else brief(value)
 
 
 def _read(file: Path) -> Any:

@@ -43,9 +43,7 @@ def segment_picture(
     for file in (label, overlay, folder.record(picture.name)):
         _make_folder(file.parent)
     atomic_write(label, label_png(labels, colours))
-    drawn = overlay_png(
-        pixels, labels, classes, colours, shares, notes=segmenter.notes, font=font
-    )
+    drawn = overlay_png(pixels, labels, classes, colours, shares, notes=segmenter.notes, font=font)
     atomic_write(overlay, drawn)
     record = {
         "file": picture.file,

@@ -62,8 +62,8 @@ def find_pictures(
             wanted.setdefault(str(source.resolve()), source.stem)
     if not wanted:
         raise OpenTransError(
-            f"{', '.join(map(str, sources))} holds no picture ({', '.join(SUFFIXES)}). Name another "
-            "folder, or the files themselves; folders inside a folder are searched too."
+            f"{', '.join(map(str, sources))} holds no picture ({', '.join(SUFFIXES)}). Name "
+            "another folder, or the files themselves; folders inside a folder are searched too."
         )
     return _named(wanted, known)
 
@@ -81,7 +81,7 @@ def read_picture(file: str | os.PathLike[str]) -> np.ndarray:
             warnings.simplefilter("ignore", image_module.DecompressionBombWarning)
             with image_module.open(file) as opened:
                 upright = _ops().exif_transpose(opened)
-                pixels = np.ascontiguousarray(_rgb(upright))
+                pixels = np.array(_rgb(upright))  # a copy: torch wants to be able to write
     except OpenTransError:
         raise
     except Exception as error:  # a decoder may raise anything on a broken file

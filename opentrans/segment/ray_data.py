@@ -70,10 +70,10 @@ def work_with_ray(
     """Segment ``pictures`` on a Ray cluster.
 
     Args:
-        address: of the cluster ("auto", "ray://HOST:PORT"); None: ``RAY_ADDRESS``, else a local one.
+        address: of the cluster ("auto", "ray://HOST:PORT"); None: ``RAY_ADDRESS``, else one here.
         actors: models at work at once; None: one per machine of the cluster.
 
-    Raises OpenTransError if Ray is missing, the cluster cannot be reached, or no model can be built.
+    Raises OpenTransError if Ray is missing, no cluster can be reached or no model can be built.
     """
     ray = optional_module("ray", COMES_FROM)
     data = optional_module("ray.data", COMES_FROM)

@@ -1,4 +1,4 @@
-"""What a run is made of, as plain values: sent to other processes, and compared with earlier runs."""
+"""What a run is made of, as plain values: for other processes, and to compare with earlier runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from opentrans_kernels.masks import split_entry
 __all__ = ["Recipe", "file_hash", "fingerprint"]
 
 BLOCK = 2**24
+DIGITS = 16  # of a hash beside a name: short enough to be read in a message
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def named_hash(path: str | None) -> str | None:
     file = path if os.path.isfile(path) else split_entry(path)[0]
     if not os.path.isfile(file):
         return path
-    return f"{Path(path).name} sha256:{file_hash(file)}"
+    return f"{Path(path).name} sha256:{file_hash(file)[:DIGITS]}"
 
 
 def config_hash(path: str | None) -> str | None:
@@ -84,7 +85,7 @@ def config_hash(path: str | None) -> str | None:
     digest = hashlib.sha256()
     for file in _with_bases(Path(path)):
         digest.update(file_hash(file).encode())
-    return f"{Path(path).name} sha256:{digest.hexdigest()}"
+    return f"{Path(path).name} sha256:{digest.hexdigest()[:DIGITS]}"
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

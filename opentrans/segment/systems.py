@@ -47,7 +47,7 @@ class Segmenter:
         resized = pixels
         if size != (height, width):
             image = pillow().fromarray(pixels)
-            resized = np.asarray(image.resize((size[1], size[0]), pillow().Resampling.BILINEAR))
+            resized = np.array(image.resize((size[1], size[0]), pillow().Resampling.BILINEAR))
         with torch.inference_mode():
             scores = self.loaded.scores(resized)
             return labels_of(scores.float().cpu(), (height, width), least=self.recipe.least)

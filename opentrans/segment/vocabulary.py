@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from opentrans_kernels.errors import OpenTransError
@@ -19,6 +20,13 @@ FIRST = (
     (240, 130, 40), (235, 110, 175), (125, 85, 60), (165, 205, 70), (95, 105, 150), (255, 155, 140),
     (120, 190, 250), (0, 110, 90), (180, 140, 30), (190, 165, 225),
 )  # fmt: skip
+#: Words in class names -> the colour they mean.
+NAMED = {
+    "red": FIRST[0], "blue": FIRST[1], "green": FIRST[2], "yellow": FIRST[3], "purple": FIRST[4],
+    "orange": FIRST[6], "pink": FIRST[7], "brown": FIRST[8], "background": (112, 118, 128),
+    "other": (148, 152, 158),
+}  # fmt: skip
+DISTINCT = 2000  # colours; after them one may come twice, which no eye would notice
 GOLDEN = 0.618033988749895  # steps of this share of a circle never come close to one another
 
 
@@ -67,10 +75,30 @@ def none_of(classes: int) -> int:
 
 
 def colours_of(classes: Sequence[str]) -> list[tuple[int, int, int]]:
-    """One RGB colour per class, the same for the same place in the list."""
-    found = list(FIRST[: len(classes)])
-    for number in range(len(found), len(classes)):
-        hue = (number * GOLDEN) % 1
-        light, full = (0.45, 0.58, 0.7)[number % 3], (0.75, 0.5)[number // 3 % 2]
-        found.append(tuple(round(255 * v) for v in colorsys.hls_to_rgb(hue, light, full)))  # type: ignore[arg-type]
-    return found
+    """One RGB colour per class, different for up to 2000, the same for the same list.
+
+    A class that names a colour has it if no class before does ("red car"), and a background is
+    grey, so that what stands before it is seen.
+    """
+    chosen: dict[str, tuple[int, int, int]] = {}
+    for name in classes:
+        words = [NAMED[word] for word in name.lower().split() if word in NAMED]
+        if words and words[0] not in chosen.values():
+            chosen[name] = words[0]
+    free = _more({*chosen.values(), NONE_COLOUR})
+    return [chosen[name] if name in chosen else next(free) for name in classes]
+
+
+def _more(taken: set[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Colours that are not taken, without end."""
+    for number in itertools.count():
+        if number < len(FIRST):
+            colour = FIRST[number]
+        else:
+            hue = (number * GOLDEN) % 1
+            light, full = 0.3 + 0.45 * ((number * 7) % 16) / 15, 0.4 + 0.5 * (number % 5) / 4
+            red, green, blue = colorsys.hls_to_rgb(hue, light, full)
+            colour = round(255 * red), round(255 * green), round(255 * blue)
+        if number >= DISTINCT or colour not in taken:
+            taken.add(colour)
+            yield colour
