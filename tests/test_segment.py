@@ -337,12 +337,11 @@ def test_an_accelerated_mask_gives_the_labels_of_the_masked_dense_model(
     same = label(fast, "one") == label(dense, "one")
     assert same.mean() > 0.999  # a tie may fall either way by rounding
     assert len(np.unique(label(dense, "one"))) > 1
-    assert results(fast)["settings"]["accelerate"] and "plan for" in results(fast)["model"]["report"]
+    written = results(fast)
+    assert written["settings"]["accelerate"] and "plan for" in written["model"]["report"]
 
 
-def test_two_processes_do_what_one_does(
-    words: list[object], folder: Path, tmp_path: Path
-) -> None:
+def test_two_processes_do_what_one_does(words: list[object], folder: Path, tmp_path: Path) -> None:
     for number in range(3):
         picture(folder / f"more{number}.png", 20 + number, 30, number)
     (folder / "text.jpg").write_text("no picture")
