@@ -114,7 +114,9 @@ def test_a_run_goes_on_where_it_stopped(
     assert segment(folder, *words) == 0
     after = times(out)
     assert names(out) == ["a", "deep/b"] and before.items() <= after.items()
+    model = results(out)["model"]
     assert segment(folder, *words) == 0 and times(out) == after
+    assert results(out)["model"] == model and model["name"] == "PixelSegmenter"
     assert "2 of 2 pictures are done already" in capsys.readouterr().out
     (out / "labels" / "a.png").unlink()  # an output that is gone, and one that is damaged
     (out / "records" / "deep" / "b.json").write_text("{")
@@ -268,6 +270,14 @@ def test_names_are_kept_apart_and_stay_the_same(tmp_path: Path) -> None:
     assert again[str(two / "x.png")] == "x" and again[str(one / "x.png")] != "x"
     odd = picture(tmp_path / "three" / "a:b*.png")
     assert find_pictures([odd])[0].name == "a_b_"
+
+
+def test_results_among_the_pictures_are_no_pictures(
+    words: list[object], folder: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        assert segment(folder, *words, "-o", folder / "out") == 0
+        assert names(folder / "out") == ["a", "deep/b"]
 
 
 def test_what_is_no_input_is_refused_before_anything_is_written(

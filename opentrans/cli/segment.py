@@ -108,9 +108,9 @@ def run(options: argparse.Namespace, out: Output) -> int:
     torch.set_num_threads(options.threads)
     recipe = _recipe(options)
     folder = OutputFolder(output.resolve())
-    find_pictures(options.images)  # before anything is written
+    find_pictures(options.images, without=output)  # before anything is written
     folder.open(recipe.settings(), overwrite=options.overwrite)
-    pictures = find_pictures(options.images, folder.known())
+    pictures = find_pictures(options.images, folder.known(), without=output)
     waiting = [picture for picture in pictures if not folder.done(picture)]
     there = len(pictures) - len(waiting)
     if there:
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     later = len(waiting) - min(len(waiting), options.limit or len(waiting))
     waiting = waiting[: options.limit]
     failed, about = _work(options, out, recipe, waiting, folder) if waiting else ([], {})
-    rows = folder.finish(failed, {"settings": recipe.settings(), "model": about})
+    rows = folder.finish(failed, recipe.settings(), about)
     chosen = {picture.file for picture in pictures}
     _show(out, [row for row in rows if row["file"] in chosen], folder)
     if later:

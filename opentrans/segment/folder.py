@@ -104,12 +104,26 @@ class OutputFolder:
         except OSError:
             return False  # the picture itself is gone: reading it will say so
 
-    def finish(self, failed: Sequence[Mapping[str, str]], about: Mapping[str, Any]) -> list[Any]:
-        """Write results.json from all records; returns the rows, by name."""
+    def finish(
+        self,
+        failed: Sequence[Mapping[str, str]],
+        settings: Mapping[str, Any],
+        model: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Write results.json from all records; returns the rows, by name.
+
+        model: what ``systems.describe`` says; empty if none was built this time, where what stands
+        there stays.
+        """
+        file = self.path / "results.json"
+        before = _read(file) if not model and file.is_file() else None
+        if isinstance(before, dict):
+            model = before.get("model", {})
         rows = [record for _, record in sorted(self._records().items())]
         missing = {row["file"] for row in failed}
         rows = [row for row in rows if row["file"] not in missing]
-        _write(self.path / "results.json", {**about, "pictures": rows, "failed": list(failed)})
+        about = {"settings": settings, "model": model}
+        _write(file, {**about, "pictures": rows, "failed": list(failed)})
         return rows
 
     def _records(self) -> dict[str, dict[str, Any]]:

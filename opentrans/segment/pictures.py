@@ -33,7 +33,10 @@ class Picture:
 
 
 def find_pictures(
-    sources: Sequence[str | os.PathLike[str]], known: Mapping[str, str] | None = None
+    sources: Sequence[str | os.PathLike[str]],
+    known: Mapping[str, str] | None = None,
+    *,
+    without: str | os.PathLike[str] | None = None,
 ) -> list[Picture]:
     """The pictures of files and folders (searched recursively), each once, in order.
 
@@ -44,6 +47,7 @@ def find_pictures(
     Args:
         sources: files and folders.
         known: file -> name of an earlier run; they keep their names.
+        without: a folder that is passed over, such as that of the results.
 
     Raises OpenTransError for what does not exist, and if there is no picture at all.
     """
@@ -55,11 +59,13 @@ def find_pictures(
                 f"{source} does not exist. Name pictures, or folders that hold pictures."
             )
         if source.is_dir():
-            for file in _below(source):
+            for file in _below(source, without):
                 name = file.relative_to(source).with_suffix("").as_posix()
                 wanted.setdefault(str(file.resolve()), name)
-        else:
+        elif source.is_file():
             wanted.setdefault(str(source.resolve()), source.stem)
+        else:
+            raise OpenTransError(f"{source} is neither a file nor a folder. Name pictures.")
     if not wanted:
         raise OpenTransError(
             f"{', '.join(map(str, sources))} holds no picture ({', '.join(SUFFIXES)}). Name "
@@ -112,13 +118,15 @@ def _rgb(image: Any) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _below(folder: Path) -> Iterable[Path]:
+def _below(folder: Path, without: str | os.PathLike[str] | None) -> Iterable[Path]:
+    outside = None if without is None else Path(without).resolve()
     return sorted(
         file
         for file in folder.rglob("*")
         if file.suffix.lower() in SUFFIXES
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
+        and not (outside and file.resolve().is_relative_to(outside))
     )
 
 
