@@ -220,9 +220,9 @@ def _imported(name: str) -> ModuleType:
 
 def _without_compiled() -> None:
     """Trees import ``detectron2._C`` and, on a CPU, use nothing of it."""
-    if importlib.util.find_spec("detectron2._C") is None:
-        sys.modules.setdefault("detectron2._C", ModuleType("detectron2._C"))
-        sys.modules["detectron2"]._C = sys.modules["detectron2._C"]  # type: ignore[attr-defined]
+    name = "detectron2._C"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        sys.modules[name] = sys.modules["detectron2"]._C = ModuleType(name)  # type: ignore[attr-defined]
 
 
 def _give_classes(model: Any, name: str, recipe: Recipe) -> None:
