@@ -364,6 +364,7 @@ def test_two_processes_do_what_one_does(words: list[object], folder: Path, tmp_p
     assert [Path(row["file"]).name for row in results(two)["failed"]] == ["text.jpg"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_its_picture_only(
     weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
