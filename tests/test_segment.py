@@ -1,11 +1,8 @@
-"""``opentrans segment``: outputs, going on, what is refused, several processes."""
+"""``opentrans segment``: outputs, going on, what is refused."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +29,8 @@ from segment_cases import (
 
 from opentrans.ovs.saved import load_segmenter
 from opentrans.ovs.tiny import normalise
-from opentrans.segment import find_pictures, pool, read_picture
+from opentrans.segment import find_pictures, read_picture
 from opentrans.segment.folder import OutputFolder
-from opentrans.segment.recipe import Recipe
 from opentrans_kernels.errors import CheckpointError, OpenTransError
 
 
@@ -349,74 +345,6 @@ def test_an_accelerated_mask_gives_the_labels_of_the_masked_dense_model(
     assert len(np.unique(label(dense, "one"))) > 1
     written = results(fast)
     assert written["settings"]["accelerate"] and "plan for" in written["model"]["report"]
-
-
-def test_two_processes_do_what_one_does(words: list[object], folder: Path, tmp_path: Path) -> None:
-    for number in range(3):
-        picture(folder / f"more{number}.png", 20 + number, 30, number)
-    (folder / "text.jpg").write_text("no picture")
-    assert segment(folder, *words) == 2
-    two = tmp_path / "two"
-    assert segment(folder, *words, "-o", two, "--processes", 2) == 2
-    assert names(two) == names(tmp_path / "out") and len(names(two)) == 5
-    for name in names(two):
-        assert np.array_equal(label(two, name), label(tmp_path / "out", name))
-    assert [Path(row["file"]).name for row in results(two)["failed"]] == ["text.jpg"]
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_costs_its_picture_only(
-    weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture(folder / "z.png")
-    (tmp_path / "dying_worker.py").write_text(DYING)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
-    import dying_worker
-
-    monkeypatch.setattr(pool, "_serve", dying_worker.serve)
-    recipe = Recipe(str(weights), CLASSES, accelerate=False)
-    out = OutputFolder(tmp_path / "out")
-    out.open(recipe.settings())
-    done: dict[str, str] = {}
-    pictures = find_pictures([folder])
-    pool.work_in_processes(
-        recipe, pictures, out, processes=2,
-        on_done=lambda p, reason: done.update({p.name: reason}), on_ready=lambda _: None,
-    )  # fmt: skip
-    assert done.pop("a").startswith("the process that segmented it ended (signal SIGKILL)")
-    assert done == {"deep/b": "", "z": ""}
-    assert not out.done(pictures[0]) and out.done(pictures[1])
-
-
-DYING = f"""
-import os
-from opentrans.segment import job
-from opentrans.segment.pool import _serve
-
-tried = job.tried
-
-
-def dies(segmenter, picture, folder, font):
-    if picture.name == "a":
-        os.kill(os.getpid(), {int(signal.SIGKILL)})
-    return tried(segmenter, picture, folder, font)
-
-
-def serve(*arguments):
-    job.tried = dies
-    _serve(*arguments)
-"""
-
-
-def test_a_model_that_cannot_be_built_ends_all_processes(
-    words: list[object], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(b"no weights")
-    assert segment(folder, *words, "--weights", damaged, "--processes", 2) == 2
-    assert "damaged.safetensors" in capsys.readouterr().err
-    assert list((tmp_path / "out" / "records").iterdir()) == []
 
 
 def test_scores_that_are_not_finite_are_no_labels(
