@@ -17,6 +17,7 @@ __all__ = ["lazy_exports", "optional_module", "require_packages"]
 PIP_NAMES = {
     "PIL": "pillow",
     "open_clip": "open_clip_torch",
+    "ray": "'ray[data]'",
     "scipy": "scipy",
     "skimage": "scikit-image",
     "timm": "timm",

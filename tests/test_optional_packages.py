@@ -29,6 +29,9 @@ NEEDS = [
     ("prune --images DIR --arch torchvision:resnet18 --loss paper", "open_clip"),
     ("freeze --example", "skimage"),
     ("bench model --arch timm:resnet50", "timm"),
+    ("segment a.jpg -o out", "open_clip"),
+    ("segment --example -o out", "torchvision"),
+    ("segment a.jpg -o out --ray", "ray"),
 ]
 #: CLIP's ResNets are built here, whether or not open_clip is installed.
 NOTHING = [

@@ -25,8 +25,8 @@ OK, FAILED_CHECK, BAD_INPUT, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
 
 #: Commands in the order of first use; each is a module of this package.
 COMMANDS = (
-    "info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "flops", "bench",
-    "report", "demo",
+    "info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "flops", "segment",
+    "bench", "report", "demo",
 )  # fmt: skip
 
 #: These may start over in a process of their own, and speak when they have; report needs no torch.

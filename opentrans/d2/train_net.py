@@ -60,8 +60,11 @@ CONFIGS = Path(__file__).parent / "configs"
 PANOPTIC = "OpenTransMaskClassifier"  # the architecture whose results name single objects
 
 
-def load_config(file: str, options: Sequence[str] = ()) -> CfgNode:
+def load_config(file: str, options: Sequence[str] = (), *, data: bool = True) -> CfgNode:
     """The config of a file with ``KEY VALUE`` pairs on top, checked.
+
+    data: False for pictures of any origin: the datasets of the config are left out, and need not
+    be there.
 
     Raises ConfigError for a missing or unreadable file, unknown keys and values that do not go
     together, and OpenTransError for missing data.
@@ -85,7 +88,11 @@ def load_config(file: str, options: Sequence[str] = ()) -> CfgNode:
             "are those of detectron2, of MODEL.OPENTRANS (docs/detectron2.md) and of MODEL.OVS "
             "(docs/tiny-run.md)."
         ) from error
+    if not data:
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     _check(cfg)
+    if data:
+        _check_data(cfg)
     cfg.freeze()
     return cfg
 
@@ -211,8 +218,12 @@ def _check(cfg: CfgNode) -> None:
             "multiplier above 0."
         )
     _check_files(cfg, options)
-    if ovs.DATA_FOLDER:
-        register_folder(ovs.DATA_FOLDER)
+
+
+def _check_data(cfg: CfgNode) -> None:
+    folder = OvsConfig.from_cfg(cfg).DATA_FOLDER
+    if folder:
+        register_folder(folder)
     if not cfg.DATASETS.TRAIN and not cfg.DATASETS.TEST:
         raise ConfigError(
             "DATASETS.TRAIN and DATASETS.TEST are empty. Name datasets, such as ('shapes_train',)."

@@ -117,6 +117,20 @@ class TextCache:
             self._trim()
         return result
 
+    def remember(
+        self, classes: Sequence[str], templates: Sequence[str], rows: torch.Tensor
+    ) -> None:
+        """Take ``rows`` [K, D] as the answer of ``vocabulary(classes, templates)``, until the
+        weights change: embeddings that this encoder made earlier, such as those of a file."""
+        if rows.dim() != 2 or len(rows) != len(classes):
+            raise OpenTransError(
+                f"TextCache: rows {tuple(rows.shape)} for {len(classes)} classes; one embedding "
+                "per class is needed, [K, D]."
+            )
+        device = next((t.device for _, t in self._tensors()), rows.device)
+        key = (tuple(classes), tuple(templates), self._version(), self.dtype)
+        self._vocabularies[key] = rows.to(device, self.dtype)
+
     def clear(self) -> None:
         """Forget every embedding; the statistics stay."""
         self._rows.clear()

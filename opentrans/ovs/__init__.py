@@ -25,6 +25,10 @@ _EXPORTS = {
     "MaskHead": "mask_head",
     "MaskHeadOptions": "mask_head",
     "SemanticQuality": "metrics",
+    "Design": "saved",
+    "build_segmenter": "saved",
+    "load_segmenter": "saved",
+    "save_segmenter": "saved",
     "PanopticQuality": "metrics",
     "MaskSegmenter": "segmenter",
     "PixelSegmenter": "segmenter",
@@ -49,6 +53,10 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .mask_head import MaskHeadOptions as MaskHeadOptions
     from .metrics import PanopticQuality as PanopticQuality
     from .metrics import SemanticQuality as SemanticQuality
+    from .saved import Design as Design
+    from .saved import build_segmenter as build_segmenter
+    from .saved import load_segmenter as load_segmenter
+    from .saved import save_segmenter as save_segmenter
     from .segmenter import MaskSegmenter as MaskSegmenter
     from .segmenter import PixelSegmenter as PixelSegmenter
     from .segmenter import TrunkFeatures as TrunkFeatures
