@@ -204,6 +204,9 @@ def test_half_precision_is_computed_in_float32(extension: None) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = OP(half[0], shapes, half[1], half[2])
     assert found.dtype == torch.float32 and torch.equal(found, exact)
+    with torch.autocast("cpu", torch.bfloat16):  # projections in half, points in float32
+        mixed = ops.ms_deform_attn(half[0], shapes, half[1].float(), half[2])
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, exact)
 
 
 @pytest.mark.parametrize("with_reference", (False, True))

@@ -173,7 +173,7 @@ def ms_deform_attn(
     Args:
         value: ``[N, S, M, D]``: the pixels of all levels one after the other, M heads of D
             channels. float32; bfloat16 and float16, computed in float32; float64 on the
-            reference. Any strides.
+            reference. Any strides. Under autocast everything becomes float32.
         spatial_shapes: ``[L, 2]`` heights and widths; their products add up to S.
         locations: ``[N, Q, M, L, P, 2]``: (x, y) in [0, 1] of P points per level, dtype of value.
             NaN and infinite ones are outside; a point outside adds nothing, whatever its weight.
@@ -198,6 +198,9 @@ def ms_deform_attn(
         KernelUnavailable: no kernel for this device and dtype.
     """
     shapes = level_shapes(spatial_shapes)
+    if torch.is_autocast_enabled(value.device.type):  # layers around it give half, some float32
+        parts = (value, locations, weights, reference)
+        value, locations, weights, reference = (None if t is None else t.float() for t in parts)
     _check(value, shapes, locations, weights, reference)
     if value.dtype in _HALF and value.device.type == "cpu":
         parts = (value, locations, weights, reference)
