@@ -198,7 +198,9 @@ def ms_deform_attn(
         KernelUnavailable: no kernel for this device and dtype.
     """
     shapes = level_shapes(spatial_shapes)
-    if torch.is_autocast_enabled(value.device.type):  # layers around it give half, some float32
+    device = value.device.type
+    # Layers around it give half, some float32.
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         parts = (value, locations, weights, reference)
         value, locations, weights, reference = (None if t is None else t.float() for t in parts)
     _check(value, shapes, locations, weights, reference)
