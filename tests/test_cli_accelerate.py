@@ -25,7 +25,7 @@ def no_trunk() -> nn.Module:
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(subject, "build_tower", lambda arch, *, seed=0: no_trunk())
+    monkeypatch.setattr(subject, "build_tower", lambda arch, *, seed=0, empty=False: no_trunk())
     path = tmp_path / "weights.pt"
     torch.save(no_trunk().state_dict(), path)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import pickle
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opentrans_kernels import UnsupportedModelError, accelerate, restore
 from opentrans_kernels.freshness import SMALL, TURNS
 from opentrans_kernels.nn import SparseConv2d
+from opentrans_kernels.ops.contents import Contents
 
 STEM, BLOCK, NORM = "conv2.weight", "layer2.0.conv2.weight", "layer3.0.bn1.running_var"
 
@@ -345,3 +347,20 @@ def test_a_compiler_asks_once_when_it_captures() -> None:
         for strict in (False, True):
             with pytest.raises(Exception, match="layer1.0.conv2.weight"):
                 torch.export.export(model, (x,), strict=strict)
+
+
+def test_what_is_collected_meanwhile_is_in_no_graph(extension: None) -> None:
+    held = [hold_contents(torch.ones(300))]
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        held.clear()
+        gc.collect()
+        return x + 1
+
+    graph = make_fx(traced)(torch.zeros(2)).graph
+    assert not held
+    assert not [node for node in graph.nodes if "contents" in str(node.target)]
+
+
+def hold_contents(tensor: torch.Tensor) -> Callable[[int, int], int]:
+    return Contents([tensor]).hold([tensor], [0])

@@ -32,6 +32,9 @@ ELSEWHERE = {
     "powerlaw_fit": "opentrans bench alpha",
     "gram_eigenvalues": "opentrans bench alpha",
     "avg_pool2d_backward": "opentrans bench training",
+    "ms_deform_attn": "benchmarks/bench_deform.py",
+    "ms_deform_attn_backward": "benchmarks/bench_deform.py",
+    "mask_scores": "opentrans bench model --system ovs-mask",
     "relu_bits": "opentrans bench training",
     "relu_bits_backward": "opentrans bench training",
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import native
 from .library import LIBRARY
@@ -122,9 +123,16 @@ class Contents:
             return functools.partial(_compare, stored, sums)
         handle = torch.ops.opentrans_kernels.hold_contents(stored, sums)
         look = functools.partial(torch.ops.opentrans_kernels.first_changed_held.default, handle)
-        release = torch.ops.opentrans_kernels.release_contents
-        weakref.finalize(look, release, handle).atexit = False
+        weakref.finalize(look, _release, handle).atexit = False
         return look
+
+
+def _release(handle: int) -> None:
+    """Let go of what ``hold`` holds. That may happen at any time, and a tracer that is at work then
+    would write the call into its graph.
+    """
+    with _disable_current_modes():
+        torch.ops.opentrans_kernels.release_contents(handle)
 
 
 def _compare(stored: Sequence[torch.Tensor], sums: torch.Tensor, turn: int, turns: int) -> int:

@@ -34,7 +34,7 @@ const ScoresIsa& scores_isa() {
   }
 }
 
-constexpr int64_t kTileFloats = 1 << 18;  // enlarged masks of a tile
+constexpr int64_t kTileFloats = 1 << 18;   // enlarged masks of a tile
 constexpr int64_t kClassFloats = 3 << 15;  // classes that a tile meets before it starts over
 constexpr int64_t kTileRows = 2;
 
@@ -96,16 +96,16 @@ Step new_step(const int64_t* in, const int64_t* out, const ScoresIsa& isa, Arena
     weight0[y] = static_cast<float>(1.0 - at.fraction);
     weight1[y] = static_cast<float>(at.fraction);
   }
-  return {in[0],          in[1],   out[1],  in[0] == out[0], index, weight0, weight1,
-          new_columns(in[1], out[1], isa, arena)};
+  return {in[0], in[1],   out[1],  in[0] == out[0],
+          index, weight0, weight1, new_columns(in[1], out[1], isa, arena)};
 }
 
 // The steps of a call, and its classes as the product reads them.
 struct Plan {
   Step steps[2];
   int count;
-  int64_t rows, blocks, whole;  // of classes, see ProductArgs
-  const float* classes;         // [n][block][query][row]
+  int64_t rows, blocks, whole;             // of classes, see ProductArgs
+  const float* classes;                    // [n][block][query][row]
   int64_t tile_panels, tile_rows, panels;  // panels: of a row of the output
 };
 
@@ -262,8 +262,8 @@ void enlarge(const MaskScores& a, const ScoresIsa& isa, const Plan& plan, const 
     const float* mask = a.masks + tile.n * a.masks_n + q * a.masks_q;
     rows.set_query(mask);
     for (int64_t y = 0; y < tile.rows; ++y) {
-      isa.finish({rows.output(tile.row + y), tile.panels,
-                  to + y * tile.panels * stride + q * panel, stride, plan.count > 0});
+      isa.finish({rows.output(tile.row + y), tile.panels, to + y * tile.panels * stride + q * panel,
+                  stride, plan.count > 0});
     }
   }
 }

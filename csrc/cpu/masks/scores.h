@@ -19,7 +19,7 @@ struct Columns {
 
 struct ResizeArgs {
   const Columns* columns;
-  const float* from;  // of source column 0; readable a vector past the last one
+  const float* from;   // of source column 0; readable a vector past the last one
   int64_t begin, end;  // vectors
   float* to;           // of vector `begin`
 };

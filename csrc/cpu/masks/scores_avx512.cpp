@@ -13,7 +13,8 @@
 #define OTK_NAME avx512
 #define OTK_LANES 16
 #define OTK_ROWS 12
-#define OTK_PERMUTE(v, i) ((Vec)_mm512_permutexvar_ps((__m512i)(i), (__m512)(v)))
+// With a mask of ones: the form without leaves gcc 12 with a variable that it warns about.
+#define OTK_PERMUTE(v, i) ((Vec)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(i), (__m512)(v)))
 
 namespace otk {
 #include "scores_body.inc"
