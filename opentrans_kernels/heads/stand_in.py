@@ -100,6 +100,7 @@ def install_ms_deform_attn() -> ModuleType:
     module.ms_deform_attn_backward = ms_deform_attn_backward  # type: ignore[attr-defined]
     module.opentrans_kernels = True  # type: ignore[attr-defined]
     sys.modules[NAME] = module
+    _log.info("%s: registered, with the kernels of opentrans_kernels", NAME)
     return module
 
 
