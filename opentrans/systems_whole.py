@@ -14,7 +14,7 @@ from torch import nn
 
 from opentrans_kernels.bench.whole import Whole
 from opentrans_kernels.errors import OpenTransError
-from opentrans_kernels.lazy import require_packages
+from opentrans_kernels.lazy import optional_module, require_packages
 from opentrans_kernels.synthetic import synthetic_rn50
 
 from .d2 import trees
@@ -25,6 +25,7 @@ __all__ = ["WHOLE_SYSTEMS", "build_whole"]
 
 EMBED_DIM = 1024  # of CLIP RN50
 _CLIP = {"open_clip": "the tower is built from open_clip"}
+HF_NEEDS = "Mask2Former is transformers' model"
 
 
 def build_whole(
@@ -118,18 +119,12 @@ def _own(
 def _hugging_face(
     system: str, size: tuple[int, int], queries: int | None, classes: int, tree: Path | None
 ) -> Whole:
-    require_packages({"transformers": "Mask2Former is transformers' model"})
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        ResNetConfig,
-    )
-
-    resnet = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(
+    library = optional_module("transformers", HF_NEEDS)
+    resnet = library.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = library.Mask2FormerConfig(
         backbone_config=resnet, num_queries=queries or 100, num_labels=classes
     )
-    model = Mask2FormerForUniversalSegmentation(config)
+    model = library.Mask2FormerForUniversalSegmentation(config)
     image = _image(size)
 
     def run(model: nn.Module, dtype: torch.dtype) -> torch.Tensor:

@@ -22,7 +22,7 @@ from opentrans_kernels.report.prune import density_map, prune_page
 Image = pytest.importorskip("PIL.Image")
 
 
-def tower(arch: str, *, seed: int = 0) -> torch.nn.Module:
+def tower(arch: str, *, seed: int = 0, empty: bool = False) -> torch.nn.Module:
     torch.manual_seed(seed)
     return randomise(OpenAITower()).requires_grad_(False)
 

@@ -21,9 +21,12 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.lazy import optional_module
 
 from .presence import require_detectron2
 from .register import add_opentrans_config
+
+TREES_NEED = "the trees' models use timm"
 
 __all__ = ["SYSTEMS", "build", "find_tree", "give_text", "image_record", "stand_ins"]
 
@@ -96,9 +99,9 @@ def stand_ins() -> None:
 
     import detectron2
     import numpy
-    import timm.layers
-    import timm.models.layers
 
+    layers = optional_module("timm.layers", TREES_NEED)
+    moved_from = optional_module("timm.models.layers", TREES_NEED)
     if not any(isinstance(finder, _StandIns) for finder in sys.meta_path):
         sys.meta_path.append(_StandIns())  # last: installed packages come first
     # An empty module: the trees then take the torch path, which is what runs on a CPU without us.
@@ -109,7 +112,7 @@ def stand_ins() -> None:
     moved = types.ModuleType("numpy.lib.utils")
     moved.get_include = numpy.get_include  # type: ignore[attr-defined]
     sys.modules["numpy.lib.utils"] = moved
-    timm.models.layers.drop = timm.layers.drop  # type: ignore[attr-defined]
+    moved_from.drop = layers.drop  # type: ignore[attr-defined]
     pdb.set_trace = lambda *_, **__: None  # the evaluation of Han et al. stops in a debugger
 
 
