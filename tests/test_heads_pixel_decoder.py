@@ -224,3 +224,29 @@ def test_the_form_of_transformers(named: nn.Module) -> None:
         asked = model["decoder"](list(maps_of(1).values()), output_attentions=True)
         assert len(asked.attentions) == 2
         assert model["decoder"](list(maps_of(1).values())).attentions is None
+
+
+class InFloat32(Decoder):
+    """Makes float32 of its features, as the trees do, so it has no run in float64."""
+
+    def forward_features(self, features):
+        return super().forward_features({k: v.float() for k, v in features.items()})
+
+
+class InFloat32Shifted(InFloat32):
+    def forward_features(self, features):
+        first, *rest = super().forward_features(features)
+        return (first + 0.01 * first.abs().max(), *rest)
+
+
+def test_what_has_no_run_in_float64_is_proved_against_ours() -> None:
+    dense = InFloat32(1)
+    model = nn.ModuleDict({"good": copy.deepcopy(dense), "other": InFloat32Shifted(1)}).eval()
+    report = otk.accelerate_heads(model)
+    assert isinstance(model["good"], PixelDecoder), str(report)
+    reasons = {part.path: part.reason for part in report.left}
+    assert reasons.keys() == {"other"} and "computes something else" in reasons["other"]
+    with torch.no_grad():
+        found, rough = (flat(m.forward_features(maps_of(2))) for m in (model["good"], dense))
+    for a, b in zip(found, rough, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
