@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LONGEST = 96  # lines: one page, tables included
+LONGEST = 82
 
 #: Printed, but not run here, and why.
 NOT_RUN = {
@@ -115,4 +115,5 @@ def test_blocks_of_either_form_are_found() -> None:
 
 
 def test_the_readme_is_one_page() -> None:
-    assert len(README.splitlines()) <= LONGEST
+    """Beside its table, which has a row for every stored network."""
+    assert len([line for line in README.splitlines() if line[:1] != "|"]) <= LONGEST
