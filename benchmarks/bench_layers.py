@@ -30,7 +30,7 @@ from opentrans.cli.options import (
 )
 from opentrans.cli.render import Output
 from opentrans_kernels.bench.environment import isa_environment, missing_limits, portable_words
-from opentrans_kernels.bench.rows import command_words
+from opentrans_kernels.bench.rows import command_words, subject_words
 from opentrans_kernels.errors import OpenTransError
 
 
@@ -133,15 +133,7 @@ def row_command(options: argparse.Namespace, name: str) -> list[str]:
     """What measures the layer ``name`` again, alone."""
     return command_words(
         ("python", "benchmarks/bench_layers.py"),
-        mask=options.mask,
-        arch=options.arch,
-        checkpoint=options.checkpoint,
-        seed=options.seed,
-        size=options.size,
-        size_w=options.size_w,
-        batch=options.batch,
-        threads=options.threads,
-        isa=options.isa,
+        **subject_words(options),
         rounds=options.rounds,
         layer=name,
     )

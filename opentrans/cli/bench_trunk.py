@@ -17,20 +17,12 @@ def row_commands(
     result: dict[str, Any], options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], str, list[str]]]:
     """(row of the result, its name, what measures it again) of every row that was measured."""
-    from opentrans_kernels.bench.rows import command_words
+    from opentrans_kernels.bench.rows import command_words, subject_words
 
     def words(start: tuple[str, ...], rounds: int, **more: Any) -> list[str]:
         return command_words(
             start,
-            mask=options.mask,
-            arch=options.arch,
-            checkpoint=options.checkpoint,
-            seed=options.seed,
-            size=options.size,
-            size_w=options.size_w,
-            batch=options.batch,
-            threads=options.threads,
-            isa=options.isa,
+            **subject_words(options),
             rounds=rounds,
             **more,
         )

@@ -12,6 +12,14 @@ def matched(error: float, bound: float) -> dict[str, Any]:
     return {"equal": bool(error <= bound), "error": float(error), "bound": float(bound)}
 
 
+def subject_words(options: Any) -> dict[str, Any]:
+    """The options of ``command_words`` that say what was measured, and how it was limited."""
+    names = (
+        "mask", "arch", "checkpoint", "seed", "size", "size_w", "batch", "threads", "isa"
+    )  # fmt: skip
+    return {name: getattr(options, name) for name in names}
+
+
 def command_words(start: Iterable[object], **options: Any) -> list[str]:
     """``start`` and its options as words: ``size_w=96`` is ``--size-w 96``, True the bare option,
     None and False nothing, a list the option once for every value."""
