@@ -7,6 +7,9 @@ SOURCES     := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.h %.inc %.cpp %.cu,$(SOURCES) $(wildcard benchmarks/gpu/prototype/*) $(wildcard tests/*.h tests/*.cpp))
 THREADS     ?= 1
 TESTS       ?= tests
+WORKERS     ?= auto
+# A file stays in one process (its module fixtures are built once); WORKERS=0 is one process.
+PYTEST      := $(BIN)/python -m pytest -q -rs -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help dev test test-all test-isa test-torch test-python demo bench bench-quick bench-all bench-ops peers readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
@@ -51,10 +54,10 @@ help:
 dev: .venv/.built
 
 test: .venv/.built
-	$(BIN)/python -m pytest -q -rs -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
 
 test-all: .venv/.built
-	$(BIN)/python -m pytest -q -rs tests
+	$(PYTEST) tests
 
 test-isa: .venv/.built
 	$(BIN)/python tests/run_isa.py $(ISA)

@@ -124,8 +124,13 @@ def test_the_path_that_names_share(names: list[str], path: str | None) -> None:
     assert layout.shared_path(names) == path
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_paragraphs_wrap_under_their_indent_and_paths_stay_whole() -> None:
-    out = output()
+    out = output(stdout=Terminal())
     note = "  core check: " + "word " * 60
     out.text(note)
     lines = out.stdout.getvalue().splitlines()
@@ -135,6 +140,12 @@ def test_paragraphs_wrap_under_their_indent_and_paths_stay_whole() -> None:
     assert "wrote " + "x" * 200 + "\n" in out.stdout.getvalue()
     out.heading("y" * 150)
     assert max(map(len, out.stdout.getvalue().splitlines()[-3:])) <= 120
+
+
+def test_a_paragraph_in_a_pipe_is_one_line() -> None:
+    out = output()
+    out.text("kept of all " * 40)
+    assert out.stdout.getvalue().splitlines() == ["kept of all " * 40]
 
 
 def test_what_must_be_said_is_said_once() -> None:

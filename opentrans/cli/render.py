@@ -61,10 +61,13 @@ class Output:
         return self._console is not None
 
     def text(self, text: str = "", *, whole: bool = False) -> None:
-        """One paragraph, wrapped; ``whole``: a command or path to copy, left as it is."""
+        """One paragraph, wrapped on a terminal; ``whole``: a command or path to copy, left as it is.
+
+        In a pipe a paragraph stays one line, so that ``grep`` finds a phrase wherever it falls.
+        """
         if self.quiet:
             return
-        text = text if whole else fit_text(text)
+        text = text if whole else self._fit(text)
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -78,8 +81,11 @@ class Output:
             self._console.print()
             self._console.print(text, style="bold", markup=False, highlight=False)
         else:
-            text = fit_text(text)
-            self.stdout.write(f"\n{text}\n{'-' * max(map(len, text.splitlines()))}\n")
+            text = self._fit(text)
+            self.stdout.write(f"\n{text}\n{'-' * min(WIDTH, max(map(len, text.splitlines())))}\n")
+
+    def _fit(self, text: str) -> str:
+        return fit_text(text) if self.rich or self.stdout.isatty() else text
 
     def warn(self, text: str) -> None:
         """Something the reader must not miss; on stderr, also when JSON is on stdout.
