@@ -19,6 +19,7 @@ from torch import nn
 
 from opentrans_kernels.clip_resnet import ModifiedResNet, arch_of
 from opentrans_kernels.errors import MaskError, OpenTransError
+from opentrans_kernels.finite import count_non_finite
 
 if TYPE_CHECKING:
     from opentrans_kernels.masks import MaskSet
@@ -177,7 +178,7 @@ def _conv_weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     fan_in = cin * shape[2] * shape[3]
     rows = torch.exp(CHANNEL_SIGMA * _randn((cout, 1, 1, 1), generator))
     columns = torch.exp(CHANNEL_SIGMA * _randn((1, cin, 1, 1), generator))
-    return _randn(shape, generator) / fan_in**0.5 * rows * columns
+    return _randn(shape, generator).div_(fan_in**0.5).mul_(rows).mul_(columns)
 
 
 def _fill_batch_norm(name: str, bn: nn.BatchNorm2d, generator: torch.Generator) -> None:
@@ -252,7 +253,7 @@ def synthetic_masks(model: nn.Module, spec: str | MaskSpec) -> MaskSet:
     magnitudes = {}
     for name, conv in convs.items():
         weight = conv.weight.detach()
-        if not torch.isfinite(weight).all():
+        if count_non_finite(weight):
             raise MaskError(
                 f"the weight of conv {name!r} holds NaN or infinity, so magnitudes cannot be "
                 "ranked. Load finite weights first."

@@ -95,7 +95,9 @@ def test_channels_last_stays_channels_last() -> None:
     compare(gradients(model, x, g), gradients(twin, x, g))
 
 
-@pytest.mark.parametrize("maker", [trunk_models.OpenAITower, trunk_models.small], ids=lambda maker: maker.__name__)
+@pytest.mark.parametrize(
+    "maker", [trunk_models.OpenAITower, trunk_models.small], ids=lambda maker: maker.__name__
+)
 @pytest.mark.parametrize("kind", ["odd", "even", "first"])
 def test_other_families(maker, kind: str) -> None:
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ class Output:
         return self._console is not None
 
     def text(self, text: str = "", *, whole: bool = False) -> None:
-        """One paragraph, wrapped on a terminal; ``whole``: a command or path to copy, left as it is.
+        """One paragraph, wrapped on a terminal; ``whole``: a command or path to copy, as it is.
 
         In a pipe a paragraph stays one line, so that ``grep`` finds a phrase wherever it falls.
         """

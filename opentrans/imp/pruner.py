@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import MaskError, PlanError
+from opentrans_kernels.finite import count_non_finite
 from opentrans_kernels.masks import MaskSet, Provenance
 from opentrans_kernels.masks.packed import pack_bits
 from opentrans_kernels.plan import Plan
@@ -305,7 +306,7 @@ class Pruner:
 
     def _weights_finite(self) -> None:
         for name, conv in self._convs.items():
-            if not bool(torch.isfinite(conv.weight).all()):
+            if count_non_finite(conv.weight):
                 raise MaskError(
                     f"the weight of conv {name!r} holds NaN or infinity after {self.steps} steps, "
                     f"so magnitudes cannot be ranked; round {self.round + 1} did not take place. "

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import MaskError
+from opentrans_kernels.finite import count_non_finite
 from opentrans_kernels.masks.atomic import atomic_write
 from opentrans_kernels.masks.computed import make_permanent
 from opentrans_kernels.masks.contents import split_entry
@@ -28,7 +29,7 @@ from opentrans_kernels.masks.packed import (
     write_packed,
 )
 from opentrans_kernels.masks.readers import READERS, read_masks
-from opentrans_kernels.masks.readers.checks import collect_masks, count_not_finite, zeros_as_masks
+from opentrans_kernels.masks.readers.checks import collect_masks, zeros_as_masks
 from opentrans_kernels.masks.readers.state import fold_masks, holds_masks, read_state_dict
 
 __all__ = [
@@ -177,7 +178,7 @@ class MaskSet:
         match = match or self.match(model, strict=True)
         convs = conv_modules(model)
         for name in match.masks:
-            if count_not_finite(convs[name].weight):
+            if count_non_finite(convs[name].weight):
                 raise MaskError(
                     f"the weight of conv {name!r} holds NaN or infinity; masking would hide a "
                     "broken model. Load finite weights first."

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 
 from ..errors import UnsupportedModelError
-from ..topology.fold import count_non_finite
+from ..finite import count_non_finite
 
 __all__ = ["accelerated_parts", "check_model", "refresh_pruned", "require_module"]
 
@@ -109,7 +109,7 @@ def _check_conv(name: str, conv: nn.Conv2d) -> None:
             "inference. Call model.eval() first."
         )
     for label, tensor in (("weight", weight), ("bias", conv.bias)):
-        if tensor is not None and (bad := count_non_finite(tensor.detach())):
+        if tensor is not None and (bad := count_non_finite(tensor)):
             raise UnsupportedModelError(
                 f"{name}: {bad} of {tensor.numel()} {label} values are NaN or Inf. The checkpoint "
                 "is damaged or diverged; load a sound one."

@@ -17,6 +17,7 @@ import torch
 
 from .. import dispatch, native
 from ..errors import UnsupportedModelError
+from ..finite import count_non_finite
 from ..ops import gram_eigenvalues
 from ..ops.gram_eigenvalues.reference import NOISE
 from .blas import library_name, one_thread
@@ -209,7 +210,7 @@ def _second_try(matrices: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def _not_finite(name: str, view: torch.Tensor) -> UnsupportedModelError:
-    bad = int((~torch.isfinite(view)).sum())
+    bad = count_non_finite(view)
     if bad:
         return UnsupportedModelError(
             f"layer {name!r}: its weight holds {bad} NaN or infinite values, so it has no "

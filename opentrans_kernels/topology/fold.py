@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import UnsupportedModelError
+from opentrans_kernels.finite import count_non_finite
 from opentrans_kernels.topology.nodes import ConvNode
 
 
@@ -61,13 +62,6 @@ def _scale_shift(bn: nn.Module, where: str) -> tuple[torch.Tensor, torch.Tensor]
     if bias is not None:
         shift = shift + bias.detach().double()
     return scale, shift
-
-
-def count_non_finite(values: torch.Tensor) -> int:
-    """How many entries are NaN or Inf. One cheap pass when there are none."""
-    if bool(torch.isfinite(values.sum())):
-        return 0
-    return int((~torch.isfinite(values)).sum())
 
 
 def fold_bn(node: ConvNode, weight64: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

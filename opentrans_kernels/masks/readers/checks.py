@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from opentrans_kernels.errors import MaskError
+from opentrans_kernels.finite import count_non_finite
 from opentrans_kernels.masks.files import shorten
 from opentrans_kernels.masks.wrappers import without_wrappers
 
@@ -119,19 +120,11 @@ def collect_masks(tensors: Mapping[str, torch.Tensor], origin: str) -> tuple[Mas
     return masks, {"entries that remove nothing": shorten(left_out)} if left_out else {}
 
 
-def count_not_finite(weight: torch.Tensor) -> int:
-    """How many values are NaN or infinite. One fast pass when there are none."""
-    weight = weight.detach()
-    if torch.isfinite(weight.sum()):  # NaN and infinity survive a sum
-        return 0
-    return int((~torch.isfinite(weight)).sum())  # 0 if only the sum overflowed
-
-
 def zeros_as_masks(weights: Mapping[str, torch.Tensor], origin: str) -> Masks:
     """weight != 0 per conv. Raises MaskError if a weight is NaN or infinite."""
     masks = {}
     for name, weight in weights.items():
-        bad = count_not_finite(weight)
+        bad = count_non_finite(weight)
         if bad:
             raise MaskError(
                 f"the weight of conv {name!r} of {origin} has {bad} values that are NaN or "

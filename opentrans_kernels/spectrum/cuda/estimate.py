@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...errors import KernelUnavailable, UnsupportedModelError
+from ...finite import count_non_finite
 from .. import rules
 from ..layers import LayerSlices
 from ..options import FitOptions
@@ -145,7 +146,7 @@ def _read(
 
 
 def _refuse(layer: LayerSlices) -> UnsupportedModelError:
-    bad = int((~torch.isfinite(layer.weight)).sum())
+    bad = count_non_finite(layer.weight)
     what = f"its weight holds {bad} NaN or infinite values"
     fix = "Load finite weights, or leave the layer out."
     if not bad:
