@@ -176,7 +176,7 @@ def test_it_compiles_without_spills_and_on_tensor_cores(cin, inner, after, capab
     assert one.stack == 0, f"{config} spills {one.stack} bytes"
     assert one.shared <= SHARED[capability]
     assert one.count(r"wgmma\.mma_async" if capability == 90 else r"mma\.sync") > 0
-    assert one.count(r"atom\.") == 0
+    assert one.atomics == 0
 
 
 @pytest.mark.gpu

@@ -264,12 +264,13 @@ def test_the_kernels_compile_without_spills(capability: int) -> None:
         one = compiled(capability, "fp32", 32, reference)
         assert one.stack == 0 and one.registers <= 128 and one.shared <= 4096
         assert one.count(r"ld\.global\S*\.v4") >= 16, "channels are not read 16 bytes at a time"
-        assert one.count(r"bar\.sync") == 0 and one.count(r"atom\.") == 0
+        assert one.count(r"bar\.sync") == 0 and one.atomics == 0
         assert one.count(r"fma\.rn\.f32") > 0
     back = compiled(capability, "fp32", 32, None)
     assert back.stack == 0 and back.registers <= 168
     # Four channels an instruction from Hopper on.
-    assert back.count(r"atom\.\S*add\S*\.f32") == (4 if capability >= 90 else 16)
+    assert back.count(r"\b(?:atom|red)\.\S*add\S*\.f32") == (4 if capability >= 90 else 16)
+    assert back.atomics == (4 if capability >= 90 else 16)
 
 
 @pytest.mark.gpu

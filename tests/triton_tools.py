@@ -141,6 +141,11 @@ class Compiled:
         """Instructions of the PTX that match a regular expression."""
         return len(re.findall(pattern, self.ptx))
 
+    @property
+    def atomics(self) -> int:
+        """Atomic instructions. Triton 3.9 writes ``red`` where the result is not used."""
+        return self.count(r"\b(atom|red)\.")
+
     def steps(self) -> list[int]:
         """Machine instructions of each loop that holds a tensor-core instruction, in order."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -45,8 +45,10 @@ def point_of(xy, given, i, scale_x, scale_y, shift_x, shift_y, h, w, live):
     x = tl.load(xy + 2 * i, mask=live, other=0.0).to(tl.float32) * scale_x + shift_x
     y = tl.load(xy + 2 * i + 1, mask=live, other=0.0).to(tl.float32) * scale_y + shift_y
     weight = tl.load(given + i, mask=live, other=0.0).to(tl.float32)
-    inside = live & (h > 0) & (w > 0)
-    inside = inside & (x > -1) & (x < w.to(tl.float32)) & (y > -1) & (y < h.to(tl.float32))
+    # An empty level ends before it begins. (Not `live & (h > 0)`: triton 3.9's interpreter makes
+    # int32 of a block of booleans and a single one.)
+    end = tl.where((h > 0) & (w > 0), w, -1).to(tl.float32)
+    inside = live & (x > -1) & (x < end) & (y > -1) & (y < h.to(tl.float32))
     # Selected before anything is computed: what is outside may be NaN.
     x = tl.where(inside, x, 0.0)
     y = tl.where(inside, y, 0.0)
