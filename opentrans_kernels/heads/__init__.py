@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import PlanError, UnsupportedModelError
 from ..plan.models import require_module
 from . import (
+    atrous,
     decoder,
     deform,
     encoder,
@@ -47,6 +48,7 @@ FINDERS = (
     named_decoder.find,
     task_decoder.find,
     masks.find,
+    atrous.find,
 )
 
 

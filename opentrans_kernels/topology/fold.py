@@ -23,7 +23,7 @@ def is_plain_bn(module: nn.Module | None) -> bool:
     if any(not isinstance(t, torch.Tensor) for t in tensors) or not hasattr(module, "eps"):
         return False
     try:
-        scale, shift = _scale_shift(module, "norm")
+        scale, shift = scale_shift(module, "norm")
     except UnsupportedModelError:
         return isinstance(module, nn.BatchNorm2d) and type(module).forward is nn.BatchNorm2d.forward
     mean = tensors[0]
@@ -38,7 +38,7 @@ def is_plain_bn(module: nn.Module | None) -> bool:
     )
 
 
-def _scale_shift(bn: nn.Module, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_shift(bn: nn.Module, where: str) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 [C] scale and shift of an eval-mode batch norm."""
     mean, var = getattr(bn, "running_mean", None), getattr(bn, "running_var", None)
     if mean is None or var is None:
@@ -93,7 +93,7 @@ def fold_bn(node: ConvNode, weight64: torch.Tensor) -> tuple[torch.Tensor, torch
                 f"{where}: the batch norm is in training mode, where it uses batch statistics. "
                 "Call model.eval() first."
             )
-        scale, shift = _scale_shift(node.bn, where)
+        scale, shift = scale_shift(node.bn, where)
         if scale.numel() != weight64.shape[0]:
             raise UnsupportedModelError(
                 f"{where}: the norm has {scale.numel()} channels, the convolution "
