@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from opentrans_kernels.accelerate import Report, accelerate, restore
@@ -23,8 +24,9 @@ from .analysis import register_with_fvcore
 from .config import OpenTransConfig
 from .config_nodes import ConfigError
 from .config_options import DEVICE_POLICIES
+from .head_masks import apply_to_head, describe_head_masks, split_masks
 from .norms import hold_norms
-from .towers import Masks, Tower, find_tower, masks_for, unwrap
+from .towers import Masks, Tower, find_tower, read_masks, unwrap
 
 __all__ = ["Attachment", "attach", "plan_freezing", "speed_up", "speed_up_head"]
 
@@ -35,7 +37,8 @@ log = logging.getLogger(__name__)
 class Attachment:
     """What :func:`attach` did.
 
-    tower: where. masks: in force, under the tower's names. plan: of freezing. report: of
+    tower: where. masks: in force, under the tower's names. head_masks: those of other layers, by
+    module path; see ``head_masks.split_masks``. plan: of freezing. report: of
     acceleration; None if the tower runs densely. heads: the same of the head behind it. model: the
     whole, unwrapped. parts: times of an example, part by part. notes: what a user should know.
     """
@@ -48,6 +51,7 @@ class Attachment:
     heads: HeadReport | None = None
     parts: PartTimes | None = None
     model: nn.Module | None = field(default=None, repr=False)
+    head_masks: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def detach(self) -> None:
         """Take the acceleration off; masked weights stay zero and frozen ones frozen."""
@@ -61,6 +65,8 @@ class Attachment:
         lines = [str(self.tower)]
         if self.masks is not None:
             lines.append(f"masks: {self.masks}")
+        if self.head_masks:
+            lines.append(describe_head_masks(self.head_masks))
         if self.plan is not None:
             lines.append(str(self.plan).splitlines()[-1 - len(self.plan.notes)])
         lines.append(str(self.report) if self.report is not None else "runs densely")
@@ -98,7 +104,8 @@ def attach(
 
     Args:
         model: an FC-CLIP, Mask2Former-style or DeepLab model, or any with one ResNet tower.
-        masks: MaskSet, name -> 0/1 tensors, mask file or recipe. Removed weights become zero.
+        masks: MaskSet, name -> 0/1 tensors, mask file or recipe. Removed weights become zero, also
+            those of convolutions and linear layers of the head that a file names by module path.
         freeze: a FreezePlan for the tower, a rule ("median", "ratio:0.25"), or layer names.
         accelerate: True or "require": run the tower on the sparse kernels, or raise; "auto": where
             that is possible (float32, CPU, eval mode), else densely with a note; or a Plan.
@@ -140,7 +147,8 @@ def attach(
         )
     done = Attachment(found, notes=list(found.notes), model=whole)
     if masks is not None:
-        done.masks = masks_for(found.module, masks)
+        given, done.head_masks = split_masks(whole, found, read_masks(found.module, masks))
+        done.masks = given.transfer_to(found.module)
     if freeze is not None:
         done.plan = plan_freezing(found.module, freeze, alphas=alphas, fit=fit, norms=norms)
         _leaves_something(whole, found, done)
@@ -150,6 +158,7 @@ def attach(
             _in_eval_mode(whole)
     if done.masks is not None:
         done.masks.apply_(found.module)
+        apply_to_head(whole, done.head_masks)
     if done.plan is not None:
         done.plan.apply(found.module)
         hold_norms(found.module, norms)

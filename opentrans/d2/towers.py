@@ -15,7 +15,7 @@ from opentrans_kernels.masks import MaskSet, split_entry
 from opentrans_kernels.synthetic import is_mask_spec, synthetic_masks
 from opentrans_kernels.topology import find_trunks
 
-__all__ = ["Masks", "Tower", "find_tower", "masks_for", "unwrap"]
+__all__ = ["Masks", "Tower", "find_tower", "masks_for", "read_masks", "unwrap"]
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,16 @@ def find_tower(model: nn.Module, path: str = "") -> Tower:
 def masks_for(tower: nn.Module, masks: Masks) -> MaskSet:
     """Masks under the tower's names, from a MaskSet, tensors, a file or a recipe.
 
+    Raises MaskError if they were made for another backbone, and as :func:`read_masks` does.
+    """
+    return read_masks(tower, masks).transfer_to(tower)
+
+
+def read_masks(tower: nn.Module, masks: Masks) -> MaskSet:
+    """All masks that are given, under their own names; those of a recipe are the tower's.
+
     Raises:
-        MaskError: neither file nor recipe, or made for another backbone; it says which layers.
+        MaskError: neither file nor recipe, or no valid masks.
         CheckpointError: the file cannot be read safely.
     """
     if isinstance(masks, str | os.PathLike):
@@ -119,4 +127,4 @@ def masks_for(tower: nn.Module, masks: Masks) -> MaskSet:
         masks = MaskSet.load(text)
     elif not isinstance(masks, MaskSet):
         masks = MaskSet.from_tensors(masks)
-    return masks.transfer_to(tower)
+    return masks

@@ -10,7 +10,7 @@ the decoder of two inputs that ZS3 and others took from one another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,9 +125,8 @@ class _Atrous(HeadPart):
     #: Whether the fine map comes first, and how the coarse one is enlarged.
     opentrans_first, opentrans_align = True, False
 
-    def fuse_modules(self) -> dict[str, nn.Module]:
-        """Path -> chain of convolutions, which are not called."""
-        raise NotImplementedError
+    #: Path -> chain of convolutions, which are not called.
+    fuse_modules: Callable[[], dict[str, nn.Module]]
 
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
         for path, module in self.fuse_modules().items():
