@@ -25,7 +25,8 @@ def semantic_scores(class_logits: torch.Tensor, mask_logits: torch.Tensor) -> to
     """
     classes = class_logits.softmax(-1)[..., :-1]
     masks = lazy_masks(mask_logits).sigmoid()
-    return torch.einsum("...qk,...qhw->...khw", classes, masks)
+    scores = torch.einsum("...qk,...qhw->...khw", classes, masks)
+    return scores if type(scores) is torch.Tensor else scores.as_subclass(torch.Tensor)
 
 
 def panoptic_segments(

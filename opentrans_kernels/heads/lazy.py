@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 from .recipe import Recipe, crop_of
+from .scores import Scores
 
 __all__ = ["LazyMasks", "lazy_masks"]
 
@@ -253,7 +254,9 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     if classes.shape[:-1] != masks.shape[:-2]:
         return _NO
     scores = recipe.scores(classes if recipe.images else classes[None])
-    return scores if recipe.images else scores[0]
+    scores = scores if recipe.images else scores[0]
+    # Of masks at the size of the network's input: those of the picture's size come next.
+    return scores if recipe.crop or recipe.resize else scores.as_subclass(Scores)
 
 
 def _order(equation: str, at: int, images: bool) -> str | None:
