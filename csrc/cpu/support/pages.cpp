@@ -29,6 +29,13 @@ void* pages_take(size_t bytes) {
 
 void pages_give(void* block, size_t bytes) { munmap(block, bytes); }
 
+void pages_advise(void* block, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(block);
+  const uintptr_t begin = (at + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (at + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 #else
 
 void* pages_take(size_t bytes) {
@@ -38,6 +45,8 @@ void* pages_take(size_t bytes) {
 }
 
 void pages_give(void* block, size_t) { std::free(block); }
+
+void pages_advise(void*, size_t) {}
 
 #endif
 

@@ -12,4 +12,8 @@ constexpr size_t kHugePage = size_t{1} << 21;
 void* pages_take(size_t bytes);
 void pages_give(void* block, size_t bytes);
 
+// Asks for 2 MB pages where `block`, which somebody else allocated, spans whole ones. To be called
+// before it is first written to; of memory that was used before, nothing changes.
+void pages_advise(void* block, size_t bytes);
+
 }  // namespace otk
