@@ -33,6 +33,7 @@ ONCE = (
     "test_powerlaw_fit",
     "test_gram_eigenvalues",
     "test_ms_deform_attn",
+    "test_mask_scores",
 )
 SWEEP = """
 import torch
