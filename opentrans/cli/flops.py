@@ -171,14 +171,16 @@ def _show_heads(heads: list[Any], totals: dict[str, Any], out: Output) -> None:
 
 def _paper(options: argparse.Namespace, out: Output) -> int:
     from opentrans.systems import PAPER_ROUNDS, PAPER_SIZE, PRUNABLE, density_after, reproduce
+    from opentrans_kernels.audit import audit
 
     size = _size(options, PAPER_SIZE)
     density = density_after()
     subject = _subject(options, out, f"global:{1 - density:.6f}")
-    plan = _plan(subject, size)
+    counted = audit(subject.masks, subject.model, input_size=size)
     # What no mask names stays; the first convolution is not prunable.
-    kept = PRUNABLE - sum(row.numel - row.nnz for row in plan.rows if row.h_out)
-    share = sum(r.effective_macs for r in plan.rows) / sum(r.nominal_macs for r in plan.rows)
+    kept = PRUNABLE - sum(row.numel - row.nnz for row in counted.rows if row.h_out)
+    effective = sum(row.effective_macs for row in counted.rows)
+    share = effective / sum(row.nominal_macs for row in counted.rows)
     rows = reproduce(kept, share, size)
     published = size == PAPER_SIZE
     out.heading(f"Published table at {size[0]}x{size[1]}: M parameters and GMAC, dense -> masked")
