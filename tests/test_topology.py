@@ -176,7 +176,7 @@ def test_a_stem_that_does_more_is_refused():
 
     trunk = find_trunk(Doubled(resnet.BasicBlock, [1, 1, 1, 1]))
     assert trunk.stem is None and len(trunk.blocks) == 4
-    assert any("what reaches layer1 is not" in n for n in trunk.notes)
+    assert any("what reaches the first block is not" in n for n in trunk.notes)
     with pytest.raises(UnsupportedModelError, match="Call the model's own forward"):
         forward_trunk(trunk, torch.zeros(1, 3, 32, 32))
 

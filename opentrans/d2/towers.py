@@ -91,7 +91,9 @@ def find_tower(model: nn.Module, path: str = "") -> Tower:
     trunk = homes[0]
     where = trunk.prefix.rstrip(".")
     notes = [note for note in trunk.notes if where in note]
-    if trunk.family not in _CLIP:
+    if trunk.family == "transformers":
+        notes.append("a ResNet with other names than CLIP's: a mask found on CLIP does not fit it")
+    elif trunk.family not in _CLIP:
         notes.append(
             f"the tower has the names of CLIP's ResNet but another function ({trunk.family} "
             "blocks): a mask found on CLIP fits by name, and prunes weights that mean other things"

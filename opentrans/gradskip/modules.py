@@ -206,10 +206,13 @@ class SkipBlock(Skipping):
         self.opentrans_bits = tuple(bits[node.name] for node in block.convs)
         self.opentrans_pool, self.opentrans_down_pool = block.pool, block.down_pool
         self.opentrans_batch_statistics = batch_statistics
+        inside = len(block.name) + 1  # paths below the block
+        self.opentrans_convs = tuple(
+            (node.name[inside:], str(node.bn_name)[inside:]) for node in block.convs
+        )
         self.opentrans_shortcut: tuple[str, str] | None = None
-        if block.downsample is not None and block.downsample.bn_name is not None:
-            names = (block.downsample.name, block.downsample.bn_name)
-            self.opentrans_shortcut = tuple(n.rpartition(".")[2] for n in names)  # type: ignore[assignment]
+        if down is not None and down.bn_name is not None:
+            self.opentrans_shortcut = down.name[inside:], down.bn_name[inside:]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._require_unchanged()
@@ -218,7 +221,7 @@ class SkipBlock(Skipping):
             pooled = x
             if self.opentrans_down_pool > 1:
                 pooled = mean_pool2d(_as_autocast(x), self.opentrans_down_pool)
-            conv, bn = (getattr(self.downsample, key) for key in self.opentrans_shortcut)
+            conv, bn = (self.get_submodule(path) for path in self.opentrans_shortcut)
             shortcut = self._run(
                 conv, bn, pooled, None, False, False, self.opentrans_sparse_shortcut
             )
@@ -227,7 +230,7 @@ class SkipBlock(Skipping):
         for i, bits in enumerate(self.opentrans_bits, 1):
             if i == 3 and self.opentrans_pool > 1:
                 y = mean_pool2d(y, self.opentrans_pool)
-            conv, bn = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
+            conv, bn = (self.get_submodule(path) for path in self.opentrans_convs[i - 1])
             sparse = self.opentrans_sparse[i - 1]
             y = self._run(conv, bn, y, shortcut if i == last else None, True, bits, sparse)
         return y

@@ -122,10 +122,14 @@ def _foreign(recipe: Recipe) -> Loaded:
             "with --setup MODULE:FUNCTION."
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
+        offline = (
+            " Of a checkpoint that holds all weights nothing needs to be downloaded: for FC-CLIP, "
+            "--set MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS ''."
+        )
         raise CheckpointError(
             f"{name} cannot be built with {recipe.weights} ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}). Name a checkpoint of this config; paths in the config "
-            "are relative to the folder of its tree."
+            f"are relative to the folder of its tree.{offline * ('download' in str(error).lower())}"
         ) from error
     if missing:
         raise CheckpointError(

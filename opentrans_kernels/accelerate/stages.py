@@ -26,6 +26,8 @@ def stage_swaps(
     """
     found: dict[str, AcceleratedStage] = {}
     notes = []
+    if subject.trunk.iterated:
+        return {}, []
     for path in subject.trunk.stages:
         original = subject.model.get_submodule(path)
         if type(original) is not nn.Sequential or own_behaviour(original):

@@ -131,6 +131,12 @@ def describe_network(subject: PlanSubject) -> Network:
             f"be planned as a whole ({'; '.join(trunk.notes) or 'nothing was found'}). On the CPU "
             "its convolutions are accelerated one by one: accelerate(model, masks)."
         )
+    if trunk.iterated:
+        raise UnsupportedModelError(
+            f"this {trunk.family} model calls the blocks of a stage one by one, so a stage cannot "
+            "be planned as a whole. On the CPU its blocks are accelerated: accelerate(model, "
+            "masks, device='cpu')."
+        )
     for number, stage in enumerate(trunk.stages):
         parts = len(list(subject.model.get_submodule(stage).children()))
         known = sum(block.stage == trunk.blocks[0].stage + number for block in trunk.blocks)

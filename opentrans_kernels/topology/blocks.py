@@ -9,17 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.topology.fold import is_plain_bn
+from opentrans_kernels.topology.naming import child, naming_of_block
 from opentrans_kernels.topology.nodes import BlockNode, ConvNode, original
 from opentrans_kernels.topology.tracing import same_expression
 
 
 class Unrecognised(Exception):
     """Internal: why a module is not taken as a block or stem. Never leaves this package."""
-
-
-def child(module: nn.Module, name: str) -> nn.Module | None:
-    found = getattr(module, name, None)
-    return original(found) if isinstance(found, nn.Module) else None
 
 
 def is_relu(module: nn.Module | None) -> bool:
@@ -89,7 +85,8 @@ def _downsample(
 ) -> tuple[ConvNode | None, int, nn.Module | None]:
     if module is None or type(module) is nn.Identity:
         return None, 1, None
-    if type(module) is not nn.Sequential:
+    named = [key for key, _ in module.named_children()] == ["convolution", "normalization"]
+    if type(module) is not nn.Sequential and not named:
         raise Unrecognised(f"{prefix} is {type(module).__name__}, not Sequential")
     parts = [(f"{prefix}.{key}", original(part)) for key, part in module.named_children()]
     pool: nn.Module | None = None
@@ -104,7 +101,8 @@ def _downsample(
 def read_block(name: str, module: nn.Module) -> BlockNode:
     """The structure of one block. Raises Unrecognised with the reason."""
     block = original(module)
-    count = 3 if child(block, "conv3") is not None else 2
+    naming = naming_of_block(block)
+    count = 3 if child(block, naming.at(naming.conv, 3)) is not None else 2
     for extra, what in (("se", "squeeze-and-excitation"), ("attn", "an attention module")):
         if child(block, extra) is not None and type(child(block, extra)) is not nn.Identity:
             raise Unrecognised(f"it has {what} ({extra})")
@@ -117,20 +115,23 @@ def read_block(name: str, module: nn.Module) -> BlockNode:
 
     nodes = []
     for i in range(1, count + 1):
-        keys = [k for k in (f"act{i}", f"relu{i}", "relu", "act") if child(block, k) is not None]
+        conv, bn = naming.at(naming.conv, i), naming.at(naming.bn, i)
+        acts = naming.acts_of(i, i == count)
+        keys = [k for k in acts if child(block, k) is not None]
         if not keys:
-            raise Unrecognised(f"no activation module after conv{i} (act{i}, relu{i} or relu)")
+            raise Unrecognised(f"no activation module after {conv} ({', '.join(acts)})")
         if not is_relu(child(block, keys[0])):
             raise Unrecognised(f"{keys[0]} is {type(child(block, keys[0])).__name__}, not ReLU")
-        own = keys[0] in (f"act{i}", f"relu{i}") and i < count
-        names = (f"{name}.conv{i}", f"{name}.bn{i}", f"{name}.{keys[0]}" if own else None)
-        nodes.append(conv_node(names, child(block, f"conv{i}"), child(block, f"bn{i}"), True))
+        own = keys[0] in acts[: naming.own] and i < count
+        names = (f"{name}.{conv}", f"{name}.{bn}", f"{name}.{keys[0]}" if own else None)
+        nodes.append(conv_node(names, child(block, conv), child(block, bn), True))
 
     kernels = tuple(node.conv.kernel_size[0] for node in nodes)
     if kernels not in ((1, 3, 1), (3, 3)):
         raise Unrecognised(f"its kernel sizes are {kernels}, not (1, 3, 1) or (3, 3)")
     avgpool = child(block, "avgpool") if count == 3 else None
-    down, down_pool, down_module = _downsample(f"{name}.downsample", child(block, "downsample"))
+    shortcut = naming.downsample
+    down, down_pool, _ = _downsample(f"{name}.{shortcut}", child(block, shortcut))
     node = BlockNode(
         name=name,
         module=block,
@@ -167,22 +168,24 @@ def prove_block(node: BlockNode, twin: nn.Module) -> None:
 
     Raises Unrecognised when the two differ or the forward cannot be traced.
     """
-    conv1 = child(twin, "conv1")
+    naming = naming_of_block(twin)
+    conv1 = child(twin, naming.at(naming.conv, 1))
     if not isinstance(conv1, nn.Conv2d):
-        raise Unrecognised("its copy lost conv1")
-    down = child(twin, "downsample")
+        raise Unrecognised("its copy lost its first convolution")
+    down = child(twin, naming.downsample) if node.downsample is not None else None
     count = len(node.convs)
 
     def claim(x: torch.Tensor) -> torch.Tensor:
         y = x
         for i in range(1, count + 1):
-            y = _call(twin, f"bn{i}", _call(twin, f"conv{i}", y))
+            y = _call(twin, naming.at(naming.conv, i), y)
+            y = _call(twin, naming.at(naming.bn, i), y)
             if i < count:
                 y = F.relu(y)
             if i == 2 and node.pool > 1:
                 y = _call(twin, "avgpool", y)
         shortcut = x
-        for part in down.children() if isinstance(down, nn.Sequential) else ():
+        for part in down.children() if down is not None else ():
             shortcut = part(shortcut)
         return F.relu(y + shortcut)
 

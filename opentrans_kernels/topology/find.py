@@ -12,7 +12,6 @@ from torch import nn
 from opentrans_kernels.errors import UnsupportedModelError
 from opentrans_kernels.topology.blocks import (
     Unrecognised,
-    child,
     conv_node,
     is_relu,
     plain_conv,
@@ -20,6 +19,12 @@ from opentrans_kernels.topology.blocks import (
     read_block,
 )
 from opentrans_kernels.topology.fold import is_plain_bn
+from opentrans_kernels.topology.naming import (
+    TRANSFORMERS,
+    Naming,
+    child,
+    naming_of_root,
+)
 from opentrans_kernels.topology.nodes import BlockNode, ConvNode, StemNode, Trunk, original
 from opentrans_kernels.topology.tracing import meta_copy, same_expression
 
@@ -28,8 +33,8 @@ def find_trunk(model: nn.Module) -> Trunk:
     """The first ResNet trunk in ``model``; every convolution outside it is in ``Trunk.loose``.
 
     Recognised at any depth: open_clip and OpenAI CLIP towers (average pools for strides),
-    torchvision and timm ResNets. A model without one gives a trunk of family "generic" with loose
-    convolutions only.
+    torchvision, timm and transformers ResNets. A model without one gives a trunk of family
+    "generic" with loose convolutions only.
 
     Raises UnsupportedModelError if there is not a single Conv2d.
     """
@@ -67,11 +72,7 @@ def _roots(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, module in walk_modules(model):
         if any(name.startswith(prefix) for prefix, _ in found):
             continue
-        layer1 = child(module, "layer1")
-        if layer1 is not None and any(
-            isinstance(child(b, "conv1"), nn.Conv2d) and isinstance(child(b, "conv2"), nn.Conv2d)
-            for b in (original(m) for m in layer1.children())
-        ):
+        if naming_of_root(module) is not None:
             found.append((f"{name}." if name else "", module))
     return found
 
@@ -84,6 +85,8 @@ def walk_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _read_trunk(model: nn.Module, prefix: str, root: nn.Module) -> Trunk:
+    naming = naming_of_root(root)
+    assert naming is not None  # it is one of _roots
     notes: list[str] = []
     refused: dict[str, list[str]] = {}
     twin = meta_copy(root)
@@ -92,14 +95,14 @@ def _read_trunk(model: nn.Module, prefix: str, root: nn.Module) -> Trunk:
     stages: list[str] = []
     first_block: nn.Module | None = None
     stage = 1
-    while (container := child(root, f"layer{stage}")) is not None:
-        path = f"{prefix}layer{stage}"
+    while (container := child(root, naming.at(naming.stage, stage))) is not None:
+        path = f"{prefix}{naming.at(naming.stage, stage)}"
         stages.append(path)
         if type(container) is not nn.Sequential:
             notes.append(
                 f"{path} is {type(container).__name__}, not Sequential: order of blocks unknown"
             )
-        twins = dict((child(twin, f"layer{stage}") or nn.Module()).named_children())
+        twins = dict((child(twin, naming.at(naming.stage, stage)) or nn.Module()).named_children())
         for index, (key, module) in enumerate(container.named_children()):
             first_block = twins[key] if first_block is None else first_block
             name = f"{path}.{key}"
@@ -121,7 +124,7 @@ def _read_trunk(model: nn.Module, prefix: str, root: nn.Module) -> Trunk:
         )
     stem: StemNode | None = None
     try:
-        stem = _read_stem(prefix, root, twin, first_block)
+        stem = _read_stem(naming, prefix, root, twin, first_block)
     except Unrecognised as reason:
         notes.append(f"the stem is not recognised: {reason}. Its convolutions are loose.")
     taken = {id(c.conv) for c in (stem.convs if stem else ())}
@@ -130,17 +133,20 @@ def _read_trunk(model: nn.Module, prefix: str, root: nn.Module) -> Trunk:
     return Trunk(
         model=model,
         prefix=prefix,
-        family=_family(root),
+        family=_family(root, naming),
         stem=stem,
         blocks=tuple(blocks),
         loose=tuple(loose),
         stages=tuple(stages),
+        iterated=naming.iterated,
         notes=(*notes, *loose_notes),
     )
 
 
-def _family(root: nn.Module) -> str:
+def _family(root: nn.Module, naming: Naming) -> str:
     """By the attributes that the families do not share."""
+    if naming is TRANSFORMERS:
+        return "transformers"
     layer1 = child(root, "layer1")
     block = original(next(layer1.children())) if layer1 is not None else root
     if child(block, "avgpool") is not None:
@@ -157,33 +163,35 @@ class _Reached(Exception):
 
 
 def _read_stem(
-    prefix: str, root: nn.Module, twin: nn.Module, first_block: nn.Module | None
+    naming: Naming, prefix: str, root: nn.Module, twin: nn.Module, first_block: nn.Module | None
 ) -> StemNode:
-    """The convolutions before layer1. Raises Unrecognised."""
+    """The convolutions before the first stage. Raises Unrecognised."""
     nodes: list[ConvNode] = []
     steps: list[str] = []
-    count = 3 if isinstance(child(root, "conv2"), nn.Conv2d) else 1
+    several = naming.at(naming.stem_conv, 1) != naming.at(naming.stem_conv, 2)
+    count = 3 if several and isinstance(child(root, "conv2"), nn.Conv2d) else 1
     if count == 3 and not isinstance(child(root, "conv3"), nn.Conv2d):
         raise Unrecognised("it has conv2 but no conv3")
     for i in range(1, count + 1):
-        keys = [k for k in (f"act{i}", f"relu{i}", "relu", "act") if child(root, k) is not None]
+        conv, bn = naming.at(naming.stem_conv, i), naming.at(naming.stem_bn, i)
+        acts = tuple(naming.at(path, i) for path in naming.stem_acts)
+        keys = [k for k in acts if child(root, k) is not None]
         if not keys or not is_relu(child(root, keys[0])):
-            raise Unrecognised(f"no ReLU module after conv{i} (act{i}, relu{i} or relu)")
-        shared = count > 1 and keys[0] in ("relu", "act")
-        paths = (f"{prefix}conv{i}", f"{prefix}bn{i}", None if shared else f"{prefix}{keys[0]}")
-        node = conv_node(paths, child(root, f"conv{i}"), child(root, f"bn{i}"), True)
+            raise Unrecognised(f"no ReLU module after {conv} ({', '.join(acts)})")
+        shared = count > 1 and keys[0] not in acts[: naming.own]
+        paths = (f"{prefix}{conv}", f"{prefix}{bn}", None if shared else f"{prefix}{keys[0]}")
+        node = conv_node(paths, child(root, conv), child(root, bn), True)
         nodes.append(node if shared else replace(node, act=child(root, keys[0])))
-        steps += [f"conv{i}", f"bn{i}", keys[0]]
-    # Order matters: in torchvision ``avgpool`` is the head's pool and ``maxpool`` the stem's.
-    pools = [k for k in ("maxpool", "avgpool") if child(root, k) is not None]
+        steps += [conv, bn, keys[0]]
+    pools = [k for k in naming.stem_pools if child(root, k) is not None]
     pool = pools[0] if pools else None
     if pool is not None:
         steps.append(pool)
     if first_block is None:
-        raise Unrecognised("layer1 is empty")
-    conv1 = child(twin, "conv1")
+        raise Unrecognised("the first stage is empty")
+    conv1 = child(twin, naming.at(naming.stem_conv, 1))
     if not isinstance(conv1, nn.Conv2d):
-        raise Unrecognised("its copy lost conv1")
+        raise Unrecognised("its copy lost its first convolution")
 
     def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         raise _Reached(args[0])
@@ -193,7 +201,7 @@ def _read_stem(
             twin(x)
         except _Reached as reached:
             return reached.x
-        raise Unrecognised("the model's forward never reaches layer1")
+        raise Unrecognised("the model's forward never reaches its first block")
 
     def claim(x: torch.Tensor) -> torch.Tensor:
         for step in steps:
@@ -212,7 +220,7 @@ def _read_stem(
     finally:
         handle.remove()
     if not same:
-        raise Unrecognised("what reaches layer1 is not conv, batch norm, ReLU, ..., pool")
+        raise Unrecognised("what reaches the first block is not conv, batch norm, ReLU, ..., pool")
     pool_name = f"{prefix}{pool}" if pool is not None else None
     return StemNode(tuple(nodes), tuple(f"{prefix}{s}" for s in steps), pool_name)
 

@@ -95,9 +95,11 @@ class Trunk:
     """A recognised trunk; ``blocks`` in execution order.
 
     prefix: path of the trunk inside the model with a trailing dot ("visual."), "" at the top.
-    family: "open_clip" | "openai" | "torchvision" | "timm", or "generic" when no ResNet was found
-        and every convolution is loose.
-    stages: module paths of layer1, layer2, ...
+    family: "open_clip" | "openai" | "torchvision" | "timm" | "transformers", or "generic" when no
+        ResNet was found and every convolution is loose.
+    stages: module paths of layer1, layer2, ...; their children are the blocks.
+    iterated: whatever holds a stage calls its blocks one by one, so it cannot be replaced as a
+        whole.
     loose: convolutions outside recognised structure; replaceable one by one.
     notes: what was not recognised and why, one sentence each.
     """
@@ -109,6 +111,7 @@ class Trunk:
     blocks: tuple[BlockNode, ...]
     loose: tuple[ConvNode, ...]
     stages: tuple[str, ...] = ()
+    iterated: bool = False
     notes: tuple[str, ...] = ()
 
     def convs(self) -> Iterator[ConvNode]:
