@@ -16,6 +16,7 @@ from torch import nn
 
 from opentrans_kernels.heads import HeadPart, accelerate_heads, named_decoder, restore_heads
 from opentrans_kernels.heads.deferred import Deferred
+from opentrans_kernels.heads.lazy import LazyMasks
 
 
 @pytest.fixture(params=KINDS)
@@ -376,3 +377,13 @@ def test_a_whole_model_computes_earlier_masks_on_request_alone(
     for got, right in pairs:
         for key in ("masks_queries_logits", "class_queries_logits"):
             assert torch.allclose(got[key], right[key], atol=1e-4 * float(right[key].abs().max()))
+    # What follows the model in pictures: enlarged, squashed, met by classes, tile by tile.
+    assert isinstance(ours.masks_queries_logits, LazyMasks)
+    scores = []
+    for got in (ours, dense):
+        full = F.interpolate(
+            got.masks_queries_logits, size=(96, 80), mode="bilinear", align_corners=False
+        )
+        shares = got.class_queries_logits.softmax(-1)[..., :-1]
+        scores.append(torch.einsum("bqc, bqhw -> bchw", shares, full.sigmoid()))
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .decoder import KIND, MaskedDecoder, last_width
 from .deferred import Deferred, Snapshot
+from .lazy import lazy_masks
 from .masked import Layer, decode, mask_product, project_attention, require_attention
 from .parts import Found, prove
 from .trial import features_of_trial, levels_of_trial
@@ -123,7 +124,8 @@ class ModuleDecoder(MaskedDecoder):
             hidden_states=_queries_first(found.states) if output_hidden_states else None,
             attentions=None,
             intermediate_hidden_states=_queries_first(found.normed),
-            masks_queries_logits=(*map(later, found.embedded), masks),
+            # Enlarged tile by tile, where classes meet them.
+            masks_queries_logits=(*map(later, found.embedded), lazy_masks(masks)),
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from .decoder import MaskedDecoder, feed_forward, last_width
 from .deferred import Deferred, Snapshot
+from .lazy import lazy_masks
 from .masked import Layer, Level, contiguous, decode, mask_product, require_attention
 from .named_decoder import is_named_attention, named_attention, prove_named
 from .parts import Found
@@ -122,7 +123,7 @@ class TaskDecoder(MaskedDecoder):
         return self.opentrans_result(
             object_queries=found.states[-1],
             contrastive_logits=queries,
-            prediction_masks=masks,
+            prediction_masks=lazy_masks(masks),
             prediction_class=logits,
             auxiliary_predictions=(
                 tuple(later(index) for index in range(count)) if self.use_auxiliary_loss else None
