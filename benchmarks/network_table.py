@@ -16,7 +16,6 @@ Result = Mapping[str, Any]
 Row = tuple[object, ...]
 COLUMNS = "network, input|mask|threads, ISA|against|its ms|our ms|speed-up (quartiles)".split("|")
 SHOWN_MASK, SHOWN_SIZE = "global:0.90", 224
-WHOLE = {"inference": "DeepLabV3 on RN50, whole", "fc-clip": "FC-CLIP on RN50, whole"}
 
 SYSTEM_TITLES = {
     "fc-clip": "FC-CLIP",
@@ -31,20 +30,17 @@ SYSTEM_TITLES = {
 def networks_table(
     trunks: Sequence[Result],
     models: Sequence[Result],
-    whole: Sequence[Result],
-    systems: Sequence[Result] = (),
+    systems: Sequence[Result],
 ) -> str:
     """Trunks of the first run's instruction set, its peers, towers, whole segmentation models."""
     shown = [r for r in trunks if _is_shown(r, trunks[0])]
-    measured = [r for r in whole if any(name in r["parts"] for name in WHOLE)]
     rows = [_trunk_row(r) for r in shown]
     rows += [row for r in shown if run_label(dict(r)) == SHOWN for row in _peer_rows(r)]
     rows += [row for r in models for row in _model_rows(r)]
-    rows += [row for r in measured for row in _whole_rows(r)]
     rows += [row for r in systems for row in _system_rows(r)]
     if not rows:
         return EMPTY
-    return f"{table(COLUMNS, rows)}\n\n{origin([*shown, *models, *measured, *systems])}"
+    return f"{table(COLUMNS, rows)}\n\n{origin([*shown, *models, *systems])}"
 
 
 def _is_shown(result: Result, first: Result) -> bool:
@@ -95,21 +91,6 @@ def _model_rows(r: Result) -> Iterator[Row]:
         sides = row.get("dense_variants_ms", ())  # older results lack it
         dense = row["dense_kind"] + f" (fastest of {len(sides)})" * bool(sides)
         yield (name, *where, dense, *_cells(row["dense_ms"], row["ms"], row["speedup"], r))
-
-
-def _whole_rows(r: Result) -> Iterator[Row]:
-    for part, title in WHOLE.items():
-        if part not in r["parts"]:
-            continue
-        one = r["parts"][part]
-        best, ours = one["baseline"]["whole"], one["accelerated"]
-        dense = [n for n in one["timings"] if n.startswith("whole: ") and "accelerated" not in n]
-        times = (one["timings"][name]["cpu"]["median"] for name in (best, ours))
-        *cells, ratio = _cells(*times, one["speedup"], r)
-        if one["speedup"]["median"] > one["amdahl_bound"]:
-            ratio += f"; {one['amdahl_predicted']:.2f}x by Amdahl's law"
-        against = f"{best.partition(': ')[2]} (fastest of {len(dense)})"
-        yield (f"{title}, {one['size']}", *_where(r), against, *cells, ratio)
 
 
 def _system_rows(r: Result) -> Iterator[Row]:

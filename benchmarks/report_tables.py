@@ -149,12 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ops = [r for r in results if kind_of(r)[0] == "op"]
         models = [r for r in results if kind_of(r)[0] == "model"]
         rows = [(f"`{r.name}`", r.when, r.default, r.choices, r.doc) for r in settings.table({})]
-        whole = ovs_tables.load(options.results)
         systems = ovs_tables.load_systems(options.results)
         pages = {
-            options.readme: {
-                "networks": network_table.networks_table(trunks, models, whole, systems)
-            },
+            options.readme: {"networks": network_table.networks_table(trunks, models, systems)},
             options.performance: {
                 "trunk": trunk_table(trunks),
                 "layers": layers_table(trunks),
