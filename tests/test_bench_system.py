@@ -243,7 +243,7 @@ def test_pages_are_made_from_stored_results(tables: ModuleType, tmp_path: Path) 
     text = tables.system_table(result)
     assert "channels_last (fastest dense)" in text and "**4.00x**" in text
     assert "| trunk | 20 | 5 | 27 parts accelerated |" in text and "Not timed: compiled" in text
-    shown = network_table.networks_table([], [], [], [result])
+    shown = network_table.networks_table([], [], [result])
     assert f"FC-CLIP, whole, 512: {HEAD}" in shown and "**2.00x** (1.96-2.04)" in shown
     assert f"FC-CLIP, whole, 512: {BOTH}" in shown and "(fastest of 2)" in shown
     (folder / "bad.json").write_text(json.dumps(stored(RESULT) | {"failed_checks": ["wrong"]}))

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -288,26 +287,3 @@ def test_the_readme_shows_whole_networks_and_the_rows_that_lose(tables, tmp_path
     assert f"| RN50 trunk, 224, batch 4 | {mask} | compile | 400.0 | 100.0 |" in "\n".join(rows)
     assert f"| RN50 trunk, 384 | {mask} | compile | " in "\n".join(rows)
     assert not any("openvino" in row for row in rows), "what did not run has no row"
-
-
-def test_a_whole_model_faster_than_amdahl_allows_is_shown_with_the_prediction(tables) -> None:
-    spread = {"median": 1.14, "q1": 1.07, "q3": 1.17}
-    cpu = {"cpu": {"median": 100.0}}
-    part = {
-        "size": 512, "speedup": spread, "amdahl_bound": 1.12, "amdahl_predicted": 1.08,
-        "baseline": {"whole": "whole: compiled"}, "accelerated": "whole: accelerated",
-        "timings": {"whole: compiled": cpu, "whole: eager": cpu, "whole: accelerated": cpu,
-                    "backbone: compiled": cpu},
-    }  # fmt: skip
-    whole = make.envelope("ovs") | {
-        "weights": "synthetic", "mask": {"label": "global:0.90", "synthetic": True},
-        "parts": {"fc-clip": part},
-    }  # fmt: skip
-    network_table = sys.modules["network_table"]
-    text = network_table.networks_table([], [], [whole])
-    assert (
-        "| FC-CLIP on RN50, whole, 512 | global:0.90 | 1, avx2 | compiled (fastest of 2) | 100.0 | "
-        "100.0 | **1.14x** (1.07-1.17); 1.08x by Amdahl's law |"
-    ) in text
-    part["amdahl_bound"] = 1.2
-    assert "by Amdahl" not in network_table.networks_table([], [], [whole])
