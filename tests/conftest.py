@@ -95,6 +95,18 @@ def set_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., settings.
     settings.reload()
 
 
+@pytest.fixture(scope="session", params=["native", "neon", "neon generic"])
+def library(request: pytest.FixtureRequest) -> Iterator[object]:
+    """The kernels without torch, as they run here and, emulated, on 64-bit Arm."""
+    import csrc_process
+
+    family, _, capability = request.param.partition(" ")
+    native = family == "native"
+    made = csrc_process.native() if native else csrc_process.emulated(capability or family)
+    yield made
+    made.close()
+
+
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[object]:
     """Triton's interpreter in a process of its own; see ``triton_tools``."""

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIM = ROOT / "tests" / "csrc_shim.cpp"
+CALLS = sorted((ROOT / "tests").glob("csrc_*"))  # what tests call the kernels through
 
 
 def compiler() -> list[str] | None:
@@ -24,10 +24,15 @@ def compile_all(
 ) -> tuple[list[Path], str]:
     """Objects in ``folder`` and what the compiler said. Raises RuntimeError with its errors.
 
-    Objects that are there already and younger than every source are kept.
+    Objects that are there already, made by the same command and younger than every source, are
+    kept.
     """
-    files = [*(path for path in (ROOT / "csrc").rglob("*") if path.is_file()), *sources]
-    newest = max(path.stat().st_mtime for path in files)
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    newest = max(path.stat().st_mtime for path in [*files, *CALLS, *sources])
+    made_by = folder / "command.txt"
+    if not made_by.exists() or made_by.read_text(encoding="utf-8") != repr(list(command)):
+        newest = float("inf")
+        made_by.write_text("", encoding="utf-8")
 
     def one(source: Path) -> tuple[Path, str]:
         target = folder / f"{source.parent.name}-{source.stem}.o"
@@ -42,11 +47,16 @@ def compile_all(
 
     with ThreadPoolExecutor(jobs) as pool:
         found = list(pool.map(one, sources))
+    made_by.write_text(repr(list(command)), encoding="utf-8")
     return [target for target, _ in found], "".join(said for _, said in found)
 
 
 def kernel_sources() -> list[Path]:
-    """The kernels and the C functions that tests call them through."""
     # The slowest first, so that a second job does not wait for them in the end.
     kernels = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
-    return [SHIM, *sorted(kernels, key=lambda path: not path.stem.startswith("isa_"))]
+    return sorted(kernels, key=lambda path: not path.stem.startswith("isa_"))
+
+
+def call_sources() -> list[Path]:
+    """The process that tests call the kernels in, see ``csrc_process``."""
+    return [path for path in CALLS if path.suffix == ".cpp"]
