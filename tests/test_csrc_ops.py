@@ -88,7 +88,7 @@ def test_relu_with_bits_and_its_gradient(
         grad.view(-1)[:: max(1, z.numel() // 5)] = math.inf
         scale = torch.randint(-4, 5, (c,), generator=made) / 2 if scaled else None
         shift = torch.randint(-4, 5, (c,), generator=made) / 4 if shifted else None
-        y = z.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        y = z.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
         bits = plain_relu.relu_bits(y, scale, shift, residual if added else None, True, last)
         outer, inner, length = (n, 1, h * w * c) if last else (n, c, h * w)
         maps = [None if t is None else t.numpy() for t in (scale, shift)]
@@ -290,9 +290,10 @@ def test_mask_scores_of_every_number_of_classes_and_of_no_numbers(library: Kerne
     masks[0, 3] = torch.linspace(-120, 120, 54).view(6, 9)
     for steps in ((None, None, None), ((24, 36), None, None), ((12, 9), (11, 9), (11, 27))):
         lists = mask_score_cases.as_lists(*steps)
-        exact = plain_scores.mask_scores(masks.double(), classes.double(), *lists)
-        assert exact.isnan().any() and not exact.isnan().all()
-        assert off_by(scores(library, masks, classes, *steps).numpy(), exact) <= 16
+        # In float32, as the kernel: where a weight rounds to zero decides what infinity spoils.
+        right = plain_scores.mask_scores(masks, classes, *lists)
+        assert right.isnan().any() and not right.isnan().all()
+        assert off_by(scores(library, masks, classes, *steps).numpy(), right) <= 16
 
 
 def test_block_sums(library: Kernels) -> None:
