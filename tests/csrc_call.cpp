@@ -7,6 +7,7 @@
 #include "csrc_call.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -141,6 +142,8 @@ otk::Parallel parallel(int64_t threads) {
 
 int main() {
   using namespace calls;
+  const rlimit none{0, 0};
+  setrlimit(RLIMIT_CORE, &none);  // a crash is a result here
   std::vector<char> message;
   for (int64_t length; read_all(reinterpret_cast<char*>(&length), 8);) {
     message.resize(length);

@@ -90,7 +90,8 @@ struct Added {
     });
   }
 };
-#define OTK_CALLABLE(name) const calls::Added name##_added{#name, name};
+#define OTK_CALLABLE(name) \
+  const calls::Added name##_added { #name, name }
 
 // 1: the pack is damaged, 2: out of memory.
 template <class Body>

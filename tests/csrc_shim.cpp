@@ -17,8 +17,16 @@ SparseWeight weight(const Pack& pack) {
 // The kernels write to outputs alone; an Array says so if not.
 Planes planes(const float* data, int64_t plane, int64_t n, int64_t c, int64_t h, int64_t w,
               int64_t behind) {
-  return {const_cast<float*>(data), c * plane, plane, w, 1, static_cast<int>(n),
-          static_cast<int>(c), static_cast<int>(h), static_cast<int>(w), n * c * plane + behind};
+  return {const_cast<float*>(data),
+          c * plane,
+          plane,
+          w,
+          1,
+          static_cast<int>(n),
+          static_cast<int>(c),
+          static_cast<int>(h),
+          static_cast<int>(w),
+          n * c * plane + behind};
 }
 // Contiguous images of exactly n * c * h * w floats.
 Planes dense(const float* data, int64_t n, int64_t c, int64_t h, int64_t w) {
@@ -114,14 +122,14 @@ int64_t pool_round_trip(int64_t bytes) {
   return pool_bytes() > used - bytes ? 3 : 0;
 }
 
-OTK_CALLABLE(isa)
-OTK_CALLABLE(plane)
-OTK_CALLABLE(memory)
-OTK_CALLABLE(conv)
-OTK_CALLABLE(wgrad)
-OTK_CALLABLE(bottleneck)
-OTK_CALLABLE(stage)
-OTK_CALLABLE(average)
-OTK_CALLABLE(pool_round_trip)
+OTK_CALLABLE(isa);
+OTK_CALLABLE(plane);
+OTK_CALLABLE(memory);
+OTK_CALLABLE(conv);
+OTK_CALLABLE(wgrad);
+OTK_CALLABLE(bottleneck);
+OTK_CALLABLE(stage);
+OTK_CALLABLE(average);
+OTK_CALLABLE(pool_round_trip);
 
 }  // namespace

@@ -128,15 +128,15 @@ int64_t differ(const void* data, int64_t bytes, const int64_t* expected, int64_t
   return blocks_differ({data, bytes}, expected, turn, turns, parallel(threads));
 }
 
-OTK_CALLABLE(spread)
-OTK_CALLABLE(relu)
-OTK_CALLABLE(relu_backward)
-OTK_CALLABLE(powerlaw)
-OTK_CALLABLE(eigenvalues)
-OTK_CALLABLE(attend)
-OTK_CALLABLE(attend_backward)
-OTK_CALLABLE(scores)
-OTK_CALLABLE(sums)
-OTK_CALLABLE(differ)
+OTK_CALLABLE(spread);
+OTK_CALLABLE(relu);
+OTK_CALLABLE(relu_backward);
+OTK_CALLABLE(powerlaw);
+OTK_CALLABLE(eigenvalues);
+OTK_CALLABLE(attend);
+OTK_CALLABLE(attend_backward);
+OTK_CALLABLE(scores);
+OTK_CALLABLE(sums);
+OTK_CALLABLE(differ);
 
 }  // namespace

@@ -27,16 +27,16 @@ def compile_all(
     Objects that are there already, made by the same command and younger than every source, are
     kept.
     """
-    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    newest = max(path.stat().st_mtime for path in [*files, *CALLS, *sources])
+    kernels = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     made_by = folder / "command.txt"
-    if not made_by.exists() or made_by.read_text(encoding="utf-8") != repr(list(command)):
-        newest = float("inf")
-        made_by.write_text("", encoding="utf-8")
+    known = made_by.exists() and made_by.read_text(encoding="utf-8") == repr(list(command))
+    made_by.write_text("", encoding="utf-8")  # until all are there
 
     def one(source: Path) -> tuple[Path, str]:
         target = folder / f"{source.parent.name}-{source.stem}.o"
-        if target.exists() and target.stat().st_mtime > newest:
+        read = kernels if source.is_relative_to(ROOT / "csrc") else [*kernels, *CALLS, source]
+        newest = max(path.stat().st_mtime for path in read)
+        if known and target.exists() and target.stat().st_mtime > newest:
             return target, ""
         done = subprocess.run(
             [*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True
@@ -52,6 +52,7 @@ def compile_all(
 
 
 def kernel_sources() -> list[Path]:
+    """All of ``csrc/cpu``."""
     # The slowest first, so that a second job does not wait for them in the end.
     kernels = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
     return sorted(kernels, key=lambda path: not path.stem.startswith("isa_"))

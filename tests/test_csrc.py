@@ -182,6 +182,20 @@ def test_pool_memory_is_aligned_counted_and_returned(library: Kernels) -> None:
         assert library.pool_round_trip(megabytes << 20) == 0
 
 
+def test_a_process_that_leaves_its_arrays_or_is_misunderstood_ends(library: Kernels) -> None:
+    """What every other test relies on: such a call raises, and the next one is served."""
+    data, sums = np.zeros(64, np.uint8), np.zeros(1, np.int64)
+    for size in (64 + 1, 512):
+        with pytest.raises(AssertionError, match="sums ended its process"):
+            library.sums(data, size, sums, 1)
+    for arguments in ((1.0,), (), (1, 2), (None,)):
+        with pytest.raises(AssertionError, match="plane ended its process with 3"):
+            library.plane(*arguments)
+    with pytest.raises(AssertionError, match="no_such_function ended its process with 3"):
+        library.no_such_function()
+    assert library.plane(16) == 16
+
+
 def test_the_kernels_include_nothing_from_torch() -> None:
     unwanted = re.compile(r"#\s*include.*(torch|ATen|c10|Python)")
     for path in [ROOT / "csrc" / "otk.h", *(ROOT / "csrc" / "cpu").rglob("*.*")]:

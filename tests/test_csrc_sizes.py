@@ -34,9 +34,7 @@ class Conv:
         weight = torch.randn(cout, cin, kernel, kernel, generator=made)
         weight[torch.rand(weight.shape, generator=made) >= density] = 0
         self.weight, self.bias = weight, torch.randn(cout, generator=made)
-        self.packed = SparseWeight.from_dense(
-            weight, self.bias, self.stride, self.padding, **pack
-        )
+        self.packed = SparseWeight.from_dense(weight, self.bias, self.stride, self.padding, **pack)
         values = self.packed.values.numpy()
         self.pack = Pack(self.packed.structure.numpy(), values, self.bias.numpy())
 

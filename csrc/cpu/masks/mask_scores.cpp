@@ -43,7 +43,8 @@ int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Where position `at` of `out` lies between two of `in`: at (at + 1/2) in / out - 1/2, in whole
 // numbers. Rounded, a position on a pixel could fall beside it, where processors fuse the product
-// and the difference and others do not; and what has no weight still spoils a number if it has none.
+// and the difference and others do not; and what has no weight still spoils a number if it has
+// none.
 struct Place {
   int64_t index;
   double fraction;
