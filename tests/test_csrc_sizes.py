@@ -200,3 +200,18 @@ def test_neon_and_the_portable_loops_agree() -> None:
         assert found.shape == other.shape and np.isfinite(found).all()
         limit = 1e-6 if found.dtype == np.float32 else 1e-13
         assert np.abs(found - other).max() <= limit * np.abs(other).max(), name
+
+
+def test_another_familys_instruction_set_is_refused() -> None:
+    library = csrc_process.emulated("avx2")
+    name = np.zeros(16, np.uint8)
+    assert library.isa(name) == 1 and name.tobytes().startswith(b"it is unknown")
+    library.close()
+
+
+def test_what_is_missing_for_arm_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert csrc_process.why_not_emulated() == (
+        "NEON is not run: no aarch64-linux-gnu-g++ and no qemu-aarch64; "
+        "on Debian: apt install g++-aarch64-linux-gnu qemu-user"
+    )
