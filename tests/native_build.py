@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CALLS = sorted((ROOT / "tests").glob("csrc_*"))  # what tests call the kernels through
+#: What tests call the kernels through.
+CALLS = sorted(path for path in (ROOT / "tests").glob("csrc_*") if path.suffix in (".h", ".cpp"))
 
 
 def compiler() -> list[str] | None:

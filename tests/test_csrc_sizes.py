@@ -211,6 +211,7 @@ def test_another_familys_instruction_set_is_refused() -> None:
 
 def test_what_is_missing_for_arm_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("OTK_TEST_PROGRAM", raising=False)
     assert csrc_process.why_not_emulated() == (
         "NEON is not run: no aarch64-linux-gnu-g++ and no qemu-aarch64; "
         "on Debian: apt install g++-aarch64-linux-gnu qemu-user"
