@@ -12,13 +12,14 @@ WORKERS     ?= auto
 PYTEST      := $(BIN)/python -m pytest -q -rs -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test test-all test-isa test-torch test-python demo bench bench-quick bench-all bench-ops peers readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
+.PHONY: help dev test test-all test-isa neon test-torch test-python demo bench bench-quick bench-all bench-ops peers readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
 
 help:
 	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
 	@echo "make test          install, build, then every test that is not slow (TESTS=tests/test_ops.py)"
 	@echo "make test-all      the slow tests too"
 	@echo "make test-isa      the suite once per instruction set of this CPU (ISA=avx2 ...)"
+	@echo "make neon          the kernels for 64-bit Arm under emulation (installs the tools if it may)"
 	@echo "make test-torch    the suite on another torch, in build/torch-VERSION (VERSION=2.15.0)"
 	@echo "make test-python   the wheel on another Python, in build/python-VERSION (PYTHON=python3.13)"
 	@echo "make dev           install and build only (editable)"
@@ -61,6 +62,15 @@ test-all: .venv/.built
 
 test-isa: .venv/.built
 	$(BIN)/python tests/run_isa.py $(ISA)
+
+NEON_PACKAGES := g++-aarch64-linux-gnu qemu-user
+neon: .venv/.built
+	@if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -q && apt-get install -y -q $(NEON_PACKAGES); \
+	else echo "A cross compiler and an emulator are missing. On Debian or Ubuntu:" \
+	  "sudo apt-get install $(NEON_PACKAGES)" >&2; exit 1; fi
+	$(BIN)/python -m pytest -q -rs -k neon tests/test_csrc.py tests/test_csrc_ops.py tests/test_csrc_sizes.py
 
 test-torch:
 	$(PYTHON) tests/run_torch.py $(VERSION) $(filter-out tests,$(TESTS))

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 
+import csrc_process
 import hypothesis
 import numpy
 import pytest
@@ -93,6 +94,20 @@ def set_env(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., settings.
     yield change
     monkeypatch.undo()
     settings.reload()
+
+
+# Not skipped test by test: what is missing is said once, by the test that compares both.
+_EMULATED = [] if csrc_process.why_not_emulated() else ["neon", "neon generic"]
+
+
+@pytest.fixture(scope="session", params=["native", *_EMULATED])
+def library(request: pytest.FixtureRequest) -> Iterator[object]:
+    """The kernels without torch, as they run here and, emulated, on 64-bit Arm."""
+    family, _, capability = request.param.partition(" ")
+    native = family == "native"
+    made = csrc_process.native() if native else csrc_process.emulated(capability or family)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,11 @@
-// The kernels behind C functions, for tests without torch. 0: done; 1: the pack is damaged.
-#include "otk.h"
+// Convolutions and their blocks as functions that tests call: see csrc_call.h.
+#include "csrc_call.h"
 using namespace otk;
+using calls::guarded;
+using calls::Pack;
+using calls::parallel;
 
 namespace {
-// Ranges one by one, last first: an order that no result may depend on.
-void backwards(int64_t n, void* ctx, RangeBody body) {
-  for (int64_t i = n; i-- > 0;) body(ctx, i, i + 1);
-}
-void once(int64_t n, void* ctx, RangeBody body) { body(ctx, 0, n); }
-Parallel parallel(int threads) { return {threads > 1 ? backwards : once, threads}; }
-
-// The parts of a pack as Python passes them.
-struct Pack {
-  const int32_t* structure;
-  int64_t words;
-  const float *values, *bias;
-};
 
 SparseWeight weight(const Pack& pack) {
   SparseWeight w{};
@@ -24,34 +14,50 @@ SparseWeight weight(const Pack& pack) {
   return w;
 }
 
+// The kernels write to outputs alone; an Array says so if not.
+Planes planes(const float* data, int64_t plane, int64_t n, int64_t c, int64_t h, int64_t w,
+              int64_t behind) {
+  return {const_cast<float*>(data),
+          c * plane,
+          plane,
+          w,
+          1,
+          static_cast<int>(n),
+          static_cast<int>(c),
+          static_cast<int>(h),
+          static_cast<int>(w),
+          n * c * plane + behind};
+}
 // Contiguous images of exactly n * c * h * w floats.
-Planes dense(float* data, int n, int c, int h, int w) {
-  const int64_t plane = int64_t{h} * w;
-  return {data, c * plane, plane, w, 1, n, c, h, w, n * c * plane};
+Planes dense(const float* data, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return planes(data, h * w, n, c, h, w, 0);
 }
-Planes padded(float* data, int n, int c, int h, int w) {
-  const int64_t plane = plane_stride(int64_t{h} * w);
-  return {data, c * plane, plane, w, 1, n, c, h, w, n * c * plane + 16};
+Planes padded(const float* data, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return planes(data, plane_stride(h * w), n, c, h, w, 16);
 }
 
-template <class Body>
-int guarded(Body&& body) {
-  try {
-    body();
-  } catch (const PackError&) {
-    return 1;
-  }
-  return 0;
+Bottleneck block(const Pack* packs, int64_t pool) {
+  Bottleneck b{};
+  b.c1 = weight(packs[0]), b.c2 = weight(packs[1]), b.c3 = weight(packs[2]);
+  b.has_down = packs[3].structure != nullptr;
+  if (b.has_down) b.down = weight(packs[3]);
+  b.pool = static_cast<int>(pool), b.down_pool = b.has_down ? b.pool : 1;
+  return b;
 }
-}  // namespace
 
-extern "C" {
-const char* isa(const char** why) { return cpu_capability(why); }
+// Writes the instruction set in use to name [16]; 1: the one that was asked for is not to be had.
+int64_t isa(char* name) {
+  const char* why = nullptr;
+  const char* found = cpu_capability(&why);
+  std::strncpy(name, found ? found : why, 15);
+  return found ? 0 : 1;
+}
+
 int64_t plane(int64_t pixels) { return plane_stride(pixels); }
 int64_t memory() { return scratch_bytes() + pool_bytes(); }
 
-int conv(const Pack* pack, float* x, float* residual, float* out, int n, int h, int w, int oh,
-         int ow, int relu, int threads) {
+int64_t conv(const Pack* pack, const float* x, const float* residual, float* out, int64_t n,
+             int64_t h, int64_t w, int64_t oh, int64_t ow, int64_t relu, int64_t threads) {
   return guarded([&] {
     const SparseWeight sw = weight(*pack);
     const Planes extra = dense(residual, n, sw.cout, oh, ow);
@@ -60,8 +66,8 @@ int conv(const Pack* pack, float* x, float* residual, float* out, int n, int h, 
   });
 }
 
-int wgrad(const Pack* pack, float* x, float* grad, float* out, int n, int h, int w, int oh, int ow,
-          int threads) {
+int64_t wgrad(const Pack* pack, const float* x, const float* grad, float* out, int64_t n, int64_t h,
+              int64_t w, int64_t oh, int64_t ow, int64_t threads) {
   return guarded([&] {
     const SparseWeight sw = weight(*pack);
     sparse_conv2d_wgrad(sw, dense(x, n, sw.cin, h, w), dense(grad, n, sw.cout, oh, ow), out,
@@ -70,24 +76,42 @@ int wgrad(const Pack* pack, float* x, float* grad, float* out, int n, int h, int
 }
 
 // packs: conv1, conv2, conv3 and, unless its structure is null, the downsample.
-int bottleneck(const Pack* packs, float* x, float* out, int n, int h, int w, int pool, int threads,
-               int as_stage) {
+int64_t bottleneck(const Pack* packs, const float* x, float* out, int64_t n, int64_t h, int64_t w,
+                   int64_t pool, int64_t threads) {
   return guarded([&] {
-    Bottleneck b{};
-    b.c1 = weight(packs[0]), b.c2 = weight(packs[1]), b.c3 = weight(packs[2]);
-    b.has_down = packs[3].structure != nullptr;
-    if (b.has_down) b.down = weight(packs[3]);
-    b.pool = pool, b.down_pool = b.has_down ? pool : 1;
-    const Planes in = padded(x, n, b.c1.cin, h, w);
-    const Planes to = padded(out, n, b.c3.cout, h / pool, w / pool);
-    if (as_stage)
-      sparse_stage(&b, 1, in, to, parallel(threads));
-    else
-      sparse_bottleneck(b, in, to, parallel(threads));
+    const Bottleneck b = block(packs, pool);
+    sparse_bottleneck(b, padded(x, n, b.c1.cin, h, w),
+                      padded(out, n, b.c3.cout, h / pool, w / pool), parallel(threads));
   });
 }
 
-int pool_round_trip(int64_t bytes) {
+// Four packs and a pool per block.
+int64_t stage(const Pack* packs, const int64_t* pools, int64_t count, const float* x, float* out,
+              int64_t n, int64_t h, int64_t w, int64_t threads) {
+  return guarded([&] {
+    std::vector<Bottleneck> blocks;
+    int64_t oh = h, ow = w;
+    for (int64_t i = 0; i < count; ++i) {
+      blocks.push_back(block(packs + 4 * i, pools[i]));
+      oh /= pools[i], ow /= pools[i];
+    }
+    const Planes in = padded(x, n, blocks.front().c1.cin, h, w);
+    const Planes to = padded(out, n, blocks.back().c3.cout, oh, ow);
+    const int number = static_cast<int>(count);
+    (void)stage_pays(blocks.data(), number, in, to, parallel(threads));
+    sparse_stage(blocks.data(), number, in, to, parallel(threads));
+  });
+}
+
+int64_t average(const float* x, float* out, int64_t n, int64_t c, int64_t h, int64_t w, int64_t k,
+                int64_t threads) {
+  return guarded([&] {
+    avg_pool2d(dense(x, n, c, h, w), padded(out, n, c, h / k, w / k), static_cast<int>(k),
+               parallel(threads));
+  });
+}
+
+int64_t pool_round_trip(int64_t bytes) {
   void* first = pool_take(bytes);
   if (reinterpret_cast<uintptr_t>(first) % 64) return 1;
   for (int64_t i = 0; i < bytes; ++i) static_cast<char*>(first)[i] = 1;
@@ -97,4 +121,15 @@ int pool_round_trip(int64_t bytes) {
   pool_trim();
   return pool_bytes() > used - bytes ? 3 : 0;
 }
-}
+
+OTK_CALLABLE(isa);
+OTK_CALLABLE(plane);
+OTK_CALLABLE(memory);
+OTK_CALLABLE(conv);
+OTK_CALLABLE(wgrad);
+OTK_CALLABLE(bottleneck);
+OTK_CALLABLE(stage);
+OTK_CALLABLE(average);
+OTK_CALLABLE(pool_round_trip);
+
+}  // namespace

@@ -16,7 +16,7 @@ import sys
 import time
 from sysconfig import get_path
 
-from native_build import ROOT, compile_all, compiler, kernel_sources
+from native_build import ROOT, call_sources, compile_all, compiler, kernel_sources
 from test_isa import supported
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -26,7 +26,7 @@ FLAGS = "-O1 -g1 -std=c++20 -fPIC -fno-omit-frame-pointer -fsanitize=address,und
 FLAGS += "-fno-sanitize-recover=all -DTORCH_TARGET_VERSION=0x020b000000000000"
 CASES = 400  # of the fuzz, per instruction set
 #: Once per instruction set, and once in all.
-EVERY = ("test_csrc",)
+EVERY = ("test_csrc", "test_csrc_ops", "test_csrc_sizes")
 ONCE = (
     "test_ops_errors",
     "test_native_bounds",
@@ -57,18 +57,19 @@ def build(command: list[str]) -> dict[str, str]:
     includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
     flags = [*command, *FLAGS.split(), *includes, f"-isystem{get_path('include')}"]
     torch_sources = sorted((ROOT / "csrc" / "torch").glob("*.cpp"))
-    sources = [*kernel_sources(), *torch_sources]
+    kernel, calls = kernel_sources(), call_sources()
+    sources = [*kernel, *torch_sources, *calls]
     objects, _ = compile_all(flags, sources, FOLDER, jobs=os.cpu_count() or 1)
-    kernels = objects[: len(objects) - len(torch_sources)]
-    link = [*command, "-shared", "-fsanitize=address,undefined", "-pthread"]
-    subprocess.run([*link, *kernels, "-o", FOLDER / "libotk.so"], check=True)
+    extension, program = objects[: -len(calls)], objects[: len(kernel)] + objects[-len(calls) :]
+    link = [*command, "-fsanitize=address,undefined", "-pthread"]
+    subprocess.run([*link, *program, "-o", FOLDER / "kernels"], check=True)
     torch_libraries = [f"-L{path}" for path in library_paths()] + [
         "-lc10",
         "-ltorch",
         "-ltorch_cpu",
     ]
     shared = ["-o", package / "_C.abi3.so", *torch_libraries]
-    subprocess.run([*link, *objects[1:], *shared], check=True)
+    subprocess.run([*link, "-shared", *extension, *shared], check=True)
     # The package as it is, but for the extension beside it.
     for path in (ROOT / "opentrans_kernels").iterdir():
         if path.suffix != ".so" and path.name != "__pycache__":
@@ -86,7 +87,7 @@ def build(command: list[str]) -> dict[str, str]:
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:exitcode=99",
         "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
-        "OTK_TEST_LIBRARY": str(FOLDER / "libotk.so"),
+        "OTK_TEST_PROGRAM": str(FOLDER / "kernels"),
         "PYTHONPATH": os.pathsep.join([str(FOLDER), str(ROOT), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
     }

@@ -110,18 +110,16 @@ __attribute__((target("avx2"))) void backward_avx2(const float* grad, const uint
 // Rows that hold all channels of a pixel one after the other (channels_last).
 bool interleaved(const Rows& rows, int64_t channels) { return rows.inner != channels; }
 
+#if defined(__x86_64__)
 // Whether the vector kernels know the channel of every lane, and which of them it takes.
 enum class Kernel { kPlain, kOneChannel, kPeriodic };
 Kernel kernel_for(const Rows& rows, const ChannelMap& map) {
-#if defined(__x86_64__)
-  if (has_avx2()) {
-    const bool mapped = map.scale || map.shift;
-    if (!mapped || !interleaved(rows, map.channels)) return Kernel::kOneChannel;
-    if (map.channels % 8 == 0) return Kernel::kPeriodic;
-  }
-#endif
-  return Kernel::kPlain;
+  if (!has_avx2()) return Kernel::kPlain;
+  const bool mapped = map.scale || map.shift;
+  if (!mapped || !interleaved(rows, map.channels)) return Kernel::kOneChannel;
+  return map.channels % 8 == 0 ? Kernel::kPeriodic : Kernel::kPlain;
 }
+#endif
 
 // body(outer, inner, first element, elements, channels of them) for every piece of every row.
 template <class Body>

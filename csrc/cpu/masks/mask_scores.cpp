@@ -41,17 +41,17 @@ constexpr int64_t kTileRows = 2;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Where position `at` of `out` lies between two of `in`.
+// Where position `at` of `out` lies between two of `in`: at (at + 1/2) in / out - 1/2, in whole
+// numbers. Rounded, a position on a pixel could fall beside it, where processors fuse the product
+// and the difference and others do not; and what has no weight still spoils a number if it has
+// none.
 struct Place {
   int64_t index;
   double fraction;
 };
 Place place(int64_t at, int64_t in, int64_t out) {
-  if (in == out) return {at, 0.0};
-  const double scale = static_cast<double>(in) / static_cast<double>(out);
-  const double x = std::max(0.0, scale * (static_cast<double>(at) + 0.5) - 0.5);
-  const int64_t index = std::min(static_cast<int64_t>(x), in - 1);
-  return {index, std::min(1.0, x - static_cast<double>(index))};
+  const int64_t unit = 2 * out, x = std::max<int64_t>(0, (2 * at + 1) * in - out);
+  return {x / unit, static_cast<double>(x % unit) / static_cast<double>(unit)};
 }
 
 // One step of resizing: both axes.
