@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gloo_pair import run_pair
 from head_nets import Attention, Encoder, Layer, encoder_inputs
 from torch import nn
 
@@ -82,15 +83,4 @@ def _worker(rank: int, store: str, done: str) -> None:
 
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this torch was built without gloo")
-    context = torch.multiprocessing.get_context("spawn")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    arguments = (str(tmp_path / "store"), str(tmp_path))
-    workers = [context.Process(target=_worker, args=(r, *arguments)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+    run_pair(_worker, tmp_path)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from gloo_pair import run_pair
 from gradskip_nets import freeze_set, gradients, saved_bytes, small_trunk
 from torch.utils.checkpoint import checkpoint
 
@@ -184,15 +184,4 @@ def _ddp_worker(rank: int, store: str, failures: str) -> None:
 
 
 def test_two_processes_with_gloo(tmp_path: Path) -> None:
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this torch was built without gloo")
-    context = torch.multiprocessing.get_context("spawn")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    arguments = (str(tmp_path / "store"), str(tmp_path))
-    workers = [context.Process(target=_ddp_worker, args=(r, *arguments)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+    run_pair(_ddp_worker, tmp_path)

@@ -293,7 +293,7 @@ void multiply(const MaskScores& a, const ScoresIsa& isa, const Plan& plan, const
 
 void mask_scores(const MaskScores& a, float* out, const Parallel& par) {
   if (a.n * a.k * a.out[0] * a.out[1] == 0) return;
-  // The result is large and new: on small pages a quarter of the time would be page faults.
+  // The result is large and new: on small pages much of the time would be page faults.
   pages_advise(out, sizeof(float) * static_cast<size_t>(a.n * a.k * a.out[0] * a.out[1]));
   const ScoresIsa& isa = scores_isa();
   const Plan plan = new_plan(a, isa, thread_scratch().shared);
