@@ -322,7 +322,7 @@ def test_results_that_may_not_be_shown_are_refused(
 
 
 def test_the_pages_of_this_checkout_are_up_to_date(tables: ModuleType) -> None:
-    assert tables.main(["--check"]) == 0, "run: python benchmarks/ovs_tables.py"
+    assert tables.main(["--check"]) == 0, "run: make readme-tables"
 
 
 def test_a_folder_with_such_results_can_be_reported_and_compared(
