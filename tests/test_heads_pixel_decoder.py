@@ -204,6 +204,26 @@ def named() -> nn.Module:
     return nn.ModuleDict({"decoder": model}).eval()
 
 
+def test_asking_for_hidden_states_is_not_asking_for_the_original(
+    named: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models with auxiliary losses do, and the result holds none."""
+    model = copy.deepcopy(named)
+    assert not otk.accelerate_heads(model).left
+    maps = list(maps_of(1).values())
+    with torch.no_grad():
+        plain = model["decoder"](maps)
+        monkeypatch.setattr(NamedPixelDecoder, "as_it_was", None)
+        for named_or_not in ({"output_hidden_states": True}, {"return_dict": True}):
+            found = model["decoder"](maps, **named_or_not)
+            assert torch.equal(found.mask_features, plain.mask_features)
+        assert torch.equal(
+            model["decoder"](maps, None, None, True).mask_features, plain.mask_features
+        )
+        with pytest.raises(TypeError, match="not callable"):
+            model["decoder"](maps, return_dict=False)
+
+
 def test_the_form_of_transformers(named: nn.Module) -> None:
     dense, model = copy.deepcopy(named), copy.deepcopy(named)
     report = otk.accelerate_heads(model)

@@ -28,6 +28,9 @@ __all__ = ["NamedPixelDecoder", "PixelDecoder", "find"]
 
 KIND = "pixel decoder"
 _KEPT = 12  # sizes whose reference points are kept
+_RESULT = ("mask_features", "multi_scale_features")
+#: Of arguments that change nothing of the result, the values for which that holds.
+_NO_PART = {"output_hidden_states": (None, False, True), "return_dict": (None, True)}
 
 Tensor = torch.Tensor
 
@@ -94,7 +97,8 @@ class _Pyramid(HeadPart):
                 self._modules[f"{name}_{count - index}"] for name in ("adapter", "layer")
             )
             y = lateral(x)  # type: ignore[misc]
-            y = y + F.interpolate(maps[-1], y.shape[-2:], mode="bilinear", align_corners=False)
+            grown = F.interpolate(maps[-1], y.shape[-2:], mode="bilinear", align_corners=False)
+            y = grown.add_(y) if grown.stride() == y.stride() else y + grown
             maps.append(smooth(y))  # type: ignore[misc]
         return maps
 
@@ -135,9 +139,7 @@ class NamedPixelDecoder(_Pyramid):
     opentrans_result: Any = None
 
     def fast(self, features: Sequence[Tensor], *given: Any, **named: Any) -> Any:
-        wanted = (*given, *named.values())
-        asked = (self.config.output_attentions, self.config.output_hidden_states)
-        if any(value not in (None, False) for value in wanted) or any(asked):
+        if self._wants_more(given, named):
             return self.as_it_was(features, *given, **named)
         sources = list(features[::-1])[: self.num_feature_levels]
         maps = self._encode(sources, self.level_embed)
@@ -146,6 +148,18 @@ class NamedPixelDecoder(_Pyramid):
             mask_features=self.mask_projection(maps[-1]),
             multi_scale_features=tuple(maps[: self.num_feature_levels]),
             attentions=None,
+        )
+
+    def _wants_more(self, given: Sequence[Any], named: Mapping[str, Any]) -> bool:
+        """Whether a call asks for what only the original makes: attention weights, say.
+
+        Hidden states of the encoder are no part of the result, asked for or not; models that keep
+        those of their decoder for auxiliary losses ask for them here as well.
+        """
+        call = inspect.signature(self.opentrans_original.forward).bind(None, *given, **named)
+        asked = list(call.arguments.items())[1:]
+        return self.config.output_attentions or any(
+            value not in _NO_PART.get(name, (None, False)) for name, value in asked
         )
 
     @staticmethod
@@ -223,11 +237,16 @@ def _prove(name: str, module: Any, kind: type[_Pyramid]) -> Found:
             for level, width in enumerate(widths)
         ]
         maps = [x.to(dtype) for x in maps]
-        return ((dict(zip(named, maps, strict=True)) if positional else maps),), {}
+        if positional:
+            return (dict(zip(named, maps, strict=True)),), {}
+        known = inspect.signature(module.forward).parameters
+        return (maps,), {name: True for name in _NO_PART if name in known}
 
     def outputs(out: Any) -> list[Tensor]:
         if positional:
             return [out[0], out[1], *out[2]]
+        if more := [key for key, value in out.items() if value is not None and key not in _RESULT]:
+            raise NotTheSame(f"its result holds {', '.join(more)} as well")
         results.append(type(out))  # of the original in float64 first
         return [out.mask_features, *out.multi_scale_features]
 
