@@ -245,9 +245,7 @@ class _Reading:
         own = self._norm(reader.path, conv.out_channels)
         if reader.path is not None and own is not None:
             norm: Any = self._module(reader.path)
-            if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                reader = _Reader(why="its norm is in training mode and uses the batch's statistics")
-            elif why := first_changed(norm.named_modules(prefix=reader.path)):
+            if why := first_changed(norm.named_modules(prefix=reader.path)):
                 reader = _Reader(why=why)
             else:
                 bn = end = reader.path
