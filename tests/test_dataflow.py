@@ -15,7 +15,7 @@ from torch import nn
 import opentrans_kernels as otk
 from opentrans_kernels.activations import Kind
 from opentrans_kernels.errors import UnsupportedModelError
-from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm
+from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm, PlanarAvgPool2d
 from opentrans_kernels.topology import find_trunk
 from opentrans_kernels.topology.dataflow import dataflow
 
@@ -331,5 +331,16 @@ def test_pools_between_convolutions() -> None:
     assert [(p.name, p.before, p.after) for p in found] == [
         ("3", ("0",), ("4",)), ("6", ("4",), ("7",))
     ]  # fmt: skip
+    assert [
+        p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools_between({"4", "7"})
+    ] == ["6"]
+    model = nets.randomise(nn.Sequential(*layers))
+    masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 33, 30)
+    dense, before = nets.masked(model, masks), nets.snapshot(model)
+    otk.accelerate(model, masks, measure=False, input_size=(33, 30))
+    assert type(model[6]) is PlanarAvgPool2d
+    nets.check_exact(model, dense, x)
+    otk.restore(model)
+    nets.check_unchanged(model, before)
     layers[3].register_forward_hook(lambda *_: None)
     assert [p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools] == ["6"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -148,6 +148,12 @@ class Trunk:
         for block in self.blocks:
             yield from block.all_convs
         yield from self.loose
+
+    def pools_between(self, planar: Set[str]) -> Iterator[PoolNode]:
+        """Pools that read and are read by loose convolutions of these names alone."""
+        for pool in self.pools:
+            if planar >= {*pool.before, *pool.after}:
+                yield pool
 
     def conv(self, name: str) -> ConvNode:
         """The convolution called ``name``; KeyError if the trunk has none."""

@@ -61,6 +61,11 @@ struct DepthwiseArgs {
   int64_t band;    // output rows whose input is copied together
   int64_t pitch;   // floats of a copied row's phase: those of the taps, and whole vectors
   float* scratch;  // [input rows of a band][phases][pitch]
+  // Kernels of 3, 5 and 7 with kernel / 2 pixels of padding, else null: for each kx, [mask_pitch]
+  // bit masks of the columns whose pixel lies inside, begun again from 0 at the end of a row.
+  const float* masks;
+  int64_t mask_pitch;
+  float* row;  // w floats, where there is a stride
 };
 
 // Gradient of the nonzeros of one (row block, chunk) over one sub-tile.
