@@ -25,7 +25,7 @@ from ..plan.choose import Choice
 from ..plan.models import accelerated_parts, require_module
 from ..plan.subject import Masks, PlanSubject
 from ..topology.behaviour import own_behaviour
-from ..topology.blocks import pool_size
+from ..topology.blocks import Unrecognised, pool_size
 from .compare import Culprit, Outcome, Swap
 from .cuda import CudaReport, accelerate_cuda
 from .parts import check_parts, same_pool
@@ -166,7 +166,7 @@ def _less(
     neither will do.
     """
     unit, choice = culprit.unit, choices[culprit.unit.name]
-    if unit.name not in unfolded and unit.block is None and unit.convs[0].bn is not None:
+    if unit.name not in unfolded and unit.block is None and unit.convs[0].follows:
         unfolded.add(unit.name)
         subject, bare = subject.unfolded(unit)
         reason = f"{choice.reason}; its norm stays: {culprit.why}"
@@ -281,7 +281,21 @@ def _replacements(subject: PlanSubject, choices: Mapping[str, Choice]) -> dict[s
             new = PlanarAvgPool2d(pool, size)
             if same_pool(pool, new, stem.convs[-1].conv.out_channels):
                 swaps[stem.pool_name] = new
+    planar = {name for name, choice in choices.items() if choice.kind == "sparse"}
+    for node in subject.trunk.pools_between(planar):
+        if type(node.module) is nn.AvgPool2d and (size := _plain_size(node.module)) > 1:
+            new = PlanarAvgPool2d(node.module, size)
+            if same_pool(node.module, new, subject.trunk.conv(node.before[0]).conv.out_channels):
+                swaps[node.name] = new
     return swaps
+
+
+def _plain_size(pool: nn.Module) -> int:
+    """Size of a non-overlapping average pool; 1 for any other, which stays."""
+    try:
+        return pool_size(pool)
+    except Unrecognised:
+        return 1
 
 
 def _parts(swaps: Mapping[str, Replacement]) -> Iterator[Any]:

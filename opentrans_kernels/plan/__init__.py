@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from .. import native
-from ..audit import predicted_speedup
 from ..errors import PlanError
 from ..flops import effective_macs, executed_macs, nominal_macs
 from ..topology import ConvShape
 from .arguments import checked_batch, device_of, thread_count
 from .build import Builder
-from .choose import Choice, Chooser
+from .choose import Choice, Chooser, predicted_conv_speedup
 from .records import Plan, PlanRow, PlanUnit, totals_of
 from .subject import Masks, PlanSubject, Unit, prepare
 
@@ -140,7 +139,7 @@ def _row(
     if choice.built is not None and choice.kind == "sparse":
         kept = choice.built.nnz[name]
         executed = executed_macs(kept, height, width, kernel=kernel, lanes=_LANES.get(isa, 4))
-        predicted = dense_ms / predicted_speedup(kernel, nnz / max(1, conv.weight.numel()))
+        predicted = dense_ms / predicted_conv_speedup(conv, nnz)
     elif choice.built is not None:
         cout, cin = choice.built.widths[name]
         executed = nominal * cout * cin // max(1, conv.weight.shape[0] * conv.weight.shape[1])

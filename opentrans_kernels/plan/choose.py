@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ..audit import predicted_speedup
 from ..ops.library import plane_padded
+from ..topology.blocks import is_depthwise
 from .build import Builder, Built, check_replaceable, dense_call
 from .clock import interleaved_ms, undisturbed
 from .subject import PlanSubject, Unit
 
 MARGIN = 0.97  # a form replaces the dense one if it takes at most this share of its time
 CROSSOVER = 0.85  # above this density the sparse form of a large layer is not even tried
+DEPTHWISE = 1.5  # speed of its kernel, which skips no zero, over dense; see docs/design.md
 SMALL = 1 << 16  # weights of a layer so small that trying costs nothing
 
 
@@ -95,7 +98,8 @@ class Chooser:
 
     def _how(self, unit: Unit, kind: str, why_not_sparse: str) -> str:
         if kind == "sparse":
-            return "sparse: "
+            one = unit.block is None and is_depthwise(unit.convs[0].conv)
+            return "sparse (depthwise, every weight): " if one else "sparse: "
         if self.builder.shrinks(unit):
             sets = list(self.builder.compact.summaries[unit.name].channels.values())[:-1]
             after, before = sum(s.after for s in sets), sum(s.before for s in sets)
@@ -121,7 +125,8 @@ class Chooser:
         kinds, why_not_sparse = self._forms(unit)
         speed = predicted_unit_speedup(unit, self.subject)
         if "sparse" in kinds and speed > 1 / MARGIN:
-            reason = f"sparse: density {unit.density:.2f}, predicted {speed:.1f}x"
+            how = self._how(unit, "sparse", "")
+            reason = f"{how}density {unit.density:.2f}, predicted {speed:.1f}x"
             return Choice("sparse", reason, self.builder.build(unit, "sparse"))
         why = why_not_sparse or f"density {unit.density:.2f}, sparse predicted {speed:.2f}x"
         if unit.must_mask or self.builder.shrinks(unit):
@@ -136,10 +141,16 @@ def predicted_unit_speedup(unit: Unit, subject: PlanSubject) -> float:
     for node in unit.convs:
         shape = subject.shapes.get(node.name)
         work = node.conv.weight.numel() * (shape.pixels if shape else 1)
-        density = unit.nnz[node.name] / max(1, node.conv.weight.numel())
         dense += work
-        sparse += work / predicted_speedup(node.conv.kernel_size[0], density)
+        sparse += work / predicted_conv_speedup(node.conv, unit.nnz[node.name])
     return dense / max(sparse, 1e-9)
+
+
+def predicted_conv_speedup(conv: nn.Conv2d, nnz: int) -> float:
+    """Predicted time of a dense convolution over that of its kernel here."""
+    if is_depthwise(conv):
+        return DEPTHWISE
+    return predicted_speedup(conv.kernel_size[0], nnz / max(1, conv.weight.numel()))
 
 
 def _bind(call, x):  # type: ignore[no-untyped-def]
