@@ -41,6 +41,9 @@ struct SparseWeight {
 // null, or what is wrong with it. `out` points into it.
 const char* read_pack(const int32_t* structure, int64_t words, SparseWeight* out);
 
+// Largest stride and padding, so that no coordinate overflows.
+constexpr int32_t kMaxStep = 1 << 15;
+
 // What the kernels throw where an entry or a code points out of its block. They look at each of
 // them when they decode it, so no pack that read_pack took makes them touch foreign memory.
 struct PackError {};
@@ -69,12 +72,19 @@ inline int64_t plane_stride(int64_t pixels) {
   return (lines + 1 - lines % 2) * 16;
 }
 
+// What a convolution applies to its sums last; the numbers are those of activations.py.
+enum ActivationKind : int32_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardSwish };
+struct Activation {
+  int32_t kind;
+  float slope;  // of kLeakyRelu, below zero
+};
+
 // The kernels on packs throw PackError, and std::bad_alloc where scratch memory is not to be had.
 
 // out = act(conv(x) + bias [+ residual]). out and residual have the convolution's output shape;
 // out.plane_stride must be plane_stride(h * w) with dense rows. residual may be out itself.
 void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
-                   const Planes* residual, bool relu, const Parallel& par);
+                   const Planes* residual, const Activation& act, const Parallel& par);
 
 // grad_values[i] = sum over batch and pixels of grad_out * x at nonzero i, in packed order.
 void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& grad_out,
@@ -103,6 +113,17 @@ bool stage_pays(const Bottleneck* blocks, int count, const Planes& x, const Plan
 // out[h, w] = mean of the k x k window at (k h, k w); rows and columns that do not fill a window
 // are dropped, as AvgPool2d(k) does.
 void avg_pool2d(const Planes& x, const Planes& out, int k, const Parallel& par);
+
+// A convolution of each channel with a window of its own: weight [c][kernel][kernel], bias [c] or
+// null.
+struct Depthwise {
+  const float *weight, *bias;
+  int kernel, stride, padding;
+  Activation act;
+};
+// out = act(conv(x) + bias), its rows dense; x.col_stride must be 1. Throws std::bad_alloc.
+void depthwise_conv2d(const Depthwise& conv, const Planes& x, const Planes& out,
+                      const Parallel& par);
 
 // Rows of `length` dense floats: row (i, j) starts at data[i * outer_stride + j * inner_stride].
 // Behind each of them lie `padding` floats that belong to nobody.

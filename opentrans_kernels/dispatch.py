@@ -63,6 +63,7 @@ TABLE: tuple[Row, ...] = tuple(
         ("sparse_conv2d_wgrad", "sparse_conv2d", "WGRAD"),
         ("sparse_bottleneck", "sparse_bottleneck", "OP"),
         ("sparse_stage", "sparse_stage", "OP"),
+        ("depthwise_conv2d", "depthwise_conv2d", "OP"),
         ("avg_pool2d", "avg_pool2d", "OP"),
         ("avg_pool2d_backward", "avg_pool2d", "BACKWARD"),
         ("ms_deform_attn", "ms_deform_attn", "OP"),

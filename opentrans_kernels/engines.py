@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import dispatch, native
+from .activations import NONE, Activation
 from .compact import FoldedConv
 from .pack import SparseWeight
 
-__all__ = ["DenseEngine", "Engine", "Operators", "SparseEngine", "operator_of"]
+__all__ = ["DenseEngine", "DepthwiseEngine", "Engine", "Operators", "SparseEngine", "operator_of"]
 
 
 def operator_of(name: str) -> Callable[..., Any]:
@@ -96,15 +97,53 @@ class SparseEngine(Engine):
         )  # fmt: skip
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: Activation = NONE,
     ) -> torch.Tensor:
         return self.operator(
             x, self.structure, self.values, self.bias, residual,
-            self.cout, self.kernel, self.stride, self.padding, relu,
+            self.cout, self.kernel, self.stride, self.padding, False,
+            activation.kind, activation.slope,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{self.cin}, {self.cout}, k{self.kernel}, stride={self.stride}, nnz={self.nnz}"
+
+
+class DepthwiseEngine(Engine):
+    """A convolution of each channel with a window of its own, on the planar kernels.
+
+    Every weight is multiplied: what it gains is the layout, and what follows in the same pass.
+    """
+
+    OPERATORS = {"operator": "depthwise_conv2d"}
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, like: nn.Conv2d) -> None:
+        super().__init__()
+        self._hold(weight=weight.to(torch.float32).contiguous(), bias=bias.to(torch.float32))
+        self.stride, self.padding = int(like.stride[0]), int(like.padding[0])
+        self.nnz = int(torch.count_nonzero(weight))
+        self._resolve()
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: Activation = NONE,
+    ) -> torch.Tensor:
+        if residual is None:
+            return self.operator(
+                x, self.weight, self.bias, self.stride, self.padding,
+                activation.kind, activation.slope,
+            )  # fmt: skip
+        y = self.operator(x, self.weight, self.bias, self.stride, self.padding)
+        return activation.apply_(y.add_(residual))
+
+    def extra_repr(self) -> str:
+        channels, _, kernel, _ = self.weight.shape
+        return f"{channels}, k{kernel}, stride={self.stride}, depthwise"
 
 
 class DenseEngine(Engine):
@@ -133,7 +172,10 @@ class DenseEngine(Engine):
         self.nnz = int(torch.count_nonzero(weight))
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: Activation = NONE,
     ) -> torch.Tensor:
         if self.border is not None:
             x = F.pad(x, self.border, mode=self.border_mode)
@@ -142,7 +184,7 @@ class DenseEngine(Engine):
         )
         if residual is not None:
             y = y.add_(residual)
-        return y.relu_() if relu else y
+        return activation.apply_(y)
 
     def extra_repr(self) -> str:
         cout, cin, kernel, _ = self.weight.shape

@@ -186,11 +186,18 @@ def mask_scores_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -
     return batch * classes * arguments["masks"][1] * height * width
 
 
+def depthwise_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of one window per channel."""
+    batch, channels, height, width = out_shape
+    return batch * channels * height * width * arguments["weight"][2] ** 2
+
+
 # Operator name without its namespace -> formula.
 FORMULAS: dict[str, Formula] = {
     "sparse_conv2d": conv_macs,
     "sparse_conv2d_dgrad": dgrad_macs,
     "sparse_conv2d_wgrad": wgrad_macs,
+    "depthwise_conv2d": depthwise_macs,
     "sparse_bottleneck": bottleneck_macs,
     "sparse_stage": stage_macs,
     "folded_conv2d": folded_macs,

@@ -10,7 +10,7 @@ Replacements are for inference. They compute gradients of their input, not of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .activations import NONE, RELU, Activation, activation_of
 from .compact import fold_conv
-from .engines import DenseEngine, Engine, Operators, SparseEngine, operator_of
+from .engines import (
+    DenseEngine,
+    DepthwiseEngine,
+    Engine,
+    Operators,
+    SparseEngine,
+    operator_of,
+)
 from .errors import MaskError, UnsupportedModelError
 from .freshness import Freshness, freshness_of
 from .ops.library import require_backward_alone
@@ -35,6 +43,7 @@ __all__ = [
     "AcceleratedBlock",
     "AcceleratedConv2d",
     "DenseEngine",
+    "DepthwiseEngine",
     "FoldedActivation",
     "FoldedBatchNorm",
     "PlanarAvgPool2d",
@@ -122,10 +131,10 @@ class AcceleratedConv2d(Replacement):
     float32 ``[N, cin, H, W]`` (or ``[cin, H, W]``), any strides -> ``[N, cout, H', W']``.
     """
 
-    def __init__(self, original: nn.Conv2d, engine: Engine, relu: bool) -> None:
+    def __init__(self, original: nn.Conv2d, engine: Engine, activation: Activation = NONE) -> None:
         super().__init__(original)
         self.opentrans_engine = engine
-        self.opentrans_relu = relu
+        self.opentrans_activation = activation
         #: Of the modules folded in together; None if it is the convolution alone.
         self.opentrans_watch: Watch | None = None
 
@@ -136,11 +145,16 @@ class AcceleratedConv2d(Replacement):
             return watch.dense(self.opentrans_original, x, why)
         run = self.opentrans_engine.forward  # without the overhead of a module call
         if x.dim() == 3:
-            return run(x.unsqueeze(0), None, self.opentrans_relu).squeeze(0)
-        return run(x, None, self.opentrans_relu)
+            return run(x.unsqueeze(0), None, self.opentrans_activation).squeeze(0)
+        return run(x, None, self.opentrans_activation)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "opentrans_relu" in state:  # pickled before there were others
+            state["opentrans_activation"] = RELU if state.pop("opentrans_relu") else NONE
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
-        return "relu folded" if self.opentrans_relu else ""
+        return f"{self.opentrans_activation} folded" if self.opentrans_activation else ""
 
 
 class SparseConv2d(AcceleratedConv2d):
@@ -194,8 +208,9 @@ class SparseConv2d(AcceleratedConv2d):
         if what := first_changed(parts):
             raise UnsupportedModelError(f"{what}, which would not be called. Remove it first.")
         node = ConvNode("conv", conv, bn, None if bn is None else "bn", relu)
+        act = RELU if relu else NONE
         with torch.inference_mode(False):  # or autograd could not use the packed tensors
-            found = cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), relu).eval()
+            found = cls(conv, SparseEngine.from_folded(fold_conv(node, mask)), act).eval()
             found.opentrans_freshness = freshness_of([node])
         return found
 
@@ -272,11 +287,11 @@ class AcceleratedBlock(Replacement):
         shortcut = x
         if "downsample" in engines:
             shortcut = engines["downsample"](self._pooled(x, self.opentrans_down_pool))
-        y = engines["conv1"](x, None, True)
+        y = engines["conv1"](x, None, RELU)
         if "conv3" not in engines:
-            return engines["conv2"](y, shortcut, True)
-        y = self._pooled(engines["conv2"](y, None, True), self.opentrans_pool)
-        return engines["conv3"](y, shortcut, True)
+            return engines["conv2"](y, shortcut, RELU)
+        y = self._pooled(engines["conv2"](y, None, RELU), self.opentrans_pool)
+        return engines["conv3"](y, shortcut, RELU)
 
     def _pooled(self, x: torch.Tensor, size: int) -> torch.Tensor:
         if size == 1:
@@ -308,17 +323,42 @@ class FoldedBatchNorm(_Folded):
 class FoldedActivation(_Folded):
     """In the place of an activation that the convolution before it already applied."""
 
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__(original)
+        self.opentrans_activation = activation_of(original)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"opentrans_activation": RELU, **state})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        now = activation_of(self.opentrans_original)
+        if now != self.opentrans_activation:
+            raise UnsupportedModelError(
+                f"the activation was {self.opentrans_activation} when it was folded into the "
+                f"convolution before it, and its settings were changed since. {_FIX}, and "
+                "accelerate again."
+            )
+        return super().forward(x)
+
 
 def watch_together(
     model: nn.Module, parts: Mapping[str, Replacement], masks: Mapping[str, torch.Tensor],
-    undo: str = RESTORE,
+    undo: str = RESTORE, through: Iterable[tuple[str, nn.Module]] = (),
 ) -> None:  # fmt: skip
     """Let a convolution and what is folded into it run densely together; names as in the model.
 
+    through: modules that see a value between them, so that a hook of theirs counts as well.
+
     One that is exchanged is an error of the others: a folded norm alone would pass everything on.
     """
-    parents = {name: model.get_submodule(name.rpartition(".")[0])._modules for name in parts}
-    watch = Watch([(name, part, parents[name]) for name, part in parts.items()], masks, undo)
+    places: dict[str, nn.Module] = {**parts, **dict(through)}
+
+    def parent(name: str) -> nn.Module:
+        path = name.rpartition(".")[0]
+        return parts[path] if path in parts else model.get_submodule(path)
+
+    parents = {name: parent(name)._modules for name in places}
+    watch = Watch([(name, part, parents[name]) for name, part in places.items()], masks, undo)
     for part in parts.values():
         part.opentrans_watch = watch
 

@@ -57,12 +57,14 @@ int64_t plane(int64_t pixels) { return plane_stride(pixels); }
 int64_t memory() { return scratch_bytes() + pool_bytes(); }
 
 int64_t conv(const Pack* pack, const float* x, const float* residual, float* out, int64_t n,
-             int64_t h, int64_t w, int64_t oh, int64_t ow, int64_t relu, int64_t threads) {
+             int64_t h, int64_t w, int64_t oh, int64_t ow, int64_t act, double slope,
+             int64_t threads) {
   return guarded([&] {
     const SparseWeight sw = weight(*pack);
     const Planes extra = dense(residual, n, sw.cout, oh, ow);
     sparse_conv2d(sw, dense(x, n, sw.cin, h, w), padded(out, n, sw.cout, oh, ow),
-                  residual ? &extra : nullptr, relu, parallel(threads));
+                  residual ? &extra : nullptr,
+                  {static_cast<int32_t>(act), static_cast<float>(slope)}, parallel(threads));
   });
 }
 
@@ -103,6 +105,20 @@ int64_t stage(const Pack* packs, const int64_t* pools, int64_t count, const floa
   });
 }
 
+int64_t depthwise(const float* x, const float* weight, const float* bias, float* out, int64_t n,
+                  int64_t c, int64_t h, int64_t w, int64_t oh, int64_t ow, int64_t kernel,
+                  int64_t stride, int64_t padding, int64_t act, double slope, int64_t threads) {
+  return guarded([&] {
+    const Depthwise conv{weight,
+                         bias,
+                         static_cast<int>(kernel),
+                         static_cast<int>(stride),
+                         static_cast<int>(padding),
+                         {static_cast<int32_t>(act), static_cast<float>(slope)}};
+    depthwise_conv2d(conv, dense(x, n, c, h, w), padded(out, n, c, oh, ow), parallel(threads));
+  });
+}
+
 int64_t average(const float* x, float* out, int64_t n, int64_t c, int64_t h, int64_t w, int64_t k,
                 int64_t threads) {
   return guarded([&] {
@@ -129,6 +145,7 @@ OTK_CALLABLE(conv);
 OTK_CALLABLE(wgrad);
 OTK_CALLABLE(bottleneck);
 OTK_CALLABLE(stage);
+OTK_CALLABLE(depthwise);
 OTK_CALLABLE(average);
 OTK_CALLABLE(pool_round_trip);
 

@@ -37,11 +37,22 @@ ConvInput conv_input(const char* op, const Tensor& x, const otk::SparseWeight& w
   return {reachable_planes(op, x, w, copy), h / w.stride + 1, width / w.stride + 1};
 }
 
+otk::Activation activation_of(const char* op, bool relu, int64_t kind, double slope) {
+  STD_TORCH_CHECK(kind >= otk::kNone && kind <= otk::kHardSwish, op, ": ", kind,
+                  " is no activation; they are numbered from ", int{otk::kNone}, " to ",
+                  int{otk::kHardSwish});
+  STD_TORCH_CHECK(!relu || kind <= otk::kRelu, op, ": relu and activation ", kind,
+                  " exclude each other; pass one of them");
+  return {relu ? otk::kRelu : static_cast<int32_t>(kind), static_cast<float>(slope)};
+}
+
 Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& values,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                     int64_t cout, int64_t kernel, int64_t stride, int64_t padding, bool relu) {
+                     int64_t cout, int64_t kernel, int64_t stride, int64_t padding, bool relu,
+                     int64_t activation, double slope) {
   const char* op = "sparse_conv2d";
   check_isa();
+  const otk::Activation act = activation_of(op, relu, activation, slope);
   const otk::SparseWeight w = read_weight(op, structure, values, bias);
   STD_TORCH_CHECK(
       w.cout == cout && w.kernel == kernel && w.stride == stride && w.padding == padding, op,
@@ -65,7 +76,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& val
     }
   }
   run_kernel(op, [&] {
-    otk::sparse_conv2d(w, in, result, residual ? &extra : nullptr, relu, torch_threads());
+    otk::sparse_conv2d(w, in, result, residual ? &extra : nullptr, act, torch_threads());
   });
   return out;
 }
@@ -83,6 +94,45 @@ Tensor sparse_conv2d_wgrad(const Tensor& x, const Tensor& grad_out, const Tensor
   Tensor out = torch::stable::empty_like(values);
   float* to = out.mutable_data_ptr<float>();
   run_kernel(op, [&] { otk::sparse_conv2d_wgrad(w, in, grad, to, torch_threads()); });
+  return out;
+}
+
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        int64_t stride, int64_t padding, int64_t activation, double slope) {
+  const char* op = "depthwise_conv2d";
+  check_isa();
+  otk::Depthwise conv{};
+  conv.act = activation_of(op, false, activation, slope);
+  otk::Planes in = planes(op, "x", x);
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float &&
+                      weight.dim() == 4 && weight.size(0) == in.c && weight.size(1) == 1 &&
+                      weight.size(2) == weight.size(3) && weight.size(2) >= 1 &&
+                      weight.is_contiguous(),
+                  op, ": weight must be a contiguous float32 CPU tensor [", in.c,
+                  ", 1, k, k], one window per channel of x");
+  STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->scalar_type() == ScalarType::Float &&
+                            bias->is_contiguous() && bias->numel() == in.c),
+                  op, ": bias must be a contiguous float32 CPU tensor of ", in.c, " elements");
+  STD_TORCH_CHECK(stride >= 1 && stride <= otk::kMaxStep && padding >= 0 && padding <= otk::kMaxStep &&
+                      weight.size(2) <= otk::kMaxStep,
+                  op, ": kernel and stride must be from 1, padding from 0, each to ", otk::kMaxStep,
+                  "; got ", weight.size(2), ", ", stride, ", ", padding);
+  conv.kernel = static_cast<int>(weight.size(2));
+  conv.stride = static_cast<int>(stride);
+  conv.padding = static_cast<int>(padding);
+  conv.weight = weight.const_data_ptr<float>();
+  conv.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  const int64_t h = in.h + 2 * padding - conv.kernel, width = in.w + 2 * padding - conv.kernel;
+  STD_TORCH_CHECK(h >= 0 && width >= 0, op, ": input ", in.h, "x", in.w, " with padding ", padding,
+                  " is smaller than the ", conv.kernel, "x", conv.kernel, " kernel");
+  std::optional<Tensor> copy;
+  if (in.col_stride != 1 && in.w > 1) {
+    copy = repacked(op, x);
+    in = planes(op, "x", *copy);
+  }
+  Tensor out = new_planes(op, x, in.n, in.c, h / stride + 1, width / stride + 1);
+  const otk::Planes result = planes(op, "out", out);
+  run_kernel(op, [&] { otk::depthwise_conv2d(conv, in, result, torch_threads()); });
   return out;
 }
 
@@ -211,6 +261,7 @@ void release_memory() { otk::pool_trim(); }
 STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CPU, m) {
   m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
   m.impl("sparse_conv2d_wgrad", TORCH_BOX(&sparse_conv2d_wgrad));
+  m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
   m.impl("avg_pool2d", TORCH_BOX(&avg_pool2d));
   m.impl("avg_pool2d_backward", TORCH_BOX(&avg_pool2d_backward));
   m.impl("relu_bits", TORCH_BOX(&relu_bits));

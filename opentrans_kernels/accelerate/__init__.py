@@ -166,10 +166,10 @@ def _less(
     neither will do.
     """
     unit, choice = culprit.unit, choices[culprit.unit.name]
-    if unit.name not in unfolded and unit.block is None and unit.convs[0].bn is not None:
+    if unit.name not in unfolded and unit.block is None and unit.convs[0].follows:
         unfolded.add(unit.name)
         subject, bare = subject.unfolded(unit)
-        reason = f"{choice.reason}; its norm stays: {culprit.why}"
+        reason = f"{choice.reason}; what follows stays: {culprit.why}"
         choices[unit.name] = Choice(
             choice.kind, reason, Builder(subject).build(bare, choice.kind), choice.ms
         )

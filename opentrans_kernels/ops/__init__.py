@@ -3,6 +3,7 @@
 from .. import dispatch
 from .avg_pool2d import avg_pool2d
 from .bottleneck_chain import bottleneck_chain
+from .depthwise_conv2d import depthwise_conv2d
 from .fused_stem import fused_stem
 from .gram_eigenvalues import gram_eigenvalues
 from .implicit_gemm_conv2d import implicit_gemm_conv2d
@@ -18,6 +19,7 @@ from .sparse_stage import sparse_stage
 __all__ = [
     "avg_pool2d",
     "bottleneck_chain",
+    "depthwise_conv2d",
     "fused_stem",
     "gram_eigenvalues",
     "implicit_gemm_conv2d",

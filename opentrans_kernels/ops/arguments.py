@@ -10,20 +10,27 @@ from collections.abc import Sequence
 
 import torch
 
+from ..activations import RELU, Activation, Kind
 from ..errors import PlanError
 from ..pack import Header, checked_header
 
 __all__ = [
     "BadArgument",
+    "activation",
     "bottleneck",
     "bottleneck_pools",
     "conv_size",
     "convolution",
+    "depthwise",
     "gradient",
     "image",
     "packed_header",
     "pooled_size",
 ]
+
+
+#: Largest stride and padding (``otk::kMaxStep``).
+LARGEST_STEP = 1 << 15
 
 
 class BadArgument(PlanError, RuntimeError):
@@ -39,12 +46,14 @@ def image(op: str, x: torch.Tensor, name: str = "x") -> torch.Size:
     return x.shape
 
 
-def conv_size(size: Sequence[int], kernel: int, stride: int, padding: int) -> tuple[int, int]:
+def conv_size(
+    size: Sequence[int], kernel: int, stride: int, padding: int, op: str = "sparse_conv2d"
+) -> tuple[int, int]:
     """Height and width of a convolution's output; ``size`` is ``[..., H, W]`` of its input."""
     h, w = size[-2] + 2 * padding - kernel, size[-1] + 2 * padding - kernel
     if h < 0 or w < 0:
         raise BadArgument(
-            f"sparse_conv2d: input {size[-2]}x{size[-1]} with padding {padding} is smaller than "
+            f"{op}: input {size[-2]}x{size[-1]} with padding {padding} is smaller than "
             f"the {kernel}x{kernel} kernel. Pass a larger image."
         )
     return h // stride + 1, w // stride + 1
@@ -73,6 +82,18 @@ def packed_header(op: str, structure: torch.Tensor) -> Header:
         return checked_header(structure)
     except PlanError as error:
         raise BadArgument(f"{op}: {error}") from error
+
+
+def activation(op: str, relu: bool, kind: int, slope: float) -> Activation:
+    """What an op is to apply: ``relu`` is the short way of one of the kinds."""
+    if not min(Kind) <= kind <= max(Kind):
+        raise BadArgument(
+            f"{op}: {kind} is no activation; they are numbered from {min(Kind)} to {max(Kind)}. "
+            "See opentrans_kernels.activations.Kind."
+        )
+    if relu and kind > Kind.RELU:
+        raise BadArgument(f"{op}: relu and activation {kind} exclude each other. Pass one of them.")
+    return RELU if relu else Activation(kind, slope)
 
 
 def _weight(op: str, x: torch.Tensor, structure, values, bias) -> Header:
@@ -118,6 +139,31 @@ def convolution(
             f"got {list(residual.shape)} {residual.dtype}."
         )
     return header
+
+
+def depthwise(x: torch.Tensor, weight, bias, stride: int, padding: int) -> None:
+    """Check the arguments of ``depthwise_conv2d``."""
+    op = "depthwise_conv2d"
+    channels = image(op, x)[1]
+    if (
+        weight.dim() != 4
+        or tuple(weight.shape[:2]) != (channels, 1)
+        or not (1 <= weight.shape[2] == weight.shape[3])
+    ):
+        raise BadArgument(
+            f"{op}: weight must be [{channels}, 1, k, k], one window per channel of x, got "
+            f"{list(weight.shape)}."
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise BadArgument(
+            f"{op}: bias must have {channels} elements, one per channel, got {list(bias.shape)}."
+        )
+    if not 1 <= stride <= LARGEST_STEP or not 0 <= padding <= LARGEST_STEP:
+        raise BadArgument(
+            f"{op}: stride must be from 1, padding from 0, each to {LARGEST_STEP}; got {stride} "
+            f"and {padding}."
+        )
+    conv_size(x.shape, weight.shape[2], stride, padding, op)
 
 
 def gradient(op: str, header: Header, grad: torch.Tensor, size: Sequence[int]) -> None:

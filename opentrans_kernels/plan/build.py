@@ -16,6 +16,7 @@ from ..nn import (
     AcceleratedBlock,
     AcceleratedConv2d,
     DenseEngine,
+    DepthwiseEngine,
     Engine,
     FoldedActivation,
     FoldedBatchNorm,
@@ -25,6 +26,7 @@ from ..nn import (
     watch_together,
 )
 from ..topology import ConvNode, fold_bn
+from ..topology.blocks import is_depthwise
 from .subject import PlanSubject, Unit
 
 
@@ -121,16 +123,16 @@ class Builder:
     def _conv(self, unit: Unit, kind: str) -> Built:
         node = unit.convs[0]
         mask = self.subject.masks.get(node.name)
-        relu = node.act is not None  # one that others share still runs, and is not folded
-        if kind == "sparse":
+        if kind == "sparse" and not is_depthwise(node.conv):
             folded = fold_conv(node, mask)
             weight = folded.weight
             module: AcceleratedConv2d = SparseConv2d(
-                node.conv, SparseEngine.from_folded(folded), relu
+                node.conv, SparseEngine.from_folded(folded), node.activation
             )
         else:
             weight, bias = fold_bn(node, masked_weight(node, mask))
-            module = AcceleratedConv2d(node.conv, DenseEngine(weight, bias, node.conv), relu)
+            form = DepthwiseEngine if kind == "sparse" else DenseEngine
+            module = AcceleratedConv2d(node.conv, form(weight, bias, node.conv), node.activation)
         freshness = module.opentrans_freshness = freshness_of(unit.convs)
         swaps: dict[str, Replacement] = {node.name: module}
         if node.bn is not None and node.bn_name is not None:
@@ -140,7 +142,7 @@ class Builder:
             swaps[node.act_name] = FoldedActivation(node.act)
         if len(swaps) > 1:
             masks = {"": mask} if unit.must_mask and mask is not None else {}
-            watch_together(self.subject.model, swaps, masks)
+            watch_together(self.subject.model, swaps, masks, through=node.through)
         nnz = {node.name: module.opentrans_engine.nnz}
         return Built(kind, module, swaps, nnz, {node.name: tuple(weight.shape[:2])})
 

@@ -16,7 +16,7 @@ from ..masks import MaskSet, make_permanent
 from ..synthetic import is_mask_spec, masks_for
 from ..topology import BlockNode, ConvNode, ConvShape, Trunk, conv_shapes, find_trunk
 from ..topology.behaviour import added_behaviour, first_changed
-from ..topology.blocks import alone, plain_conv
+from ..topology.blocks import alone, is_depthwise, plain_conv
 from ..topology.collapse import Collapse, collapse_of
 from .arguments import checked_size
 from .models import accelerated_parts as accelerated_parts
@@ -55,7 +55,8 @@ class Unit:
         """Why the sparse kernels cannot run it; None if they can."""
         if self.block is not None:
             return None  # recognised blocks hold plain convolutions only
-        return plain_conv(self.convs[0].conv)
+        conv = self.convs[0].conv
+        return None if is_depthwise(conv) else plain_conv(conv)
 
     @property
     def changed(self) -> str | None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from opentrans_kernels.activations import NONE
 from opentrans_kernels.topology.fold import is_plain_bn
 from opentrans_kernels.topology.naming import child, naming_of_block
 from opentrans_kernels.topology.nodes import BlockNode, ConvNode, original
@@ -22,16 +23,23 @@ def is_relu(module: nn.Module | None) -> bool:
     return type(module) is nn.ReLU
 
 
-def plain_conv(module: nn.Module | None) -> str | None:
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether it has one window per channel, of a form that the kernels can express."""
+    if conv.groups == 1 or not conv.groups == conv.in_channels == conv.out_channels:
+        return False
+    return plain_conv(conv, grouped=True) is None
+
+
+def plain_conv(module: nn.Module | None, grouped: bool = False) -> str | None:
     """None if ``module`` is a convolution the kernels can express; otherwise what is unusual about
-    it.
+    it. ``grouped``: it may be.
     """
     if not isinstance(module, nn.Conv2d):
         return f"is {type(module).__name__}, not Conv2d"
     own = type(module)
     if own.forward is not nn.Conv2d.forward or own._conv_forward is not nn.Conv2d._conv_forward:
         return f"is a {own.__name__} with its own forward"
-    if module.groups != 1:
+    if module.groups != 1 and not grouped:
         return f"has groups={module.groups}"
     if module.dilation != (1, 1):
         return f"has dilation={module.dilation}"
@@ -212,4 +220,7 @@ def _call(module: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
 
 def alone(node: ConvNode) -> ConvNode:
     """The same convolution with nothing claimed about what follows it."""
-    return replace(node, bn=None, bn_name=None, relu=False, act_name=None, act=None)
+    return replace(
+        node, bn=None, bn_name=None, relu=False, act_name=None, act=None, activation=NONE,
+        through=(),
+    )  # fmt: skip

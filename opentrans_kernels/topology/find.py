@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from opentrans_kernels.activations import NONE, RELU
 from opentrans_kernels.errors import UnsupportedModelError
 from opentrans_kernels.topology.blocks import (
     Unrecognised,
@@ -18,14 +19,21 @@ from opentrans_kernels.topology.blocks import (
     prove_block,
     read_block,
 )
-from opentrans_kernels.topology.fold import is_plain_bn
+from opentrans_kernels.topology.dataflow import dataflow
 from opentrans_kernels.topology.naming import (
     TRANSFORMERS,
     Naming,
     child,
     naming_of_root,
 )
-from opentrans_kernels.topology.nodes import BlockNode, ConvNode, StemNode, Trunk, original
+from opentrans_kernels.topology.nodes import (
+    BlockNode,
+    ConvNode,
+    PoolNode,
+    StemNode,
+    Trunk,
+    original,
+)
 from opentrans_kernels.topology.tracing import meta_copy, same_expression
 
 
@@ -56,7 +64,7 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
     trunks = tuple(_read_trunk(model, prefix, root) for prefix, root in roots)
     if trunks:
         return trunks
-    loose, notes = _loose(model, set())
+    loose, pools, notes = _loose(model, set())
     if not loose:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Conv2d that can be accelerated"
@@ -64,7 +72,7 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
             + ". Pass a convolutional network, for example the visual tower of a CLIP ResNet."
         )
     notes = ["no ResNet trunk (layer1, layer2, ... of residual blocks) found", *notes]
-    return (Trunk(model, "", "generic", None, (), tuple(loose), (), tuple(notes)),)
+    return (Trunk(model, "", "generic", None, (), tuple(loose), notes=tuple(notes), pools=pools),)
 
 
 def _roots(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -129,7 +137,8 @@ def _read_trunk(model: nn.Module, prefix: str, root: nn.Module) -> Trunk:
         notes.append(f"the stem is not recognised: {reason}. Its convolutions are loose.")
     taken = {id(c.conv) for c in (stem.convs if stem else ())}
     taken |= {id(c.conv) for b in blocks for c in b.all_convs}
-    loose, loose_notes = _loose(model, taken)
+    opaque = frozenset(id(block.module) for block in blocks)
+    loose, pools, loose_notes = _loose(model, taken, opaque)
     return Trunk(
         model=model,
         prefix=prefix,
@@ -140,6 +149,7 @@ def _read_trunk(model: nn.Module, prefix: str, root: nn.Module) -> Trunk:
         stages=tuple(stages),
         iterated=naming.iterated,
         notes=(*notes, *loose_notes),
+        pools=pools,
     )
 
 
@@ -181,7 +191,7 @@ def _read_stem(
         shared = count > 1 and keys[0] not in acts[: naming.own]
         paths = (f"{prefix}{conv}", f"{prefix}{bn}", None if shared else f"{prefix}{keys[0]}")
         node = conv_node(paths, child(root, conv), child(root, bn), True)
-        nodes.append(node if shared else replace(node, act=child(root, keys[0])))
+        nodes.append(node if shared else replace(node, act=child(root, keys[0]), activation=RELU))
         steps += [conv, bn, keys[0]]
     pools = [k for k in naming.stem_pools if child(root, k) is not None]
     pool = pools[0] if pools else None
@@ -225,9 +235,12 @@ def _read_stem(
     return StemNode(tuple(nodes), tuple(f"{prefix}{s}" for s in steps), pool_name)
 
 
-def _loose(model: nn.Module, taken: set[int]) -> tuple[list[ConvNode], list[str]]:
-    """Every remaining Conv2d, with its batch norm and ReLU where a plain Sequential makes them
-    certain.
+def _loose(
+    model: nn.Module, taken: set[int], opaque: frozenset[int] = frozenset()
+) -> tuple[list[ConvNode], tuple[PoolNode, ...], list[str]]:
+    """Every remaining Conv2d, with the batch norm and activation that are certain to follow it.
+
+    opaque: ids of modules that the taken ones are in.
     """
     uses = Counter(id(original(m)) for _, m in model.named_modules(remove_duplicate=False))
     loose: dict[str, ConvNode] = {}
@@ -242,25 +255,28 @@ def _loose(model: nn.Module, taken: set[int]) -> tuple[list[ConvNode], list[str]
             notes.append(f"{name} is used at {uses[id(module)]} places: left alone")
         else:
             loose[name] = ConvNode(name, module)
-    for path, module in walk_modules(model):
-        if type(module) is not nn.Sequential or "forward" in vars(module):
+    if not loose or isinstance(model, nn.Conv2d):
+        return list(loose.values()), (), notes
+    flow = dataflow(model, opaque)
+    modules = dict(walk_modules(model))
+
+    def alone(name: str | None) -> nn.Module | None:
+        found = modules[name] if name is not None else None
+        return found if uses[id(found)] == 1 else None
+
+    for name, chain in flow.chains.items():
+        bn, act = alone(chain.bn), alone(chain.act)
+        if name not in loose or (chain.bn is not None and bn is None):
             continue
-        parts = [(f"{path}.{k}" if path else k, original(m)) for k, m in module.named_children()]
-        for (name, conv), (bn_name, bn) in zip(parts, parts[1:], strict=False):
-            if name not in loose or uses[id(bn)] > 1 or not is_plain_bn(bn):
-                continue
-            if getattr(bn, "num_features", conv.out_channels) != conv.out_channels:
-                continue
-            after = parts.index((bn_name, bn)) + 1
-            act_name, act = parts[after] if after < len(parts) else ("", None)
-            relu = is_relu(act)
-            alone = relu and uses[id(act)] == 1
-            loose[name] = replace(
-                loose[name],
-                bn=bn,
-                bn_name=bn_name,
-                relu=relu,
-                act_name=act_name if alone else None,
-                act=act if alone else None,
-            )
-    return list(loose.values()), notes
+        folds = act is not None or chain.act is None
+        loose[name] = replace(
+            loose[name],
+            bn=bn,
+            bn_name=chain.bn,
+            relu=chain.activation == RELU,
+            act_name=None if act is None else chain.act,
+            act=act,
+            activation=chain.activation if folds else NONE,
+            through=tuple((path, modules[path]) for path in chain.through),
+        )
+    return list(loose.values()), tuple(flow.pools), [*notes, *flow.notes()]

@@ -5,37 +5,46 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from opentrans_kernels.activations import NONE, Activation, activation_of
 from opentrans_kernels.errors import UnsupportedModelError
 from opentrans_kernels.finite import count_non_finite
 from opentrans_kernels.topology.nodes import ConvNode
 
 
 def is_plain_bn(module: nn.Module | None) -> bool:
-    """True if ``module`` in eval mode is nothing but scale and shift from running statistics.
+    """True if ``module`` in eval mode is nothing but scale and shift from running statistics."""
+    return norm_activation(module) == NONE
 
-    ``BatchNorm2d`` and ``SyncBatchNorm`` are known. Anything else with the same tensors (the frozen
-    batch norms of torchvision, detectron2 and others) is tried on a few numbers of both signs and
-    must agree with the formula; a norm with a built-in activation does not.
+
+def norm_activation(module: nn.Module | None) -> Activation | None:
+    """What ``module``, a scale and shift from running statistics in eval mode, applies afterwards.
+
+    None for anything else. ``BatchNorm2d`` and ``SyncBatchNorm`` are known. Others with the same
+    tensors (the frozen batch norms of torchvision, detectron2 and others, and timm's with their
+    activation in ``act``) are tried on a few numbers of both signs and must agree with the formula.
     """
     if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        return True
+        return NONE
     tensors = [getattr(module, key, None) for key in ("running_mean", "running_var")]
     if any(not isinstance(t, torch.Tensor) for t in tensors) or not hasattr(module, "eps"):
-        return False
+        return None
     try:
         scale, shift = scale_shift(module, "norm")
     except UnsupportedModelError:
-        return isinstance(module, nn.BatchNorm2d) and type(module).forward is nn.BatchNorm2d.forward
+        own = isinstance(module, nn.BatchNorm2d) and type(module).forward is nn.BatchNorm2d.forward
+        return NONE if own else None
     mean = tensors[0]
     probe = torch.tensor([-7.0, -0.5, 0.5, 7.0], dtype=mean.dtype, device=mean.device)
     probe = probe.view(1, 1, 1, 4).expand(1, mean.numel(), 1, 4).contiguous()
     with torch.no_grad():
         got = type(module).forward(module, probe.clone())
-    want = probe.double() * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    act = activation_of(getattr(module, "act", None))
+    want = act.apply_(probe.double() * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1))
     tolerance = 1e-2 if mean.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return torch.allclose(
+    same = torch.allclose(
         got.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max())
     )
+    return act if same else None
 
 
 def scale_shift(bn: nn.Module, where: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from opentrans_kernels.activations import NONE, Activation
+
 
 def original(module: nn.Module) -> nn.Module:
     """The module that was there before acceleration.
@@ -27,10 +29,12 @@ class ConvNode:
         unknown.
     relu: a ReLU follows; for the last convolution of a block it comes *after* the residual
         addition.
-    act_name: module path of that ReLU when it serves this convolution alone, so that it may be
-        swapped for ``Identity``; None when it is shared or sits behind the addition. Leaving a ReLU
-        in place after a fused one is harmless: relu(relu(x)) = relu(x).
+    act_name: module path of the activation when it serves this convolution alone, so that it may be
+        swapped; None when it is shared or sits behind the addition. Leaving a ReLU in place after a
+        fused one is harmless: relu(relu(x)) = relu(x).
     act: that module, with ``act_name``.
+    activation: what a replacement applies last: that of ``act``, or one that the norm has built in.
+    through: (path, module) of what the values between these pass through or cross, unchanged.
     """
 
     name: str
@@ -40,6 +44,13 @@ class ConvNode:
     relu: bool = False
     act_name: str | None = None
     act: nn.Module | None = None
+    activation: Activation = NONE
+    through: tuple[tuple[str, nn.Module], ...] = ()
+
+    @property
+    def follows(self) -> bool:
+        """Whether a replacement computes more than the convolution."""
+        return self.bn is not None or self.act is not None
 
     def folded(self) -> Iterator[tuple[str, nn.Module]]:
         """(path, module) of the convolution and of what a replacement of it computes as well."""
@@ -91,6 +102,20 @@ class StemNode:
 
 
 @dataclass(frozen=True)
+class PoolNode:
+    """A pool that reads nothing but convolutions and is read by nothing else.
+
+    before, after: names of the convolutions; between those before and the pool there is only what
+    may be folded into them.
+    """
+
+    name: str
+    module: nn.Module
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Trunk:
     """A recognised trunk; ``blocks`` in execution order.
 
@@ -101,6 +126,7 @@ class Trunk:
     iterated: whatever holds a stage calls its blocks one by one, so it cannot be replaced as a
         whole.
     loose: convolutions outside recognised structure; replaceable one by one.
+    pools: pools between them.
     notes: what was not recognised and why, one sentence each.
     """
 
@@ -113,6 +139,7 @@ class Trunk:
     stages: tuple[str, ...] = ()
     iterated: bool = False
     notes: tuple[str, ...] = ()
+    pools: tuple[PoolNode, ...] = ()
 
     def convs(self) -> Iterator[ConvNode]:
         """Every convolution: stem, blocks (conv1, conv2, conv3, downsample), loose."""

@@ -97,7 +97,7 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
     run.positions = int64_t{last} * width - at;
     run.out = c1_out + (at - begin);
     run.out_channel = c1_plane;
-    run.relu = true;
+    run.act.kind = kRelu;
     execute(run, isa, par);
   }
   if (carries) {
@@ -121,7 +121,7 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
   run.window = &window;
   run.out = mid;
   run.out_channel = mid_plane;
-  run.relu = true;
+  run.act.kind = kRelu;
   execute(run, isa, par);
 
   const int64_t mid_pixels = int64_t{rows} * width;
@@ -174,7 +174,7 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
   run.out_channel = out.plane_stride;
   run.residual = block.has_down ? result : x.data + offset;
   run.residual_channel = block.has_down ? out.plane_stride : x.plane_stride;
-  run.relu = true;
+  run.act.kind = kRelu;
   execute(run, isa, par);
 }
 

@@ -29,7 +29,7 @@ bool readable_in_place(const Planes& x, int n, const Isa& isa) {
 }
 
 void pointwise(const SparseWeight& w, const Planes& x, const Planes& out, const Planes* residual,
-               bool relu, const Parallel& par, const Isa& isa) {
+               const Activation& act, const Parallel& par, const Isa& isa) {
   for (int n = 0; n < x.n; ++n) {
     const float* planes = x.data + n * x.batch_stride;
     int64_t channel = x.plane_stride;
@@ -59,7 +59,7 @@ void pointwise(const SparseWeight& w, const Planes& x, const Planes& out, const 
     run.out_channel = out.plane_stride;
     run.residual = residual ? residual->data + n * residual->batch_stride : nullptr;
     run.residual_channel = residual ? residual->plane_stride : 0;
-    run.relu = relu;
+    run.act = act;
     if (residual && !readable_in_place(*residual, n, isa)) {
       run.exact = true;
     }
@@ -70,11 +70,11 @@ void pointwise(const SparseWeight& w, const Planes& x, const Planes& out, const 
 }  // namespace
 
 void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
-                   const Planes* residual, bool relu, const Parallel& par) {
+                   const Planes* residual, const Activation& act, const Parallel& par) {
   const Isa& isa = active_isa();
   if (x.n == 0 || out.h <= 0 || out.w <= 0 || w.cout == 0) return;
   if (w.kernel == 1 && w.stride == 1 && w.padding == 0) {
-    pointwise(w, x, out, residual, relu, par, isa);
+    pointwise(w, x, out, residual, act, par, isa);
     return;
   }
   const Window window = window_of(w, x, out, isa);
@@ -88,7 +88,7 @@ void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
     run.out_channel = out.plane_stride;
     run.residual = residual ? residual->data + n * residual->batch_stride : nullptr;
     run.residual_channel = residual ? residual->plane_stride : 0;
-    run.relu = relu;
+    run.act = act;
     run_parallel(run, isa, par);
   }
 }

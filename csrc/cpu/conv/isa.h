@@ -25,7 +25,7 @@ struct TileArgs {
   int64_t out_row;
   int32_t piece, rows, cols;
   int32_t exact;
-  bool relu;
+  Activation act;
   int32_t vectors;
 };
 
@@ -44,6 +44,23 @@ struct StageArgs {
   int32_t piece;
   int32_t piece_rows;  // input rows between pieces
   float* dst;
+};
+
+// One plane of a depthwise convolution.
+struct DepthwiseArgs {
+  const float* x;
+  int64_t row_stride;
+  int32_t h, w;
+  const float* weight;  // [kernel][kernel]
+  float bias;
+  int32_t kernel, stride, padding;
+  int32_t phases;  // of a column modulo the stride that some tap has
+  float* out;
+  int32_t out_h, out_w;
+  Activation act;
+  int64_t band;    // output rows whose input is copied together
+  int64_t pitch;   // floats of a copied row's phase: those of the taps, and whole vectors
+  float* scratch;  // [input rows of a band][phases][pitch]
 };
 
 // Gradient of the nonzeros of one (row block, chunk) over one sub-tile.
@@ -80,6 +97,7 @@ struct Isa {
   void (*gather)(const float* src, int64_t src_stride, int channels, const int* vectors, int tiles,
                  float* dst, int64_t dst_stride, int64_t dst_tile);
   void (*stage)(const StageArgs&);
+  void (*depthwise)(const DepthwiseArgs&);
   void (*pool2)(const float* row0, const float* row1, float* out, int64_t n);
 };
 

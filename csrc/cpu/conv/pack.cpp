@@ -27,7 +27,6 @@ enum Header {
 constexpr int32_t kMagicValue = 0x4b544f50;
 constexpr int32_t kVersionValue = 1;
 constexpr int32_t kMaxKernel = 127;  // its square is the most codes of a chunk that an entry counts
-constexpr int32_t kMaxStep = 1 << 15;  // stride and padding, so that no coordinate overflows
 // clang-format on
 
 bool within(int32_t value, int32_t least, int32_t most) { return value >= least && value <= most; }

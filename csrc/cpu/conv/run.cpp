@@ -48,7 +48,7 @@ TileArgs block_args(const Run& run, int b) {
   a.out_stride = run.out_channel;
   a.residual = run.residual ? run.residual + row0 * run.residual_channel : nullptr;
   a.residual_stride = run.residual_channel;
-  a.relu = run.relu;
+  a.act = run.act;
   return a;
 }
 

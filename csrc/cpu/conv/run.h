@@ -24,7 +24,7 @@ struct Run {
   int64_t out_channel;
   const float* residual;  // planes like out, or null
   int64_t residual_channel;
-  bool relu;
+  Activation act;
 };
 
 // What a run is cut into: vectors, or tiles of the window.

@@ -16,16 +16,18 @@ __all__ = ["sparse_conv2d", "sparse_conv2d_wgrad"]
 
 
 @in_float32
-def sparse_conv2d(x, structure, values, bias, residual, cout, kernel, stride, padding, relu):
+def sparse_conv2d(
+    x, structure, values, bias, residual, cout, kernel, stride, padding, relu,
+    activation=0, slope=0.0,
+):  # fmt: skip
     """See :func:`opentrans_kernels.ops.sparse_conv2d`; the op's arguments in schema order."""
+    act = arguments.activation("sparse_conv2d", relu, activation, slope)
     arguments.convolution(x, structure, values, bias, residual, cout, kernel, stride, padding)
     weight = dense_weight(structure, values, x.shape[1], cout, kernel).to(x.dtype)
     y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
     if residual is not None:
         y = y + residual
-    if relu:
-        y = y.relu()
-    return plane_padded(y, *y.shape).copy_(y)
+    return act.apply_(plane_padded(y, *y.shape).copy_(y))
 
 
 @in_float32
