@@ -96,10 +96,11 @@ struct Activation {
 void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
                    const Planes* residual, const Activation& act, const Parallel& par);
 
-// Rows of `width` dense floats, `stride` apart.
+// Tokens of `width` channels: channel c of token t at data[t * stride + c * channel]. One of the two
+// strides is 1; outputs and residuals have dense channels.
 struct Tokens {
   float* data;
-  int64_t count, width, stride;
+  int64_t count, width, stride, channel;
 };
 
 // out = act(x W^T + bias [+ residual]) of tokens, W a packed 1x1 with stride 1 and no padding.
