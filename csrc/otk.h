@@ -73,7 +73,17 @@ inline int64_t plane_stride(int64_t pixels) {
 }
 
 // What a convolution applies to its sums last; the numbers are those of activations.py.
-enum ActivationKind : int32_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardSwish };
+enum ActivationKind : int32_t {
+  kNone,
+  kRelu,
+  kRelu6,
+  kLeakyRelu,
+  kSilu,
+  kHardSwish,
+  kGelu,       // with the error function
+  kGeluTanh,   // with its approximation by tanh
+  kQuickGelu,  // x / (1 + e^(-1.702 x))
+};
 struct Activation {
   int32_t kind;
   float slope;  // of kLeakyRelu, below zero
@@ -85,6 +95,21 @@ struct Activation {
 // out.plane_stride must be plane_stride(h * w) with dense rows. residual may be out itself.
 void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
                    const Planes* residual, const Activation& act, const Parallel& par);
+
+// Tokens of `width` channels: channel c of token t at data[t * stride + c * channel]. One of the two
+// strides is 1; outputs and residuals have dense channels.
+struct Tokens {
+  float* data;
+  int64_t count, width, stride, channel;
+};
+
+// out = act(x W^T + bias [+ residual]) of tokens, W a packed 1x1 with stride 1 and no padding.
+void sparse_linear(const SparseWeight& w, const Tokens& x, const Tokens& out,
+                   const Tokens* residual, const Activation& act, const Parallel& par);
+// out = act(x W1^T + bias1) W2^T + bias2 [+ residual]; what lies between is never in memory as a
+// whole.
+void sparse_mlp(const SparseWeight& w1, const SparseWeight& w2, const Tokens& x, const Tokens& out,
+                const Tokens* residual, const Activation& act, const Parallel& par);
 
 // grad_values[i] = sum over batch and pixels of grad_out * x at nonzero i, in packed order.
 void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& grad_out,

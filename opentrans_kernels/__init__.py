@@ -47,6 +47,8 @@ _EXPORTS = {
     "release_memory": "ops",
     "sparse_bottleneck": "ops",
     "sparse_conv2d": "ops",
+    "sparse_linear": "ops",
+    "sparse_mlp": "ops",
     "sparse_stage": "ops",
     "BuildMismatch": "errors",
     "CheckpointError": "errors",
@@ -87,6 +89,8 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .ops import release_memory as release_memory
     from .ops import sparse_bottleneck as sparse_bottleneck
     from .ops import sparse_conv2d as sparse_conv2d
+    from .ops import sparse_linear as sparse_linear
+    from .ops import sparse_mlp as sparse_mlp
     from .ops import sparse_stage as sparse_stage
     from .pack import SparseWeight as SparseWeight
     from .plan import Plan as Plan

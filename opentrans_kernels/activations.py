@@ -24,6 +24,9 @@ class Kind(IntEnum):
     LEAKY_RELU = 3
     SILU = 4
     HARD_SWISH = 5
+    GELU = 6
+    GELU_TANH = 7
+    QUICK_GELU = 8
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Activation:
             return F.silu(y, inplace=True)
         if self.kind == Kind.HARD_SWISH:
             return F.hardswish(y, inplace=True)
+        if self.kind in _APPROXIMATION:
+            return y.copy_(F.gelu(y, approximate=_APPROXIMATION[self.kind]))
+        if self.kind == Kind.QUICK_GELU:
+            return y.mul_(torch.sigmoid(_QUICK * y))
         return y
 
     def gradient(self, grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -71,13 +78,23 @@ class Activation:
             return aten.silu_backward(grad, z)
         if self.kind == Kind.HARD_SWISH:
             return aten.hardswish_backward(grad, z)
+        if self.kind in _APPROXIMATION:
+            return aten.gelu_backward(grad, z, approximate=_APPROXIMATION[self.kind])
+        if self.kind == Kind.QUICK_GELU:
+            gate = torch.sigmoid(_QUICK * z)
+            return grad * gate * (1 + _QUICK * z * (1 - gate))
         return grad
 
 
 NONE = Activation()
 RELU = Activation(Kind.RELU)
-_NAMES = dict(zip(Kind, ("no activation", "ReLU", "ReLU6", "leaky ReLU", "SiLU", "hard-swish"),
-                  strict=True))  # fmt: skip
+_NAMES = dict(zip(Kind, (
+    "no activation", "ReLU", "ReLU6", "leaky ReLU", "SiLU", "hard-swish", "GELU", "GELU (tanh)",
+    "quick GELU",
+), strict=True))  # fmt: skip
+#: CLIP's activation is x * sigmoid(1.702 x).
+_QUICK = 1.702
+_APPROXIMATION = {Kind.GELU: "none", Kind.GELU_TANH: "tanh"}
 _PLAIN = {nn.ReLU: Kind.RELU, nn.SiLU: Kind.SILU, nn.Hardswish: Kind.HARD_SWISH}
 
 
@@ -88,6 +105,9 @@ def activation_of(module: nn.Module | None) -> Activation:
         return Activation(_PLAIN[own])
     if own is nn.LeakyReLU:
         return Activation(Kind.LEAKY_RELU, float(module.negative_slope))  # type: ignore[union-attr,arg-type]
+    if own is nn.GELU:
+        tanh = module.approximate == "tanh"  # type: ignore[union-attr]
+        return Activation(Kind.GELU_TANH if tanh else Kind.GELU)
     if own in (nn.ReLU6, nn.Hardtanh):
         limits = (module.min_val, module.max_val)  # type: ignore[union-attr]
         return Activation(Kind.RELU6) if limits == (0, 6) else NONE

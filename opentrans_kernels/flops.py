@@ -11,6 +11,7 @@ All functions return MACs (multiply-accumulates) as integers. ``torch.utils.flop
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Mapping
 from importlib.abc import MetaPathFinder
@@ -192,12 +193,25 @@ def depthwise_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> 
     return batch * channels * height * width * arguments["weight"][2] ** 2
 
 
+def linear_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """Effective MACs of a linear layer: its nonzeros once per token."""
+    return int(arguments["values"][0] * math.prod(out_shape[:-1]))
+
+
+def mlp_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """Effective MACs of two of them."""
+    nonzeros = arguments["values1"][0] + arguments["values2"][0]
+    return int(nonzeros * math.prod(out_shape[:-1]))
+
+
 # Operator name without its namespace -> formula.
 FORMULAS: dict[str, Formula] = {
     "sparse_conv2d": conv_macs,
     "sparse_conv2d_dgrad": dgrad_macs,
     "sparse_conv2d_wgrad": wgrad_macs,
     "depthwise_conv2d": depthwise_macs,
+    "sparse_linear": linear_macs,
+    "sparse_mlp": mlp_macs,
     "sparse_bottleneck": bottleneck_macs,
     "sparse_stage": stage_macs,
     "folded_conv2d": folded_macs,

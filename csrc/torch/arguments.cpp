@@ -149,6 +149,15 @@ otk::Planes reachable_planes(const char* op, const Tensor& x, const otk::SparseW
   return planes(op, "x", *copy);
 }
 
+otk::Activation activation_of(const char* op, bool relu, int64_t kind, double slope) {
+  STD_TORCH_CHECK(kind >= otk::kNone && kind <= otk::kQuickGelu, op, ": ", kind,
+                  " is no activation; they are numbered from ", int{otk::kNone}, " to ",
+                  int{otk::kQuickGelu});
+  STD_TORCH_CHECK(!relu || kind <= otk::kRelu, op, ": relu and activation ", kind,
+                  " exclude each other; pass one of them");
+  return {relu ? otk::kRelu : static_cast<int32_t>(kind), static_cast<float>(slope)};
+}
+
 void refuse(const char* op, const char* why) { STD_TORCH_CHECK(false, op, ": ", why); }
 
 }  // namespace otk_torch

@@ -40,6 +40,9 @@ void run_kernel(const char* op, Kernel&& kernel) {
 otk::SparseWeight read_weight(const char* op, const Tensor& structure, const Tensor& values,
                               const std::optional<Tensor>& bias);
 
+// What an op is to apply: `relu` is the short way of one of the kinds. Raises.
+otk::Activation activation_of(const char* op, bool relu, int64_t kind, double slope);
+
 // A float32 CPU tensor [N, C, H, W] with any strides.
 otk::Planes planes(const char* op, const char* name, const Tensor& t);
 

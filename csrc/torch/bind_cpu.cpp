@@ -37,15 +37,6 @@ ConvInput conv_input(const char* op, const Tensor& x, const otk::SparseWeight& w
   return {reachable_planes(op, x, w, copy), h / w.stride + 1, width / w.stride + 1};
 }
 
-otk::Activation activation_of(const char* op, bool relu, int64_t kind, double slope) {
-  STD_TORCH_CHECK(kind >= otk::kNone && kind <= otk::kHardSwish, op, ": ", kind,
-                  " is no activation; they are numbered from ", int{otk::kNone}, " to ",
-                  int{otk::kHardSwish});
-  STD_TORCH_CHECK(!relu || kind <= otk::kRelu, op, ": relu and activation ", kind,
-                  " exclude each other; pass one of them");
-  return {relu ? otk::kRelu : static_cast<int32_t>(kind), static_cast<float>(slope)};
-}
-
 Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& values,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                      int64_t cout, int64_t kernel, int64_t stride, int64_t padding, bool relu,

@@ -14,6 +14,8 @@ from .powerlaw_fit import powerlaw_fit
 from .sparse_bottleneck import sparse_bottleneck
 from .sparse_conv2d import sparse_conv2d
 from .sparse_conv2d_nhwc import sparse_conv2d_nhwc
+from .sparse_linear import sparse_linear
+from .sparse_mlp import sparse_mlp
 from .sparse_stage import sparse_stage
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "sparse_bottleneck",
     "sparse_conv2d",
     "sparse_conv2d_nhwc",
+    "sparse_linear",
+    "sparse_mlp",
     "sparse_stage",
 ]
 

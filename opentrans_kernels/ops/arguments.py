@@ -24,8 +24,11 @@ __all__ = [
     "depthwise",
     "gradient",
     "image",
+    "linear",
     "packed_header",
     "pooled_size",
+    "result",
+    "tokens",
 ]
 
 
@@ -108,6 +111,38 @@ def _weight(op: str, x: torch.Tensor, structure, values, bias) -> Header:
                 f"{op}: {name} is {tensor.dtype}, but x is {x.dtype}. Convert it with .float()."
             )
     return header
+
+
+def tokens(op: str, x: torch.Tensor) -> torch.Size:
+    """The shape ``[..., channels]`` of tokens."""
+    if x.dim() < 1:
+        raise BadArgument(f"{op}: x must have a dimension of channels at its end, got a number.")
+    return x.shape
+
+
+def linear(op: str, x: torch.Tensor, structure, values, bias) -> Header:
+    """Check a packed linear layer and its tokens; returns the structure's header."""
+    header = _weight(op, x, structure, values, bias)
+    if header[2:5] != (1, 1, 0):
+        raise BadArgument(
+            f"{op}: the packed weight is a convolution (window, stride, padding {header[2:5]}). "
+            "Pack a linear layer's weight [out, in] as [out, in, 1, 1]."
+        )
+    if x.dtype not in (torch.float32, torch.float64):
+        raise BadArgument(f"{op}: x is {x.dtype}; convert it to float32 with .float().")
+    if tokens(op, x)[-1] != header.cin:
+        raise BadArgument(f"{op}: x has {x.shape[-1]} channels, the weight expects {header.cin}.")
+    return header
+
+
+def result(op: str, size: torch.Size, cout: int, residual: torch.Tensor | None) -> None:
+    """Check what a linear layer's output is said to be, and what is added to it."""
+    if size[-1] != cout:
+        raise BadArgument(f"{op}: cout is {cout}, the packed weight has {size[-1]} outputs.")
+    if residual is not None and residual.shape != size:
+        raise BadArgument(
+            f"{op}: residual must have the output's shape {list(size)}, got {list(residual.shape)}."
+        )
 
 
 def _input(op: str, x: torch.Tensor, cin: int) -> torch.Size:

@@ -39,6 +39,11 @@ def plain_conv(module: nn.Module | None, grouped: bool = False) -> str | None:
     own = type(module)
     if own.forward is not nn.Conv2d.forward or own._conv_forward is not nn.Conv2d._conv_forward:
         return f"is a {own.__name__} with its own forward"
+    return unusual_window(module, grouped)
+
+
+def unusual_window(module: nn.Conv2d, grouped: bool = False) -> str | None:
+    """What about a convolution's numbers the kernels cannot express, whatever its class."""
     if module.groups != 1 and not grouped:
         return f"has groups={module.groups}"
     if module.dilation != (1, 1):

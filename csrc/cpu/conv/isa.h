@@ -104,6 +104,14 @@ struct Isa {
   void (*stage)(const StageArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   void (*pool2)(const float* row0, const float* row1, float* out, int64_t n);
+  // [tokens][channels] -> [channels][tokens], planes filled up with zeros to whole vectors; back,
+  // plus a residual or null; activations of rows of `len` floats, in place.
+  void (*to_planes)(const float* src, int64_t src_stride, int64_t tokens, int64_t channels,
+                    float* dst, int64_t dst_stride);
+  void (*to_tokens)(const float* src, int64_t src_stride, int64_t tokens, int64_t channels,
+                    float* dst, int64_t dst_stride, const float* residual,
+                    int64_t residual_stride);
+  void (*activate)(float* p, int64_t rows, int64_t stride, int64_t len, const Activation& act);
 };
 
 #if defined(__x86_64__)

@@ -44,9 +44,10 @@ TileArgs block_args(const Run& run, int b) {
   const int64_t row0 = int64_t{b} * run.w->row_block;
   TileArgs a{};
   a.bias = run.w->bias ? run.w->bias + row0 : nullptr;
-  a.out = run.out + row0 * run.out_channel;
+  a.out = run.out + (row0 - run.first_row) * run.out_channel;
   a.out_stride = run.out_channel;
-  a.residual = run.residual ? run.residual + row0 * run.residual_channel : nullptr;
+  a.residual =
+      run.residual ? run.residual + (row0 - run.first_row) * run.residual_channel : nullptr;
   a.residual_stride = run.residual_channel;
   a.act = run.act;
   return a;
@@ -58,8 +59,9 @@ int subtile_vectors(const SparseWeight& w, const Isa& isa) {
 }
 
 // Sub-tiles copied together, 0 if they are read in place.
-int staged_subtiles(const SparseWeight& w, const Isa& isa) {
-  if (w.nnz < kStageReuse * w.cin) return 0;
+int staged_subtiles(const Run& run, const Isa& isa) {
+  const SparseWeight& w = *run.w;
+  if (run.gathered || w.nnz < kStageReuse * w.cin) return 0;
   const int64_t one = int64_t{w.cin} * isa.max_vectors * isa.lanes;
   return static_cast<int>(std::min<int64_t>(kGroup, kStageFloats / one));
 }
@@ -71,7 +73,7 @@ int64_t partial_floats(const SparseWeight& w, const Isa& isa) {
 int64_t pointwise_scratch(const Run& run, const Isa& isa) {
   const SparseWeight& w = *run.w;
   const int64_t one = int64_t{w.cin} * isa.max_vectors * isa.lanes;
-  return Arena::rounded(block_nnz(w)) + Arena::rounded(one * staged_subtiles(w, isa)) +
+  return Arena::rounded(block_nnz(w)) + Arena::rounded(one * staged_subtiles(run, isa)) +
          kGroup * partial_floats(w, isa);
 }
 
@@ -81,7 +83,7 @@ void run_pointwise(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const
   // Offsets depend on the image size: they are made for one block at a time and serve its
   // sub-tiles, which keeps the pack itself free of sizes.
   auto* offsets = reinterpret_cast<uint32_t*>(local.take(block_nnz(w)));
-  const int staged = staged_subtiles(w, isa);
+  const int staged = staged_subtiles(run, isa);
   const int group_size = staged ? staged : kGroup;
   float* stage =
       staged ? local.take(int64_t{staged} * w.cin * isa.max_vectors * isa.lanes) : nullptr;

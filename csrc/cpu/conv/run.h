@@ -20,7 +20,9 @@ struct Run {
   const Window* window;
   int64_t positions;  // floats per channel, without a window
   bool exact;         // touch no more than `positions` floats of a residual or output plane
-  float* out;         // plane of output row 0, at the first position or the window's row0
+  bool gathered;      // x is a tile already, no copy of it could be read faster
+  int first_row;      // whose plane `out` is, 0 unless only later ones are run
+  float* out;         // plane of that output row, at the first position or the window's row0
   int64_t out_channel;
   const float* residual;  // planes like out, or null
   int64_t residual_channel;
