@@ -104,6 +104,22 @@ bool stage_pays(const Bottleneck* blocks, int count, const Planes& x, const Plan
 // are dropped, as AvgPool2d(k) does.
 void avg_pool2d(const Planes& x, const Planes& out, int k, const Parallel& par);
 
+// Windows of kernel[0] x kernel[1] pixels, one every stride[0] rows and stride[1] columns, the first
+// one padding[0] rows above and padding[1] columns left of the image. Every window holds a pixel of
+// the image, so padding is at most half of kernel.
+struct PoolWindow {
+  int kernel[2], stride[2], padding[2];
+};
+
+// out[h, w] = the largest number of window (h, w); bits as torch's: of equals the first, of NaNs the
+// last. x.col_stride is 1. Both throw std::bad_alloc.
+void max_pool2d(const Planes& x, const Planes& out, const PoolWindow& window, const Parallel& par);
+
+// Sums of the windows over `divisor`; 0: over their sizes, with_padding: pixels of the padding
+// counted, as nn.AvgPool2d counts them.
+void window_avg_pool2d(const Planes& x, const Planes& out, const PoolWindow& window,
+                       bool with_padding, int64_t divisor, const Parallel& par);
+
 // Rows of `length` dense floats: row (i, j) starts at data[i * outer_stride + j * inner_stride].
 // Behind each of them lie `padding` floats that belong to nobody.
 struct Rows {

@@ -37,7 +37,6 @@ __all__ = [
     "DenseEngine",
     "FoldedActivation",
     "FoldedBatchNorm",
-    "PlanarAvgPool2d",
     "Replacement",
     "SparseConv2d",
     "SparseEngine",
@@ -321,19 +320,3 @@ def watch_together(
     watch = Watch([(name, part, parents[name]) for name, part in parts.items()], masks, undo)
     for part in parts.values():
         part.opentrans_watch = watch
-
-
-class PlanarAvgPool2d(Replacement):
-    """A non-overlapping average pool that reads and writes the kernels' layout without a copy."""
-
-    OPERATORS = {"opentrans_average": "avg_pool2d"}
-
-    def __init__(self, original: nn.Module, size: int) -> None:
-        super().__init__(original)
-        self.opentrans_size = size
-        self._resolve()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
-            return F.avg_pool2d(x, self.opentrans_size)
-        return self.opentrans_average(x, self.opentrans_size)

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import PlanError
 from ..pack import Header, checked_header
+from ..pack.layout import LARGEST_STEP
 
 __all__ = [
     "BadArgument",
@@ -22,7 +23,9 @@ __all__ = [
     "gradient",
     "image",
     "packed_header",
+    "pair",
     "pooled_size",
+    "window_pooled_size",
 ]
 
 
@@ -60,6 +63,48 @@ def pooled_size(op: str, size: Sequence[int], k: int) -> tuple[int, int]:
             "window. Pass a larger image."
         )
     return size[-2] // k, size[-1] // k
+
+
+def pair(op: str, name: str, given: int | Sequence[int]) -> list[int]:
+    """Numbers for rows and columns, of which a single one serves both."""
+    numbers = [given, given] if isinstance(given, int) else list(given)
+    if len(numbers) != 2 or not all(isinstance(n, int) for n in numbers):
+        raise BadArgument(
+            f"{op}: {name} must be a whole number, or one for rows and one for columns, got "
+            f"{given!r}."
+        )
+    return numbers
+
+
+def window_pooled_size(
+    op: str, size: Sequence[int], window: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], ceil_mode: bool,
+) -> tuple[int, int]:  # fmt: skip
+    """Height and width after pooling; ``size`` is ``[..., H, W]`` of the input."""
+    if not len(window) == len(stride) == len(padding) == 2:
+        raise BadArgument(
+            f"{op}: window, stride and padding must have two numbers each, for rows and columns; "
+            f"got {list(window)}, {list(stride)}, {list(padding)}."
+        )
+    found = []
+    for n, k, s, p in zip(size[-2:], window, stride, padding, strict=True):
+        if not (1 <= k <= LARGEST_STEP and 1 <= s <= LARGEST_STEP and 0 <= p <= k // 2):
+            raise BadArgument(
+                f"{op}: window and stride must be 1 to {LARGEST_STEP} and padding at most half the "
+                f"window, got window {k}, stride {s}, padding {p}."
+            )
+        room = n + 2 * p - k + (s - 1 if ceil_mode else 0)
+        if n < 1 or room < 0:
+            raise BadArgument(
+                f"{op}: an image of {size[-2]}x{size[-1]} pixels is too small for a "
+                f"{window[0]}x{window[1]} pooling window with padding {list(padding)}. Pass a "
+                "larger image."
+            )
+        count = room // s + 1
+        if ceil_mode and (count - 1) * s >= n + p:
+            count -= 1  # the last window would begin behind the image
+        found.append(count)
+    return found[0], found[1]
 
 
 def packed_header(op: str, structure: torch.Tensor) -> Header:

@@ -81,6 +81,12 @@ struct Isa {
                  float* dst, int64_t dst_stride, int64_t dst_tile);
   void (*stage)(const StageArgs&);
   void (*pool2)(const float* row0, const float* row1, float* out, int64_t n);
+  // dst[i] = the largest, or the sum, of rows[0][i] ... rows[count - 1][i]. Of equal numbers the
+  // first is taken, of NaNs the last.
+  void (*max_rows)(const float* const* rows, int count, float* dst, int64_t n);
+  void (*sum_rows)(const float* const* rows, int count, float* dst, int64_t n);
+  // even[i] = src[2 i] and odd[i] = src[2 i + 1], of n numbers.
+  void (*split)(const float* src, int64_t n, float* even, float* odd);
 };
 
 #if defined(__x86_64__)
