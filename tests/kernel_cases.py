@@ -186,6 +186,8 @@ def guarded_inputs() -> int:
             held = at_end_of_page(x)
             assert torch.equal(ops.sparse_bottleneck(held, *packs, pool, pool), free), (pool, h, w)
             assert torch.equal(ops.avg_pool2d(held, pool), ops.avg_pool2d(x, pool))
+            for windows in (ops.max_pool2d, ops.window_avg_pool2d):
+                assert torch.equal(windows(held, 3, 2, 1), windows(x, 3, 2, 1))
             runs += 1
     return runs
 
@@ -216,6 +218,17 @@ def sweep() -> int:
             exact = bottleneck_exact(x, convs, pool, pool)
             dense = bottleneck_exact(x, convs, pool, pool, torch.float32)
             assert_within(out, exact, dense, ("bottleneck", pool, h, w))
+            runs += 1
+    for geometry in ((3, 2, 1), (3, 1, 1), (5, 3, 2), (2, 2, 0), ((1, 4), (2, 1), (0, 2))):
+        for h, w in ((7, 5), (14, 14), (16, 33), (3, 70)):
+            x = torch.randn(2, 3, h, w)
+            x[x.abs() < 0.2] = 0
+            x[x > 1.5] = float("nan")
+            found = ops.max_pool2d(x, *geometry)
+            assert torch.equal(found.view(torch.int32), F.max_pool2d(x, *geometry).view(torch.int32))
+            x = x.nan_to_num(2)
+            exact, dense = F.avg_pool2d(x.double(), *geometry), F.avg_pool2d(x, *geometry)
+            assert_within(ops.window_avg_pool2d(x, *geometry), exact, dense, ("mean", geometry, h))
             runs += 1
     runs += _sweep_gradients()
     return runs

@@ -67,13 +67,16 @@ def pooled_size(op: str, size: Sequence[int], k: int) -> tuple[int, int]:
 
 def pair(op: str, name: str, given: int | Sequence[int]) -> list[int]:
     """Numbers for rows and columns, of which a single one serves both."""
-    numbers = [given, given] if isinstance(given, int) else list(given)
-    if len(numbers) != 2 or not all(isinstance(n, int) for n in numbers):
+    numbers = [given, given] if isinstance(given, int) else given
+    if not (
+        isinstance(numbers, Sequence) and len(numbers) == 2
+        and all(isinstance(n, int) for n in numbers)
+    ):  # fmt: skip
         raise BadArgument(
             f"{op}: {name} must be a whole number, or one for rows and one for columns, got "
             f"{given!r}."
         )
-    return numbers
+    return list(numbers)
 
 
 def window_pooled_size(
