@@ -82,12 +82,17 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
 
 // A residual bottleneck in one pass over bands of rows, intermediates in per-thread scratch:
 // out = relu(c3(pool(relu(c2(relu(c1(x)))))) + shortcut), shortcut = x or down(pool(x)).
-// c1, c3 and down are 1x1 with stride 1, c2 is 3x3 with stride 1 and padding 1.
+// c1, c3 and down are 1x1, c2 is 3x3 with padding 1. Strides are 1, or those of c2 and down 2 where
+// nothing is pooled.
 struct Bottleneck {
   SparseWeight c1, c2, c3, down;
   bool has_down;
   int pool;       // average pooling after c2, 1 = none
   int down_pool;  // average pooling before down, 1 = none
+
+  // Rows, or columns, of the output for `size` of the input; one every step() of them.
+  int step() const { return pool * c2.stride; }
+  int64_t size(int64_t in) const { return c2.stride > 1 ? (in - 1) / c2.stride + 1 : in / pool; }
 };
 void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& out,
                        const Parallel& par);

@@ -243,6 +243,8 @@ class AcceleratedBlock(Replacement):
         down = packs.get("downsample")
         if (1 if down is None else self.opentrans_pool) != self.opentrans_down_pool:
             return f"its pools are {self.opentrans_pool} and {self.opentrans_down_pool}"
+        if packs["conv2"].stride > 1 and self.opentrans_pool > 1:
+            return f"it pools, and conv2 has stride {packs['conv2'].stride}"
         return fusible(packs["conv1"], packs["conv2"], packs["conv3"], down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -263,7 +265,7 @@ class AcceleratedBlock(Replacement):
         return self.opentrans_operator(
             x, c1.structure, c1.values, c1.bias, c2.structure, c2.values, c2.bias,
             c3.structure, c3.values, c3.bias, *extra,
-            c3.cout, self.opentrans_pool, self.opentrans_down_pool,
+            c3.cout, self.opentrans_pool, self.opentrans_down_pool, c2.stride,
         )  # fmt: skip
 
     def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:

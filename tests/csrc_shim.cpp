@@ -81,7 +81,7 @@ int64_t bottleneck(const Pack* packs, const float* x, float* out, int64_t n, int
   return guarded([&] {
     const Bottleneck b = block(packs, pool);
     sparse_bottleneck(b, padded(x, n, b.c1.cin, h, w),
-                      padded(out, n, b.c3.cout, h / pool, w / pool), parallel(threads));
+                      padded(out, n, b.c3.cout, b.size(h), b.size(w)), parallel(threads));
   });
 }
 
@@ -93,7 +93,7 @@ int64_t stage(const Pack* packs, const int64_t* pools, int64_t count, const floa
     int64_t oh = h, ow = w;
     for (int64_t i = 0; i < count; ++i) {
       blocks.push_back(block(packs + 4 * i, pools[i]));
-      oh /= pools[i], ow /= pools[i];
+      oh = blocks.back().size(oh), ow = blocks.back().size(ow);
     }
     const Planes in = padded(x, n, blocks.front().c1.cin, h, w);
     const Planes to = padded(out, n, blocks.back().c3.cout, oh, ow);

@@ -17,7 +17,7 @@ from ..pack.layout import LARGEST_STEP
 __all__ = [
     "BadArgument",
     "bottleneck",
-    "bottleneck_pools",
+    "bottleneck_size",
     "conv_size",
     "convolution",
     "gradient",
@@ -181,7 +181,9 @@ def gradient(op: str, header: Header, grad: torch.Tensor, size: Sequence[int]) -
         )
 
 
-def bottleneck(x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_pool: int) -> None:
+def bottleneck(
+    x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_pool: int, stride: int
+) -> None:
     """Check the arguments of ``sparse_bottleneck``; c1 ... down: (structure, values, bias)."""
     op = "sparse_bottleneck"
     h1, h2, h3 = (_weight(op, x, *part) for part in (c1, c2, c3))
@@ -190,11 +192,12 @@ def bottleneck(x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_poo
         if down[1] is None:
             raise BadArgument(f"{op}: the downsample has a structure but no values.")
         hd = _weight(op, x, *down)
-    pointwise = all(h[2:5] == (1, 1, 0) for h in (h1, h3, hd) if h is not None)
-    if not pointwise or h2[2:5] != (3, 1, 1):
+    pointwise = h1[2:5] == h3[2:5] == (1, 1, 0) and (hd is None or hd[2:5] == (1, stride, 0))
+    if not pointwise or h2[2:5] != (3, stride, 1):
         raise BadArgument(
-            f"{op}: needs 1x1, 3x3 (stride 1, padding 1), 1x1 and a 1x1 shortcut; got (kernel, "
-            f"stride, padding) {h1[2:5]}, {h2[2:5]}, {h3[2:5]}, {None if hd is None else hd[2:5]}."
+            f"{op}: needs 1x1, 3x3 (stride {stride}, padding 1), 1x1 and a 1x1 shortcut of the "
+            f"same stride; got (kernel, stride, padding) {h1[2:5]}, {h2[2:5]}, {h3[2:5]}, "
+            f"{None if hd is None else hd[2:5]}."
         )
     size = _input(op, x, h1.cin)
     # Without a downsample the shortcut is x itself, whatever the block's output has.
@@ -205,10 +208,12 @@ def bottleneck(x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_poo
             f"{op}: channels do not chain: x has {size[1]}, the convolutions map {h1[:2]}, "
             f"{h2[:2]}, {h3[:2]}, the shortcut {shortcut}, and the output is to have {cout}."
         )
-    bottleneck_pools(size, pool, down_pool, hd is not None)
+    bottleneck_size(size, pool, down_pool, hd is not None, stride)
 
 
-def bottleneck_pools(size: Sequence[int], pool: int, down_pool: int, down: bool) -> tuple[int, int]:
+def bottleneck_size(
+    size: Sequence[int], pool: int, down_pool: int, down: bool, stride: int
+) -> tuple[int, int]:
     """Height and width of a block's output; ``size`` is ``[..., H, W]`` of its input."""
     op = "sparse_bottleneck"
     if down_pool != (pool if down else 1) or (pool != 1 and not down):
@@ -216,14 +221,25 @@ def bottleneck_pools(size: Sequence[int], pool: int, down_pool: int, down: bool)
             f"{op}: pool {pool} and down_pool {down_pool} give different output sizes; they must "
             "be equal with a downsample, and 1 without."
         )
-    return pooled_size(op, size, pool)
+    if stride != 1 and (stride != 2 or not down or pool != 1):
+        raise BadArgument(
+            f"{op}: stride {stride} must be 1, or 2 with a shortcut convolution and no pool."
+        )
+    return _block_size(op, size, pool, stride)
 
 
-def stage_sizes(size: Sequence[int], pools: Sequence[int]) -> list[tuple[int, int]]:
-    """Height and width of the output of each block of a stage."""
+def _block_size(op: str, size: Sequence[int], pool: int, stride: int) -> tuple[int, int]:
+    height, width = pooled_size(op, size, pool)
+    return (height - 1) // stride + 1, (width - 1) // stride + 1
+
+
+def stage_sizes(
+    size: Sequence[int], pools: Sequence[int], strides: Sequence[int] = ()
+) -> list[tuple[int, int]]:
+    """Height and width of the output of each block of a stage; no strides: 1."""
     sizes: list[tuple[int, int]] = []
     now = size
-    for pool in pools:
-        now = pooled_size("sparse_stage", now, pool)
+    for pool, stride in zip(pools, strides or [1] * len(pools), strict=True):
+        now = _block_size("sparse_stage", now, pool, stride)
         sizes.append(now)
     return sizes

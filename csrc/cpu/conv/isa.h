@@ -85,7 +85,7 @@ struct Isa {
   // first is taken, of NaNs the last.
   void (*max_rows)(const float* const* rows, int count, float* dst, int64_t n);
   void (*sum_rows)(const float* const* rows, int count, float* dst, int64_t n);
-  // even[i] = src[2 i] and odd[i] = src[2 i + 1], of n numbers.
+  // even[i] = src[2 i] and odd[i] = src[2 i + 1], of n numbers; odd may be null.
   void (*split)(const float* src, int64_t n, float* even, float* odd);
 };
 
