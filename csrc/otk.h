@@ -117,12 +117,17 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
 
 // A residual bottleneck in one pass over bands of rows, intermediates in per-thread scratch:
 // out = relu(c3(pool(relu(c2(relu(c1(x)))))) + shortcut), shortcut = x or down(pool(x)).
-// c1, c3 and down are 1x1 with stride 1, c2 is 3x3 with stride 1 and padding 1.
+// c1, c3 and down are 1x1, c2 is 3x3 with padding 1. Strides are 1, or those of c2 and down 2 where
+// nothing is pooled.
 struct Bottleneck {
   SparseWeight c1, c2, c3, down;
   bool has_down;
   int pool;       // average pooling after c2, 1 = none
   int down_pool;  // average pooling before down, 1 = none
+
+  // Rows, or columns, of the output for `size` of the input; one every step() of them.
+  int step() const { return pool * c2.stride; }
+  int64_t size(int64_t in) const { return c2.stride > 1 ? (in - 1) / c2.stride + 1 : in / pool; }
 };
 void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& out,
                        const Parallel& par);
@@ -149,6 +154,22 @@ struct Depthwise {
 // out = act(conv(x) + bias), its rows dense; x.col_stride must be 1. Throws std::bad_alloc.
 void depthwise_conv2d(const Depthwise& conv, const Planes& x, const Planes& out,
                       const Parallel& par);
+
+// Windows of kernel[0] x kernel[1] pixels, one every stride[0] rows and stride[1] columns, the first
+// one padding[0] rows above and padding[1] columns left of the image. Every window holds a pixel of
+// the image, so padding is at most half of kernel.
+struct PoolWindow {
+  int kernel[2], stride[2], padding[2];
+};
+
+// out[h, w] = the largest number of window (h, w); bits as torch's: of equals the first, of NaNs the
+// last. x.col_stride is 1. Both throw std::bad_alloc.
+void max_pool2d(const Planes& x, const Planes& out, const PoolWindow& window, const Parallel& par);
+
+// Sums of the windows over `divisor`; 0: over their sizes, with_padding: pixels of the padding
+// counted, as nn.AvgPool2d counts them.
+void window_avg_pool2d(const Planes& x, const Planes& out, const PoolWindow& window,
+                       bool with_padding, int64_t divisor, const Parallel& par);
 
 // Rows of `length` dense floats: row (i, j) starts at data[i * outer_stride + j * inner_stride].
 // Behind each of them lie `padding` floats that belong to nobody.

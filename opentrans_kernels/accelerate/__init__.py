@@ -17,18 +17,17 @@ from torch import nn
 from .. import native
 from ..errors import PlanError, UnsupportedModelError
 from ..masks.packed import pack_bits
-from ..nn import Engine, PlanarAvgPool2d, Replacement, SparseEngine
+from ..nn import Engine, Replacement, SparseEngine
 from ..plan import Plan, plan_and_build, prepare
 from ..plan.arguments import checked_batch, checked_size, device_of, thread_count
 from ..plan.build import Builder, check_replaceable
 from ..plan.choose import Choice
 from ..plan.models import accelerated_parts, require_module
 from ..plan.subject import Masks, PlanSubject
-from ..topology.behaviour import own_behaviour
-from ..topology.blocks import Unrecognised, pool_size
 from .compare import Culprit, Outcome, Swap
 from .cuda import CudaReport, accelerate_cuda
-from .parts import check_parts, same_pool
+from .parts import check_parts
+from .pools import pool_swaps
 from .report import Report
 from .stages import stage_swaps
 
@@ -131,8 +130,11 @@ def _accelerate(
     unfolded: set[str] = set()
     while True:
         plan = plan.changed({name: (c.kind, c.reason) for name, c in choices.items()})
-        swaps = _replacements(subject, choices)
-        stages, found = stage_swaps(subject, swaps, measure, batch)
+        swaps = _replacements(choices)
+        pools, found = pool_swaps(subject, choices, measure, batch)
+        stages, of_stages = stage_swaps(subject, swaps, measure, batch)
+        swaps |= pools
+        found += of_stages
         swap = Swap(subject.model, {**swaps, **stages})
         outcome = Outcome(subject, plan, batch, measure)
         outcome.parts = [part for part in parts if choices[part.name].built is not None]
@@ -265,37 +267,12 @@ def _differences(plan: Plan, threads: int) -> list[str]:
     ]
 
 
-def _replacements(subject: PlanSubject, choices: Mapping[str, Choice]) -> dict[str, Replacement]:
+def _replacements(choices: Mapping[str, Choice]) -> dict[str, Replacement]:
     swaps: dict[str, Replacement] = {}
     for choice in choices.values():
         if choice.built is not None:
             swaps.update(choice.built.swaps)
-    stem = subject.trunk.stem
-    if stem is not None and stem.pool_name and choices[stem.convs[-1].name].kind == "sparse":
-        pool = subject.model.get_submodule(stem.pool_name)
-        if (
-            type(pool) is nn.AvgPool2d
-            and (size := pool_size(pool)) > 1
-            and own_behaviour(pool) is None
-        ):
-            new = PlanarAvgPool2d(pool, size)
-            if same_pool(pool, new, stem.convs[-1].conv.out_channels):
-                swaps[stem.pool_name] = new
-    planar = {name for name, choice in choices.items() if choice.kind == "sparse"}
-    for node in subject.trunk.pools_between(planar):
-        if type(node.module) is nn.AvgPool2d and (size := _plain_size(node.module)) > 1:
-            new = PlanarAvgPool2d(node.module, size)
-            if same_pool(node.module, new, subject.trunk.conv(node.before[0]).conv.out_channels):
-                swaps[node.name] = new
     return swaps
-
-
-def _plain_size(pool: nn.Module) -> int:
-    """Size of a non-overlapping average pool; 1 for any other, which stays."""
-    try:
-        return pool_size(pool)
-    except Unrecognised:
-        return 1
 
 
 def _parts(swaps: Mapping[str, Replacement]) -> Iterator[Any]:

@@ -112,6 +112,12 @@ struct Isa {
                     float* dst, int64_t dst_stride, const float* residual,
                     int64_t residual_stride);
   void (*activate)(float* p, int64_t rows, int64_t stride, int64_t len, const Activation& act);
+  // dst[i] = the largest, or the sum, of rows[0][i] ... rows[count - 1][i]. Of equal numbers the
+  // first is taken, of NaNs the last.
+  void (*max_rows)(const float* const* rows, int count, float* dst, int64_t n);
+  void (*sum_rows)(const float* const* rows, int count, float* dst, int64_t n);
+  // even[i] = src[2 i] and odd[i] = src[2 i + 1], of n numbers; odd may be null.
+  void (*split)(const float* src, int64_t n, float* even, float* odd);
 };
 
 #if defined(__x86_64__)
