@@ -17,7 +17,7 @@ PACKAGE = "opentrans_kernels"
 
 # A unit may import units of its own floor and of the floors below, and units form no cycle.
 FLOORS = (
-    ("errors", "settings", "native", "lazy", "finite"),
+    ("errors", "settings", "native", "lazy", "finite", "timing"),
     ("masks", "clip_resnet", "synthetic", "topology", "towers"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
     ("plan", "nn", "engines", "stage", "watch", "freshness", "spectrum", "gpu"),
