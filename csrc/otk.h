@@ -7,11 +7,13 @@
 
 namespace otk {
 
-// Runs body(ctx, begin, end) over [0, n), possibly on several threads at once.
+// `run` calls body(ctx, begin, end) over [0, n), possibly on several threads at once. `deal` does so
+// unit by unit, in order, on whichever thread is free; null: a counter on top of `run`.
 using RangeBody = void (*)(void* ctx, int64_t begin, int64_t end);
 struct Parallel {
   void (*run)(int64_t n, void* ctx, RangeBody body);
   int threads;
+  void (*deal)(int64_t n, void* ctx, RangeBody body) = nullptr;
 };
 
 // A packed convolution. Independent of the image size: offsets are made from codes when it runs.

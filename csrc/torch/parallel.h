@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../otk.h"
+#include "record.h"
 
 inline otk::Parallel torch_threads() {
+  if (const otk::Parallel* recorder = otk_torch::recorder()) return *recorder;
   return {[](int64_t n, void* ctx, otk::RangeBody body) {
             torch::stable::parallel_for(0, n, 1,
                                         [&](int64_t begin, int64_t end) { body(ctx, begin, end); });

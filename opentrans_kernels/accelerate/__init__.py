@@ -141,7 +141,7 @@ def _accelerate(
         try:
             if swaps:
                 outcome.compare(swap)
-                if outcome.speedup is not None and outcome.speedup < 1:
+                if outcome.timing is not None and outcome.timing.speedup < 1:
                     swap.off()
                     found = []
                     plan, swaps = outcome.give_up(plan, choices)
@@ -290,10 +290,8 @@ def _report(
     return Report(
         plan=plan,
         accelerated=bool(swaps),
-        before_ms=outcome.before_ms,
-        after_ms=outcome.after_ms,
-        speedup=outcome.speedup,
-        measured=outcome.measured if swaps or outcome.speedup else "nothing was replaced",
+        timing=outcome.timing,
+        measured=outcome.measured if swaps or outcome.timing else "nothing was replaced",
         max_rel_err=outcome.max_rel_err,
         worst_part=worst,
         parts_checked=len(outcome.parts),

@@ -104,13 +104,14 @@ def measure_setting(
     table = interleave(calls, rounds=rounds, warmup_s=warmup_s, settle=1)
     best = table.fastest([name for name in calls if name != "ours"])
     match = matched(error, 2 * own)
+    pair = table.pair(best, "ours")
     return {
         **vars(setting),
         "dense_kind": best,
-        "dense_ms": table[best].wall.median,
-        "ms": table["ours"].wall.median,
+        "dense_ms": pair.slow_ms,
+        "ms": pair.fast_ms,
         "cpu_ms": table["ours"].cpu.median,
-        "speedup": table.ratio(best, "ours").to_dict() if match["equal"] else None,
+        "speedup": pair.ratios.to_dict() if match["equal"] else None,
         "dense_variants_ms": {name: table[name].wall.median for name in calls if name != "ours"},
         "unavailable": unavailable,
         "contended_share": table["ours"].contended_share() if setting.threads == 1 else 0.0,

@@ -179,6 +179,7 @@ def measure_case(
         dense_error = yardstick(name, own[best], plain)
         match = matched(errors[name], max(ERROR_LIMIT, 2 * dense_error))
         exact = match["equal"]
+        pair = table.pair(best, name, clock)
         rows.append(
             {
                 "op": case.op,
@@ -191,9 +192,9 @@ def measure_case(
                 "nnz": case.nnz,
                 "macs": case.macs,
                 "dense_kind": best,
-                "dense_ms": table[best].by(clock).median,
-                "ms": table[name].by(clock).median,
-                "speedup": table.ratio(best, name, clock).to_dict() if exact else None,
+                "dense_ms": pair.slow_ms,
+                "ms": pair.fast_ms,
+                "speedup": pair.ratios.to_dict() if exact else None,
                 "clock": clock,
                 "contended_share": table[name].contended_share(),
                 "exact": exact,

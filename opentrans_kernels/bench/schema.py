@@ -114,6 +114,7 @@ TRUNK = {
     "variants": Each(SIDE),
     "speedup": POSITIVE,
     "speedup_spread": SPREAD,
+    "median_round": Maybe({"baseline_ms": POSITIVE, "ms": POSITIVE}),
     "max_rel_err": NUMBER,
     "dense_own_rel_err": NUMBER,
     "exact": FLAG,

@@ -144,10 +144,11 @@ def run(
     result["accelerated"]["match"] = matched(error, 2 * own_error)
     result["exact"] = result["accelerated"]["match"]["equal"]
     if options.threads > 1:
+        pair = table.pair(ONE_THREAD, OURS)
         result["thread_scaling"] = {
-            "one_thread_ms": table[ONE_THREAD].wall.median,
-            "ms": table[OURS].wall.median,
-            "speedup": table.ratio(ONE_THREAD, OURS).to_dict(),
+            "one_thread_ms": pair.slow_ms,
+            "ms": pair.fast_ms,
+            "speedup": pair.ratios.to_dict(),
             "cores_before": [check.to_dict() for check in cores_before],
             "cores_after": [check.to_dict() for check in cores_after],
         }
@@ -170,12 +171,13 @@ def summarise(
 ) -> dict[str, Any]:
     """Baseline, accelerated, speed-up and every variant of an interleaved run.
 
-    ``speedup`` is the median over rounds of baseline / accelerated wall time within a round;
-    ``speedup_of_medians`` divides the two medians. bound: of ``errors``, up to which they match.
+    ``speedup`` is the median over rounds of baseline / accelerated wall time within a round, that
+    of ``median_round``; ``speedup_of_medians`` divides the two medians. bound: of ``errors``, up to
+    which they match.
     """
     dense = [variant.name for variant in variants if variant.run is not None]
     best = table.fastest(dense)
-    ratio = table.ratio(best, OURS)
+    pair = table.pair(best, OURS)
     every: dict[str, Any] = {}
     for variant in variants:
         entry: dict[str, Any] = {"available": variant.run is not None, **variant.detail}
@@ -191,8 +193,9 @@ def summarise(
     return {
         "baseline": {"name": best, **base},
         "accelerated": fast,
-        "speedup": ratio.median,
-        "speedup_spread": ratio.to_dict(),
+        "speedup": pair.ratios.median,
+        "speedup_spread": pair.ratios.to_dict(),
+        "median_round": {"baseline_ms": pair.slow_ms, "ms": pair.fast_ms},
         "speedup_cpu_time": table.ratio(best, OURS, "cpu").median,
         "speedup_of_medians": base["ms"] / fast["ms"],
         "rounds": table.rounds,
