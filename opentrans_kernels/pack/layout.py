@@ -32,7 +32,7 @@ _MAX_COUNT = 0x3FFF  # nonzeros of one (row, chunk)
 # By taps: channels per chunk from each density on. A chunk's tile should stay in L1 (that of a 3x3
 # holds three shifted copies), but rows of a few nonzeros cost more in loop starts and partial sums
 # than a wider chunk does in cache misses.
-_CHUNK = {1: ((0.08, 64), (0.0, 128)), 9: ((0.06, 16), (0.03, 24), (0.0, 48))}
+_CHUNK = {1: ((0.12, 64), (0.0, 128)), 9: ((0.06, 16), (0.03, 24), (0.0, 48))}
 _CHUNK_OTHER = ((0.0, 64),)
 # Codes of a chunk, 64 channels of a 3x3. Wider windows get fewer channels: their tiles are larger,
 # and shorter sums between two roundings of a partial sum are more accurate.
