@@ -33,17 +33,21 @@ struct SparseWeight {
   const float* bias;  // [cout] or null
   int64_t nnz;
   int cin, cout, kernel, stride, padding;
+  int dilation;  // pixels between neighbouring taps
   int chunk;      // input channels per chunk
   int row_block;  // output rows per block
   int n_chunks, n_row_blocks;
 };
+
+// Pixels from the first tap of a window to its last, both included.
+inline int64_t span(const SparseWeight& w) { return int64_t{w.kernel - 1} * w.dilation + 1; }
 
 // Reads a structure tensor (opentrans_kernels/pack/layout.py writes it; `words` int32) into `out`,
 // whose values and bias are left to the caller. Checks its header and its list of blocks. Returns
 // null, or what is wrong with it. `out` points into it.
 const char* read_pack(const int32_t* structure, int64_t words, SparseWeight* out);
 
-// Largest stride and padding, so that no coordinate overflows.
+// Largest stride, padding and dilation, so that no coordinate overflows.
 constexpr int32_t kMaxStep = 1 << 15;
 
 // What the kernels throw where an entry or a code points out of its block. They look at each of

@@ -170,7 +170,7 @@ class SparseConv2d(AcceleratedConv2d):
         """Pack one convolution.
 
         Args:
-            conv: float32 on the CPU; square window, groups 1, dilation 1, zero padding. Not
+            conv: float32 on the CPU; square window, groups 1, zero padding. Not
                 changed; its parameters are shared, so the ``state_dict`` stays the same.
             mask: 0/1 of the weight's shape; None: the weight's own zeros.
             bn: eval-mode batch norm to fold in.
@@ -183,7 +183,7 @@ class SparseConv2d(AcceleratedConv2d):
         if reason := plain_conv(conv):
             raise UnsupportedModelError(
                 f"the convolution {reason}. The sparse kernels take nn.Conv2d with a square "
-                "window, groups=1, dilation=1 and zero padding; leave others dense."
+                "window, groups=1 and zero padding; leave others dense."
             )
         if is_lazy(conv.weight):
             raise UnsupportedModelError(

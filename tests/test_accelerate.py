@@ -297,7 +297,7 @@ def test_a_tower_inside_a_clip_model_and_loose_convolutions() -> None:
 def test_any_module_with_convolutions() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.Conv2d(8, 4, 2, dilation=2),
+        nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.Conv2d(8, 4, 2, dilation=(2, 1)),
         nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"),
     )  # fmt: skip
     nets.randomise(model)

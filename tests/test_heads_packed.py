@@ -43,6 +43,7 @@ class Head(nn.Module):
         self.smooth = Wrapped(48, 48, 3, padding=1, bias=False)
         self.strided = nn.Conv2d(48, 40, 3, stride=2, padding=1)
         self.dilated = nn.Conv2d(48, 16, 3, padding=2, dilation=2)
+        self.grouped = nn.Conv2d(48, 48, 3, padding=1, groups=2)
         self.classify = nn.Linear(40, 32)
 
     def forward(self, maps):
@@ -53,7 +54,8 @@ class Head(nn.Module):
         tokens = self.layer(tokens, torch.zeros_like(tokens), reference, SIZES, starts, None)
         x = tokens[:, :30].transpose(1, 2).unflatten(2, (5, 6))
         x = self.smooth(x)
-        return self.classify(self.strided(x).flatten(2).transpose(1, 2)), self.dilated(x)
+        classes = self.classify(self.strided(x).flatten(2).transpose(1, 2))
+        return classes, self.dilated(x), self.grouped(x)
 
 
 def masked(density: float = 0.1) -> Head:
@@ -85,11 +87,11 @@ def test_every_kind_of_layer_is_packed_and_exact() -> None:
     assert type(head.layer) is EncoderLayer and head.layer.opentrans_packed is not None
     assert type(head.layer.self_attn.value_proj) is PackedLinear
     assert type(head.project) is PointwiseConv and head.project.opentrans_packed is not None
-    assert type(head.smooth) is type(head.strided) is PackedConv
+    assert type(head.smooth) is type(head.strided) is type(head.dilated) is PackedConv
     assert type(head.classify) is PackedLinear
     assert list(head.state_dict()) == list(dense.state_dict())
     left = {part.path: part.reason for part in report.left}
-    assert left == {"dilated": "most of its weights are zero, but it has dilation=(2, 2): dense"}
+    assert left == {"grouped": "most of its weights are zero, but it has groups=2: dense"}
     said = str(report)
     assert "both linear layers packed" in said and "linear layer: most weights are zero" in said
     for batch in (1, 2):

@@ -31,7 +31,7 @@ otk::Bottleneck read_block(const char* op, const std::array<otk::SparseWeight, 4
   STD_TORCH_CHECK(stride == 1 || (stride == 2 && has_down && pool == 1), op, ": stride ", stride,
                   " must be 1, or 2 with a shortcut convolution and no pool");
   STD_TORCH_CHECK(pointwise(block.c1, 1) && pointwise(block.c3, 1) && block.c2.kernel == 3 &&
-                      block.c2.stride == stride && block.c2.padding == 1 &&
+                      block.c2.stride == stride && block.c2.padding == 1 && block.c2.dilation == 1 &&
                       (!has_down || pointwise(block.down, stride)),
                   op, ": needs 1x1, 3x3 (stride ", stride,
                   ", padding 1), 1x1 and a 1x1 shortcut of the same stride");

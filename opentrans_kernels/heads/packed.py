@@ -31,12 +31,13 @@ class Packed:
     """The packed weight of a linear layer or a convolution, and whether it still is that weight."""
 
     def __init__(self, path: str, layer: nn.Linear | nn.Conv2d) -> None:
-        weight, stride, padding = layer.weight.detach(), 1, 0
+        weight, stride, padding, dilation = layer.weight.detach(), 1, 0, 1
         if isinstance(layer, nn.Conv2d):
             stride, padding = layer.stride[0], int(layer.padding[0])
+            dilation = layer.dilation[0]
         else:
             weight = weight[:, :, None, None]
-        self.weight = SparseWeight.from_dense(weight, layer.bias, stride, padding)
+        self.weight = SparseWeight.from_dense(weight, layer.bias, stride, padding, dilation)
         self.path, self.told = path, False
         self.fresh = Freshness({path: _Tensors(layer)})
 

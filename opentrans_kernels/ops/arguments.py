@@ -49,9 +49,15 @@ def image(op: str, x: torch.Tensor, name: str = "x") -> torch.Size:
 
 
 def conv_size(
-    size: Sequence[int], kernel: int, stride: int, padding: int, op: str = "sparse_conv2d"
+    size: Sequence[int],
+    kernel: int,
+    stride: int,
+    padding: int,
+    op: str = "sparse_conv2d",
+    dilation: int = 1,
 ) -> tuple[int, int]:
     """Height and width of a convolution's output; ``size`` is ``[..., H, W]`` of its input."""
+    kernel = (kernel - 1) * dilation + 1
     h, w = size[-2] + 2 * padding - kernel, size[-1] + 2 * padding - kernel
     if h < 0 or w < 0:
         raise BadArgument(
@@ -199,19 +205,21 @@ def _input(op: str, x: torch.Tensor, cin: int) -> torch.Size:
 
 
 def convolution(
-    x: torch.Tensor, structure, values, bias, residual, cout, kernel, stride, padding
+    x: torch.Tensor, structure, values, bias, residual, cout, kernel, stride, padding, dilation
 ) -> Header:
     """Check the arguments of ``sparse_conv2d``; returns the structure's header."""
     op = "sparse_conv2d"
     header = _weight(op, x, structure, values, bias)
-    given, packed = (cout, kernel, stride, padding), header[1:5]
+    given = (cout, kernel, stride, padding, dilation)
+    packed = (*header[1:5], header.dilation)
     if given != packed:
         raise BadArgument(
-            f"{op}: (cout, kernel, stride, padding) {given} do not match the packed structure's "
-            f"{packed}. Pack the weight again, with the stride and padding it is used with."
+            f"{op}: (cout, kernel, stride, padding, dilation) {given} do not match the packed "
+            f"structure's {packed}. Pack the weight again, with the stride, padding and dilation "
+            "it is used with."
         )
     size = _input(op, x, header.cin)
-    expected = (size[0], cout, *conv_size(size, kernel, stride, padding))
+    expected = (size[0], cout, *conv_size(size, kernel, stride, padding, op, dilation))
     if residual is not None and (residual.shape != expected or residual.dtype != x.dtype):
         raise BadArgument(
             f"{op}: residual must have the output's shape {list(expected)} and dtype {x.dtype}, "
@@ -249,12 +257,12 @@ def gradient(op: str, header: Header, grad: torch.Tensor, size: Sequence[int]) -
     """Check that ``grad`` is one of a convolution's output; ``size``: its input's shape."""
     found = image(op, grad, "the output's gradient")
     cin, cout, kernel, stride, padding = header[:5]
-    expected = (found[0], cout, *conv_size(size, kernel, stride, padding))
+    expected = (found[0], cout, *conv_size(size, kernel, stride, padding, op, header.dilation))
     if size[-3] != cin or found != expected or (len(size) == 4 and size[0] != found[0]):
         raise BadArgument(
             f"{op}: an input {list(size)} and the gradient {list(found)} do not fit the packed "
             f"convolution of {cin} to {cout} channels, {kernel}x{kernel}, stride {stride}, "
-            f"padding {padding}."
+            f"padding {padding}, dilation {header.dilation}."
         )
 
 
@@ -270,7 +278,7 @@ def bottleneck(
             raise BadArgument(f"{op}: the downsample has a structure but no values.")
         hd = _weight(op, x, *down)
     pointwise = h1[2:5] == h3[2:5] == (1, 1, 0) and (hd is None or hd[2:5] == (1, stride, 0))
-    if not pointwise or h2[2:5] != (3, stride, 1):
+    if not pointwise or (*h2[2:5], h2.dilation) != (3, stride, 1, 1):
         raise BadArgument(
             f"{op}: needs 1x1, 3x3 (stride {stride}, padding 1), 1x1 and a 1x1 shortcut of the "
             f"same stride; got (kernel, stride, padding) {h1[2:5]}, {h2[2:5]}, {h3[2:5]}, "

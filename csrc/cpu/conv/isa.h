@@ -38,7 +38,7 @@ struct StageArgs {
   const float *readable, *readable_end;
   int32_t y0, y1, w;
   int32_t iy, ix;  // input pixel of the tile's first tap
-  int32_t kernel, stride, phases;
+  int32_t kernel, stride, dilation, phases;
   int32_t vectors;  // per run
   int32_t pitch;    // vectors between runs
   int32_t piece;

@@ -46,8 +46,11 @@ def fusible(
     c1: SparseWeight, c2: SparseWeight, c3: SparseWeight, down: SparseWeight | None
 ) -> str | None:
     """Why these convolutions cannot run as one fused block, or None if they can."""
-    if (c2.kernel, c2.padding) != (3, 1) or c2.stride not in (1, 2):
-        return f"conv2 is {c2.kernel}x{c2.kernel} with stride {c2.stride}, padding {c2.padding}"
+    if (c2.kernel, c2.padding, c2.dilation) != (3, 1, 1) or c2.stride not in (1, 2):
+        return (
+            f"conv2 is {c2.kernel}x{c2.kernel} with stride {c2.stride}, padding {c2.padding}, "
+            f"dilation {c2.dilation}"
+        )
     if c2.stride > 1 and down is None:
         return f"conv2 has stride {c2.stride}, and the shortcut no convolution"
     for name, w, stride in (("conv1", c1, 1), ("conv3", c3, 1), ("downsample", down, c2.stride)):
