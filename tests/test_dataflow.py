@@ -112,7 +112,8 @@ def nothing_behind(m: Net, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        (whole, ("bn", "act")), (norm_read_twice, ("bn", None)), (written_to_and_read, (None, None)),
+        (whole, ("bn", "act")), (norm_read_twice, ("bn", None)),
+        (written_to_and_read, (None, None)),
         (conv_read_twice, (None, None)), (act_called_twice, ("bn", None)),
         (norm_called_twice, (None, None)), (all_called_twice, ("bn", "act")),
         (conv_called_twice, (None, None)), (activation_first, (None, "act")),
