@@ -288,6 +288,23 @@ def depthwise(m: Net, x: torch.Tensor) -> torch.Tensor:
     return m.other(m.last(m.act(m.bn(m.conv(x)))))
 
 
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_grouped_convolutions(groups: int, monkeypatch) -> None:
+    last = nn.Conv2d(8, 24, 3, 2, 1, groups=groups)
+    for largest, kind in ((1 << 24, "sparse"), (9, "compact")):
+        monkeypatch.setattr("opentrans_kernels.plan.subject.LARGEST_GROUPED", largest)
+        model = nets.randomise(Plain(whole, last=copy.deepcopy(last)))
+        masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 11, 12)
+        dense, before = nets.masked(model, masks), nets.snapshot(model)
+        report = otk.accelerate(model, masks, measure=False, input_size=(11, 12))
+        assert report.plan.kind("last") == kind
+        row = next(row for row in report.plan.rows if row.name == "last")
+        assert row.nnz == int(masks.masks["last"].sum()) and row.numel == last.weight.numel()
+        nets.check_exact(model, dense, x)
+        otk.restore(model)
+        nets.check_unchanged(model, before)
+
+
 class NormAct(nn.BatchNorm2d):
     """A norm that applies an activation itself."""
 
