@@ -14,6 +14,7 @@ from torch import nn
 
 import opentrans_kernels as otk
 from opentrans_kernels.activations import Kind
+from opentrans_kernels.bench.variants import fold_batch_norms_
 from opentrans_kernels.errors import UnsupportedModelError
 from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm, PlanarAvgPool2d
 from opentrans_kernels.topology import find_trunk
@@ -326,10 +327,12 @@ def test_a_norm_with_its_own_activation() -> None:
         (node, _) = find_trunk(model).loose
         assert (node.bn_name is None) == (kind is None)
         assert kind is None or node.activation.kind == kind
-        masks = nets.random_masks(model, 0.3)
+        assert (node.plain_bn is None) == (kind is not Kind.NONE)
+        masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 12, 12)
         dense, before = nets.masked(model, masks), nets.snapshot(model)
+        folded = fold_batch_norms_(copy.deepcopy(dense))
+        torch.testing.assert_close(folded(x), dense(x), rtol=1e-4, atol=1e-4)
         otk.accelerate(model, masks, measure=False, input_size=(12, 12))
-        x = torch.randn(2, 3, 12, 12)
         nets.check_exact(model, dense, x)
         if kind is not None:  # its activation is not called, so a hook of it must be noticed
             calls: list[int] = []
