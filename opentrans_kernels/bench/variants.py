@@ -77,9 +77,9 @@ def fold_batch_norms_(tower: nn.Module) -> nn.Module:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     for node in list(find_trunk(tower).convs()):
-        if node.bn is None or node.bn_name is None:
+        if node.plain_bn is None or node.bn_name is None:
             continue
-        tower.set_submodule(node.name, fuse_conv_bn_eval(node.conv, node.bn))
+        tower.set_submodule(node.name, fuse_conv_bn_eval(node.conv, node.plain_bn))
         tower.set_submodule(node.bn_name, nn.Identity())
     return tower
 

@@ -149,18 +149,27 @@ def masked_weight(node: ConvNode, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def fold_conv(node: ConvNode, mask: torch.Tensor | None = None) -> FoldedConv:
-    """One convolution with mask and batch norm folded, full width. Errors as in ``fold_bn``."""
+    """One convolution with mask and batch norm folded, full width. Errors as in ``fold_bn``.
+
+    A grouped one becomes an ordinary one whose weights outside of the groups are zero.
+    """
     kernel, stride, padding = node.conv.kernel_size, node.conv.stride, node.conv.padding
     dilation = node.conv.dilation
     sizes = (kernel, stride, padding, dilation)
-    square = all(not isinstance(v, str) and len(set(v)) == 1 for v in sizes)
-    if not square or node.conv.groups != 1:
+    if any(isinstance(v, str) or len(set(v)) != 1 for v in sizes):
         raise UnsupportedModelError(
-            f"{node.name}: only square convolutions with groups=1 can be folded, "
-            f"this one has kernel {kernel}, stride {stride}, padding {padding}, groups "
-            f"{node.conv.groups}, dilation {dilation}. Leave it dense."
+            f"{node.name}: only square convolutions can be folded, this one has kernel {kernel}, "
+            f"stride {stride}, padding {padding}, dilation {dilation}. Leave it dense."
         )
     weight, bias = fold_bn(node, masked_weight(node, mask))
+    groups = node.conv.groups
+    if groups > 1:
+        whole = weight.new_zeros(weight.shape[0], node.conv.in_channels, *weight.shape[2:])
+        for out, inside, part in zip(
+            whole.chunk(groups), range(groups), weight.chunk(groups), strict=True
+        ):
+            out[:, inside * part.shape[1] : (inside + 1) * part.shape[1]] = part
+        weight = whole
     return FoldedConv(node.name, weight, bias, stride[0], int(padding[0]), node.relu, dilation[0])
 
 

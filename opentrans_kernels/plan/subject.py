@@ -26,6 +26,11 @@ from .models import check_model as check_model
 Masks = MaskSet | Mapping[str, torch.Tensor] | str | os.PathLike[str] | None
 
 
+#: Grouped convolutions are packed from a weight that has zeros between its groups: in float64, the
+#: largest takes 128 MB meanwhile.
+LARGEST_GROUPED = 1 << 24
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is accelerated as one: a residual block, or a single convolution with its norm.
@@ -57,7 +62,12 @@ class Unit:
         if self.block is not None:
             return None  # recognised blocks hold plain convolutions only
         conv = self.convs[0].conv
-        return None if is_depthwise(conv) else plain_conv(conv)
+        if is_depthwise(conv):
+            return None
+        whole = conv.weight.numel() * conv.groups
+        if conv.groups > 1 and whole > LARGEST_GROUPED:
+            return f"has groups={conv.groups} and would have {whole} weights without"
+        return plain_conv(conv, grouped=True)
 
     @property
     def changed(self) -> str | None:

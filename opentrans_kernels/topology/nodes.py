@@ -52,6 +52,11 @@ class ConvNode:
         """Whether a replacement computes more than the convolution."""
         return self.bn is not None or self.act is not None
 
+    @property
+    def plain_bn(self) -> nn.Module | None:
+        """The norm, if scale and shift are all that it applies."""
+        return None if self.activation and self.act is None else self.bn
+
     def folded(self) -> Iterator[tuple[str, nn.Module]]:
         """(path, module) of the convolution and of what a replacement of it computes as well."""
         yield self.name, self.conv
