@@ -277,6 +277,7 @@ def bottleneck(
         if down[1] is None:
             raise BadArgument(f"{op}: the downsample has a structure but no values.")
         hd = _weight(op, x, *down)
+    _check_stride(op, stride, pool, hd is not None)
     pointwise = h1[2:5] == h3[2:5] == (1, 1, 0) and (hd is None or hd[2:5] == (1, stride, 0))
     if not pointwise or (*h2[2:5], h2.dilation) != (3, stride, 1, 1):
         raise BadArgument(
@@ -306,11 +307,15 @@ def bottleneck_size(
             f"{op}: pool {pool} and down_pool {down_pool} give different output sizes; they must "
             "be equal with a downsample, and 1 without."
         )
+    _check_stride(op, stride, pool, down)
+    return _block_size(op, size, pool, stride)
+
+
+def _check_stride(op: str, stride: int, pool: int, down: bool) -> None:
     if stride != 1 and (stride != 2 or not down or pool != 1):
         raise BadArgument(
             f"{op}: stride {stride} must be 1, or 2 with a shortcut convolution and no pool."
         )
-    return _block_size(op, size, pool, stride)
 
 
 def _block_size(op: str, size: Sequence[int], pool: int, stride: int) -> tuple[int, int]:
