@@ -17,9 +17,10 @@ import torch
 from opentrans.cli import bench_schedule, main
 from opentrans.cli.render import Output
 from opentrans_kernels import OpenTransError, accelerate, native
-from opentrans_kernels.bench import schedule
+from opentrans_kernels.bench import schedule, schema
 from opentrans_kernels.bench.parts import REST, WHOLE, PartTimes
 from opentrans_kernels.bench.schedule import DEALT, KERNELS, STATIC, Region, makespan, read_regions
+from opentrans_kernels.bench.stages import stage_inputs, stage_scaling
 from opentrans_kernels.pack import SparseWeight
 
 needs_kernels = pytest.mark.skipif(not native.load(), reason="no compiled kernels")
@@ -43,7 +44,7 @@ def test_every_split_gives_the_same_bits(size: tuple[int, int]) -> None:
     model = nets.tower()
     accelerate(model, nets.random_masks(model, 0.1), measure=False, input_size=size)
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
-    parts = list(schedule._parts(model, x))
+    parts = list(stage_inputs(model, x))
 
     def run() -> torch.Tensor:
         y = x
@@ -184,6 +185,34 @@ def test_the_part_table_is_of_one_round_and_adds_up() -> None:
     for side in (0, 1):
         assert rows[WHOLE][side] == sum(row[side] for name, row in rows.items() if name != WHOLE)
     assert "2.50x" in str(times).splitlines()[-1]
+
+
+def test_efficiency_of_every_stage_is_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nets.tower()
+    x = torch.randn(1, 3, 64, 64)
+    calls = itertools.count()
+
+    def milliseconds(parts: list) -> list[float]:
+        turn = next(calls)
+        assert torch.get_num_threads() == (2, 1, 1, 2, 2, 1, 1, 2)[turn]
+        return [(6.0 if torch.get_num_threads() == 1 else 4.0) * (1 + turn)] * len(parts)
+
+    monkeypatch.setattr("opentrans_kernels.bench.stages._milliseconds", milliseconds)
+    try:
+        rows = stage_scaling(model, model, x, 2, rounds=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert [row["part"] for row in rows][-2:] == ["layer4", "the whole"]
+    ratios = sorted([6 * 3 / (4 * 4), 6 * 6 / (4 * 5), 6 * 7 / (4 * 8)])
+    for row in rows:
+        assert row["efficiency"] == row["speedup"]["median"] / 2 == pytest.approx(ratios[1] / 2)
+        assert row["one_thread_ms"] / row["ms"] == row["speedup"]["median"]
+    found = {"one_thread_ms": 2.0, "ms": 1.0, "speedup": rows[0]["speedup"]}
+    form = schema.TRUNK["thread_scaling"]
+    assert list(schema.problems({**found, "stages": rows}, form)) == []
+    assert list(schema.problems(found, form)) == [], "files from before stages load"
+    assert list(schema.problems({**found, "stages": [{}]}, form))
 
 
 def check_result(result: dict, shown: str) -> None:

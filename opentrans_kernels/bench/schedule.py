@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import heapq
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import nn
 from .. import native
 from ..accelerate import accelerate
 from ..errors import OpenTransError
-from ..topology import find_trunk
+from .stages import WHOLE, stage_inputs
 from .subject import Subject
 from .timing import available_cpus
 
@@ -157,7 +157,7 @@ def measure_schedule(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        parts = list(_parts(tower, x))
+        parts = list(stage_inputs(tower, x))
         measured = [_Part(name) for name, _, _ in parts]
         for index in range(rounds):
             tell(f"round {index + 1} of {rounds}")
@@ -207,21 +207,6 @@ def barrier() -> tuple[float, str]:
     return found, f"smallest of {_REPEATS} empty regions on {count} threads"
 
 
-def _parts(
-    tower: nn.Module, x: torch.Tensor
-) -> Iterator[tuple[str, list[nn.Module], torch.Tensor]]:
-    """(name, modules that run one after the other, input) of the stem and of every stage."""
-    trunk = find_trunk(getattr(tower, "opentrans_original", tower))
-    steps = list(trunk.stem.steps) if trunk.stem is not None else []
-    groups = [("stem", steps), *((path, [path]) for path in trunk.stages)]
-    with torch.no_grad():
-        for name, paths in groups:
-            modules = [tower.get_submodule(path) for path in paths]
-            yield name, modules, x
-            for module in modules:
-                x = module(x)
-
-
 def _timed(modules: Sequence[nn.Module], x: torch.Tensor) -> float:
     """Seconds of processor time of this thread, to which interruptions do not add."""
     with torch.no_grad():
@@ -259,4 +244,4 @@ def _whole(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "efficiency": {name: one / (cores * value) for name, value in ms.items()},
             }
         )
-    return {"part": "the whole", "one_thread_ms": one, "rows": found}
+    return {"part": WHOLE, "one_thread_ms": one, "rows": found}
