@@ -27,6 +27,7 @@ struct Record {
   std::vector<double> regions;
 };
 thread_local Record record;
+thread_local bool in_ranges = false;
 
 double wall_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -64,6 +65,8 @@ void record_units(int64_t threads, bool units) {
   record.regions.clear();
 }
 
+void deal_in_ranges(bool on) { in_ranges = on; }
+
 Tensor recorded_units(const Tensor& like) {
   STD_TORCH_CHECK(like.is_cpu(), "recorded_units: like must be a CPU tensor");
   const std::array<int64_t, 1> size{static_cast<int64_t>(record.regions.size())};
@@ -93,10 +96,13 @@ namespace otk_torch {
 
 const otk::Parallel* recorder() { return record.loops.threads > 0 ? &record.loops : nullptr; }
 
+bool deals_in_ranges() { return in_ranges; }
+
 }  // namespace otk_torch
 
 STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CompositeExplicitAutograd, m) {
   m.impl("record_units", TORCH_BOX(&record_units));
+  m.impl("deal_in_ranges", TORCH_BOX(&deal_in_ranges));
   m.impl("empty_region_seconds", TORCH_BOX(&empty_region_seconds));
 }
 
