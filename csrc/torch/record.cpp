@@ -11,6 +11,7 @@
 #include <array>
 #include <chrono>
 #include <ctime>
+#include <limits>
 #include <vector>
 
 #include "parallel.h"
@@ -26,6 +27,7 @@ struct Record {
   std::vector<double> regions;
 };
 thread_local Record record;
+thread_local bool in_ranges = false;
 
 double wall_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -63,6 +65,8 @@ void record_units(int64_t threads, bool units) {
   record.regions.clear();
 }
 
+void deal_in_ranges(bool on) { in_ranges = on; }
+
 Tensor recorded_units(const Tensor& like) {
   STD_TORCH_CHECK(like.is_cpu(), "recorded_units: like must be a CPU tensor");
   const std::array<int64_t, 1> size{static_cast<int64_t>(record.regions.size())};
@@ -72,19 +76,18 @@ Tensor recorded_units(const Tensor& like) {
   return out;
 }
 
-// Median seconds of a region in which nobody has anything to do.
+// Smallest seconds of a region in which nobody has anything to do.
 double empty_region_seconds(int64_t repeats) {
   STD_TORCH_CHECK(repeats >= 1 && repeats <= 1000000,
                   "empty_region_seconds: repeats must be 1 to 1000000, got ", repeats);
   const otk::Parallel par = torch_threads();
-  std::vector<double> found(static_cast<size_t>(repeats));
-  for (double& one : found) {
+  double best = std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < repeats; ++i) {
     const double start = wall_seconds();
     par.run(par.threads, nullptr, [](void*, int64_t, int64_t) {});
-    one = wall_seconds() - start;
+    best = std::min(best, wall_seconds() - start);
   }
-  std::nth_element(found.begin(), found.begin() + repeats / 2, found.end());
-  return found[static_cast<size_t>(repeats / 2)];
+  return best;
 }
 
 }  // namespace
@@ -93,10 +96,13 @@ namespace otk_torch {
 
 const otk::Parallel* recorder() { return record.loops.threads > 0 ? &record.loops : nullptr; }
 
+bool deals_in_ranges() { return in_ranges; }
+
 }  // namespace otk_torch
 
 STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CompositeExplicitAutograd, m) {
   m.impl("record_units", TORCH_BOX(&record_units));
+  m.impl("deal_in_ranges", TORCH_BOX(&deal_in_ranges));
   m.impl("empty_region_seconds", TORCH_BOX(&empty_region_seconds));
 }
 

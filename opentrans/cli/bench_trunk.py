@@ -105,7 +105,7 @@ def show(result: dict[str, Any], out: Output) -> None:
         f"{result['dense_own_rel_err']:.2e}"
     )
     if "thread_scaling" in result:
-        _show_scaling(result["thread_scaling"], result["exact"], out)
+        _show_scaling(result["thread_scaling"], result["threads"], result["exact"], out)
     if result["layers"]:
         show_losing(result["losing_layers"], len(result["layers"]), out)
     show_peers(result["peers"], result["exact"], out)
@@ -182,11 +182,24 @@ def _layer_ratio(row: dict[str, Any]) -> dict[str, float]:
     return {"median": row["speedup"], "q1": row["speedup_q1"], "q3": row["speedup_q3"]}
 
 
-def _show_scaling(scaling: dict[str, Any], exact: bool, out: Output) -> None:
+def _show_scaling(scaling: dict[str, Any], threads: int, exact: bool, out: Output) -> None:
     ratio = ratio_cell(scaling["speedup"] if exact else None)
     out.text(
         f"threads: {scaling['one_thread_ms']:.2f} ms on one, {scaling['ms']:.2f} ms on all, {ratio}"
     )
+    if exact and scaling.get("stages"):
+        rows = [
+            [
+                row["part"],
+                f"{row['one_thread_ms']:.2f}",
+                f"{row['ms']:.2f}",
+                ratio_cell(row["speedup"]),
+                f"{row['efficiency']:.0%}",
+            ]
+            for row in scaling["stages"]
+        ]
+        columns = ("part", "ms, 1 thread", f"ms, {threads} threads", "speed-up", "efficiency")
+        out.table(None, columns, rows, right=(1, 2, 3, 4))
     for when in ("before", "after"):
         for check in scaling[f"cores_{when}"]:
             out.text(

@@ -117,8 +117,8 @@ def agreeing(slow_ms: float, fast_ms: float, ratio: Mapping[str, float]) -> Besi
 
 
 def _agree(one: float, other: float) -> bool:
-    """Equal when printed with two decimals, up to the rounding of the times."""
-    return abs(one - other) <= 0.005 + 0.002 * other
+    """Equal when printed with two decimals."""
+    return f"{one:.2f}" == f"{other:.2f}"
 
 
 def layer_bytes(row: Mapping[str, Any], batch: int = 1) -> int:

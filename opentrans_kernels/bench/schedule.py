@@ -1,9 +1,9 @@
 """``opentrans bench schedule``: what N cores would make of the trunk, from units timed on one.
 
-The kernels cut their work into units as for N threads; every unit then runs on this thread alone and
-is timed (``csrc/torch/record.cpp``). From these times follow the static split, one range of units
-per core as torch cuts it, and dealing, where a core that is done takes the next unit. Regions follow
-each other with a barrier between them; what lies outside of regions runs on one core.
+The kernels cut their work into units as for N threads; every unit then runs on this thread alone
+and is timed (``csrc/torch/record.cpp``). From these times follow the static split, one range of
+units per core as torch cuts it, and dealing, where a core that is done takes the next unit. Regions
+follow each other with a barrier between them; what lies outside of regions runs on one core.
 
 Left out: caches and memory bandwidth that cores share, clocks that fall when many cores work. What
 PyTorch's own operators do outside of regions counts as serial, though it has threads of its own.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import heapq
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import nn
 from .. import native
 from ..accelerate import accelerate
 from ..errors import OpenTransError
-from ..topology import find_trunk
+from .stages import WHOLE, stage_inputs
 from .subject import Subject
 from .timing import available_cpus
 
@@ -34,9 +34,10 @@ __all__ = ["KERNELS", "SCHEDULES", "Region", "makespan", "measure_schedule", "re
 SCHEDULES = KERNELS, STATIC, DEALT = "as built", "static", "dealt"
 #: Seconds that taking a unit from the shared counter costs, an atomic addition on a contended line.
 TAKE_S = 1e-7
-#: Of a barrier where this process has one CPU, so that none can be measured: 5 us.
-ASSUMED_BARRIER_S = 5e-6
-_REPEATS = 300
+#: Of a barrier where none can be measured, and more than one takes on CPUs that are free: then
+#: threads waited for a CPU, not for each other.
+ASSUMED_BARRIER_S, LARGEST_BARRIER_S = 5e-6, 1e-4
+_REPEATS = 1000
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def measure_schedule(
     size: tuple[int, int],
     cores: Sequence[int],
     *,
+    cost: tuple[float, str] | None = None,
     batch: int = 1,
     rounds: int = 5,
     tell: Callable[[str], None] = lambda _: None,
@@ -131,6 +133,7 @@ def measure_schedule(
 
     Args:
         size: (height, width) in pixels. cores: numbers of cores, each at least 1.
+        cost: of a barrier, see :func:`barrier`; None: measure it now.
         rounds: calls of every kind, of which the fastest counts.
 
     Returns:
@@ -150,11 +153,11 @@ def measure_schedule(
     accelerate(tower, subject.masks, input_size=size, threads=1, batch=batch)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 3, *size, generator=generator)
-    barrier_s, how = barrier()
+    barrier_s, how = cost or barrier()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        parts = list(_parts(tower, x))
+        parts = list(stage_inputs(tower, x))
         measured = [_Part(name) for name, _, _ in parts]
         for index in range(rounds):
             tell(f"round {index + 1} of {rounds}")
@@ -182,7 +185,12 @@ def measure_schedule(
 
 
 def barrier() -> tuple[float, str]:
-    """Seconds of an empty parallel region on the CPUs of this process, and how that was found."""
+    """Seconds of an empty parallel region on the CPUs of this process, and how that was found.
+
+    Raises:
+        KernelUnavailable, BuildMismatch: no compiled kernels.
+    """
+    native.require("timing a parallel region")
     cpus = available_cpus()
     count = len(cpus) if cpus is not None else torch.get_num_threads()
     if count < 2:
@@ -193,22 +201,10 @@ def barrier() -> tuple[float, str]:
         found = float(torch.ops.opentrans_kernels.empty_region_seconds(_REPEATS))
     finally:
         torch.set_num_threads(before)
-    return found, f"median of {_REPEATS} empty regions on {count} threads"
-
-
-def _parts(
-    tower: nn.Module, x: torch.Tensor
-) -> Iterator[tuple[str, list[nn.Module], torch.Tensor]]:
-    """(name, modules that run one after the other, input) of the stem and of every stage."""
-    trunk = find_trunk(getattr(tower, "opentrans_original", tower))
-    steps = list(trunk.stem.steps) if trunk.stem is not None else []
-    groups = [("stem", steps), *((path, [path]) for path in trunk.stages)]
-    with torch.no_grad():
-        for name, paths in groups:
-            modules = [tower.get_submodule(path) for path in paths]
-            yield name, modules, x
-            for module in modules:
-                x = module(x)
+    if found > LARGEST_BARRIER_S:
+        why = f"assumed: {found * 1e6:.0f} us were measured, so {count} CPUs were not free at once"
+        return ASSUMED_BARRIER_S, why
+    return found, f"smallest of {_REPEATS} empty regions on {count} threads"
 
 
 def _timed(modules: Sequence[nn.Module], x: torch.Tensor) -> float:
@@ -248,4 +244,4 @@ def _whole(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "efficiency": {name: one / (cores * value) for name, value in ms.items()},
             }
         )
-    return {"part": "the whole", "one_thread_ms": one, "rows": found}
+    return {"part": WHOLE, "one_thread_ms": one, "rows": found}

@@ -48,6 +48,7 @@ LIBRARY.define("scratch_bytes() -> int")
 LIBRARY.define("release_memory() -> ()")
 LIBRARY.define("record_units(int threads, bool units) -> ()")
 LIBRARY.define("recorded_units(Tensor like) -> Tensor")
+LIBRARY.define("deal_in_ranges(bool on) -> ()")
 LIBRARY.define("empty_region_seconds(int repeats) -> float")
 
 
