@@ -12,8 +12,6 @@ from kernel_cases import assert_within, masked_weight
 from linear_cases import (
     ACTIVATIONS,
     GELU,
-    TOKENS,
-    WIDTHS,
     assert_linear,
     assert_mlp,
     dense_linear,
@@ -374,5 +372,3 @@ def test_what_does_not_fit_is_refused_with_its_sizes(backend: str) -> None:
     op = dispatch.resolve("sparse_linear").function()
     assert "cout" in refused(lambda: op(*wrong, 7, NONE.kind, 0.0))
     assert "activation" in refused(lambda: op(*wrong, 6, 99, 0.0))
-
-

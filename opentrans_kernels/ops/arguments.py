@@ -131,9 +131,7 @@ def linear(op: str, x: torch.Tensor, structure, values, bias) -> Header:
     if x.dtype not in (torch.float32, torch.float64):
         raise BadArgument(f"{op}: x is {x.dtype}; convert it to float32 with .float().")
     if tokens(op, x)[-1] != header.cin:
-        raise BadArgument(
-            f"{op}: x has {x.shape[-1]} channels, the weight expects {header.cin}."
-        )
+        raise BadArgument(f"{op}: x has {x.shape[-1]} channels, the weight expects {header.cin}.")
     return header
 
 
@@ -143,8 +141,7 @@ def result(op: str, size: torch.Size, cout: int, residual: torch.Tensor | None) 
         raise BadArgument(f"{op}: cout is {cout}, the packed weight has {size[-1]} outputs.")
     if residual is not None and residual.shape != size:
         raise BadArgument(
-            f"{op}: residual must have the output's shape {list(size)}, got "
-            f"{list(residual.shape)}."
+            f"{op}: residual must have the output's shape {list(size)}, got {list(residual.shape)}."
         )
 
 

@@ -17,6 +17,8 @@ def sparse_mlp(
     """See :func:`opentrans_kernels.ops.sparse_mlp`; the op's arguments in schema order."""
     op = "sparse_mlp"
     act = arguments.activation(op, False, activation, slope)
-    y = linear(op, act.apply_(linear(op, x, structure1, values1, bias1)), structure2, values2, bias2)
+    y = linear(
+        op, act.apply_(linear(op, x, structure1, values1, bias1)), structure2, values2, bias2
+    )
     arguments.result(op, y.shape, cout, residual)
     return y if residual is None else y + residual
