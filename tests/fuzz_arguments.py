@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from kernel_cases import layouts, masked_weight
 
 from opentrans_kernels import ops  # noqa: F401  (defines the ops)
+from opentrans_kernels.activations import Activation
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.ops.mask_scores import reference as mask_reference
 from opentrans_kernels.ops.ms_deform_attn import reference as deform
@@ -90,7 +91,31 @@ def an_image(rng: random.Random) -> None:
         parts[spoilt][:1].expand(len(parts[spoilt])), parts[spoilt][:0],
         parts[spoilt].new_zeros(1).expand(2**33),
     ))  # fmt: skip
-    tried(lambda: OPS.sparse_conv2d(x, *parts, None, packed.cout, kernel, stride, padding, True))
+    odd = (rng.random() < 0.5, rng.choice(NUMBERS), rng.choice((0.0, -1.5, math.nan, math.inf)))
+    tried(lambda: OPS.sparse_conv2d(x, *parts, None, packed.cout, kernel, stride, padding, *odd))
+
+
+def a_depthwise(rng: random.Random) -> None:
+    channels, kernel = rng.randint(1, 9), rng.choice((1, 2, 3, 5, 7))
+    x, weight = odd_tensor(rng, channels), torch.randn(channels, 1, kernel, kernel)
+    bias = torch.randn(channels) if rng.random() < 0.5 else None
+    stride, padding = rng.choice((1, 2, 3, 40)), rng.choice((0, kernel // 2, kernel, 50))
+    kind, slope = rng.choice((0, 1, 2, 3, 4, 5)), rng.uniform(-1, 1)
+    spoilt = rng.random()
+    if spoilt < 0.2:
+        weight = odd_tensor(rng)
+    elif spoilt < 0.3:
+        bias = odd_tensor(rng)
+    elif spoilt < 0.5 and x.numel() < 100:
+        stride, kind = rng.choice(NUMBERS), rng.choice(NUMBERS)
+        padding = rng.choice((-1, -(2**63), 2**31, 2**62))
+    found = tried(lambda: OPS.depthwise_conv2d(x, weight, bias, stride, padding, kind, slope))
+    if found is None or not found.numel():
+        return
+    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(),
+                     stride, padding, groups=x.shape[1])  # fmt: skip
+    exact = Activation(kind, slope).apply_(exact)
+    assert torch.allclose(found.double(), exact, atol=1e-3), "another convolution"
 
 
 def a_pool(rng: random.Random) -> None:
@@ -243,4 +268,14 @@ def an_attention(rng: random.Random) -> None:
         grad if rng.random() < 0.7 else odd_tensor(rng), *arguments[:4]))  # fmt: skip
 
 
-KINDS = (an_image, an_image, a_pool, a_relu, a_spectrum, a_matrix, some_masks, an_attention)
+KINDS = (
+    an_image,
+    an_image,
+    a_depthwise,
+    a_pool,
+    a_relu,
+    a_spectrum,
+    a_matrix,
+    some_masks,
+    an_attention,
+)

@@ -79,7 +79,7 @@ def test_a_convolution_matches_numpy(library: Kernels, geometry) -> None:
                 out = Output(library, *exact.shape)
                 assert not library.conv(
                     Pack(structure, values, bias), x, extra, out.data,
-                    n, h, w, *exact.shape[2:], relu, threads,
+                    n, h, w, *exact.shape[2:], relu, 0.0, threads,
                 )  # fmt: skip
                 expected = exact if extra is None else np.maximum(exact + residual, 0)
                 assert close(out.pixels(), expected), (n, h, w, threads, relu)
@@ -159,7 +159,7 @@ def test_damaged_structures_are_refused_or_read_within_bounds(library: Kernels) 
                 out = Output(library, 1, 9, 5, 6)
                 made = Pack(words, values, bias)
                 for threads in (1, 3):
-                    code = library.conv(made, x, None, out.data, 1, 5, 6, 5, 6, 1, threads)
+                    code = library.conv(made, x, None, out.data, 1, 5, 6, 5, 6, 1, 0.0, threads)
                 out.pixels()
                 found = np.zeros(len(values), np.float32)
                 library.wgrad(made, x, grad, found, 1, 5, 6, 5, 6, 1)

@@ -4,6 +4,7 @@ the oracle. Each runs here and, emulated, on 64-bit Arm with its NEON and its po
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import deform_cases
@@ -12,10 +13,12 @@ import mask_score_cases
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from csrc_process import Kernels, Pack
-from test_csrc import Output
+from test_csrc import Output, random_conv
 from test_powerlaw_fit import batch, many
 
+from opentrans_kernels.activations import Activation, Kind
 from opentrans_kernels.ops.avg_pool2d import reference as plain_pool
 from opentrans_kernels.ops.contents import BLOCK_BYTES, _sums_of
 from opentrans_kernels.ops.gram_eigenvalues import reference as plain_gram
@@ -96,6 +99,53 @@ def test_linear_layers_and_mlps_of_tokens(library: Kernels, act) -> None:
             assert np.array_equal(fused, after), "one op is two"
             found.append((out, fused))
         assert all(map(np.array_equal, *found)), "threads change no bit"
+
+
+def activated(y: torch.Tensor, kind: Kind) -> torch.Tensor:
+    return Activation(kind, 0.25).apply_(y.clone())
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7, 4])
+def test_depthwise_convolution(library: Kernels, kernel: int) -> None:
+    sizes = ((1, 1, 1), (2, 7, 9), (1, 16, 33), (1, 40, 21))
+    steps = itertools.product((1, 2, 3), (0, kernel // 2, kernel), sizes)
+    for index, (stride, padding, (n, h, w)) in enumerate(steps):
+        if min(h, w) + 2 * padding < kernel:
+            continue
+        kind = Kind(index % len(Kind))
+        x, weight, bias = numbers(n, 3, h, w), numbers(3, 1, kernel, kernel, seed=1), numbers(3)
+        exact = F.conv2d(
+            *(torch.from_numpy(t).double() for t in (x, weight, bias)), stride, padding, groups=3
+        )
+        results = []
+        for threads in THREADS:
+            out = Output(library, *exact.shape)
+            assert not library.depthwise(
+                x, weight, bias if index % 4 else np.zeros(3, np.float32), out.data, n, 3, h, w,
+                *exact.shape[2:], kernel, stride, padding, kind, 0.25, threads,
+            )  # fmt: skip
+            results.append(out.pixels())
+        if index % 4 == 0:
+            exact = exact - torch.from_numpy(bias).double().view(1, 3, 1, 1)
+        assert off_by(results[0], activated(exact, kind)) <= 32, (stride, padding, h, w)
+        assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
+def test_every_activation_behind_a_convolution(library: Kernels, kind: Kind) -> None:
+    for kernel, (n, h, w) in itertools.product((1, 3), ((1, 5, 7), (2, 16, 16), (1, 3, 29))):
+        dense, bias, structure, values = random_conv(
+            np.random.default_rng(kernel), 7, 6, kernel, 1, kernel // 2
+        )
+        x, residual = 2 * numbers(n, 6, h, w), numbers(n, 7, h, w, seed=3)
+        exact = F.conv2d(*(torch.from_numpy(t).double() for t in (x, dense, bias)), 1, kernel // 2)
+        for extra in (None, residual):
+            out = Output(library, *exact.shape)
+            assert not library.conv(
+                Pack(structure, values, bias), x, extra, out.data, n, h, w, h, w, kind, 0.25, 1
+            )
+            y = exact if extra is None else exact + torch.from_numpy(extra)
+            assert off_by(out.pixels(), activated(y, kind)) <= 32, (kernel, h, w)
 
 
 def as_rows(t: torch.Tensor, last: bool) -> np.ndarray:

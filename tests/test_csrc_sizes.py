@@ -50,7 +50,7 @@ class Conv:
         extra = None if residual is None else residual.numpy()
         assert not library.conv(
             pack or self.pack, x.numpy(), extra, out.data, x.shape[0], *x.shape[2:],
-            *shape[2:], relu, threads,
+            *shape[2:], relu, 0.0, threads,
         )  # fmt: skip
         return out.pixels()
 

@@ -84,8 +84,10 @@ def test_timm():
     assert deep.stem is None and any("conv1 is Sequential" in n for n in deep.notes)
     assert any("ceil_mode=True" in n for n in deep.notes)
     stem = {c.name: c for c in deep.loose}
-    assert stem["conv1.0"].bn_name == "conv1.1" and stem["conv1.0"].relu  # certain: a Sequential
-    assert stem["conv1.6"].bn is None  # its norm lies outside the Sequential
+    assert stem["conv1.0"].bn_name == "conv1.1" and stem["conv1.0"].relu
+    # Its norm lies outside of the Sequential, of which a hook would see what lies between.
+    assert stem["conv1.6"].bn_name == "bn1" and stem["conv1.6"].act_name == "act1"
+    assert [path for path, _ in stem["conv1.6"].through] == ["conv1"]
 
 
 class Squeezed(resnet.Bottleneck):
@@ -129,21 +131,24 @@ class Functional(resnet.Bottleneck):
         return F.relu((x if self.downsample is None else self.downsample(x)) + y)
 
 
-@pytest.mark.parametrize("kwargs, reason", [
-    ({"block": Squeezed}, "squeeze-and-excitation"),
-    ({"block": Gelu}, "relu is GELU, not ReLU"),
-    ({"block": Scaled}, "computes something else"),
-    ({"block": Swapped}, "computes something else"),
-    ({"groups": 4}, "groups=4"),
-    ({"norm_layer": nn.InstanceNorm2d}, "not a batch norm that can be folded"),
+@pytest.mark.parametrize("kwargs, reason, norms", [
+    ({"block": Squeezed}, "squeeze-and-excitation", (1, 2, 3)),
+    ({"block": Gelu}, "relu is GELU, not ReLU", (1, 2, 3)),
+    ({"block": Scaled}, "computes something else", (1, 2, 3)),
+    ({"block": Swapped}, "computes something else", (1, 3)),
+    ({"groups": 4}, "groups=4", (1, 2, 3)),
+    ({"norm_layer": nn.InstanceNorm2d}, "not a batch norm that can be folded", ()),
 ])  # fmt: skip
-def test_unusual_blocks_become_loose_with_their_reason(kwargs, reason):
+def test_unusual_blocks_become_loose_with_their_reason(kwargs, reason, norms):
     trunk = find_trunk(small(**kwargs))
     assert not trunk.blocks
     assert any(reason in note for note in trunk.notes), trunk.notes
     names = {c.name for c in trunk.loose}
     assert {f"layer{s}.0.conv{i}" for s in (1, 2, 3, 4) for i in (1, 2, 3)} <= names
-    assert all(c.bn is None for c in trunk.loose if "conv" in c.name.split(".")[-1])
+    for conv in trunk.loose:
+        if "layer" in conv.name and (last := conv.name.split(".")[-1]).startswith("conv"):
+            expected = conv.name.replace("conv", "bn") if int(last[-1]) in norms else None
+            assert conv.bn_name == expected and conv.act is None
 
 
 def test_only_the_unusual_block_is_refused():

@@ -169,7 +169,7 @@ def _less(
     if unit.name not in unfolded and unit.block is None and unit.convs[0].follows:
         unfolded.add(unit.name)
         subject, bare = subject.unfolded(unit)
-        reason = f"{choice.reason}; what follows stays: {culprit.why}"
+        reason = f"{choice.reason}; its norm stays: {culprit.why}"
         choices[unit.name] = Choice(
             choice.kind, reason, Builder(subject).build(bare, choice.kind), choice.ms
         )

@@ -18,6 +18,7 @@ from ..topology import BlockNode, ConvNode, ConvShape, Trunk, conv_shapes, find_
 from ..topology.behaviour import added_behaviour, first_changed
 from ..topology.blocks import alone, is_depthwise, plain_conv
 from ..topology.collapse import Collapse, collapse_of
+from ..topology.fold import uses_batch_statistics
 from .arguments import checked_size
 from .models import accelerated_parts as accelerated_parts
 from .models import check_model as check_model
@@ -140,6 +141,12 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
             "first (MaskSet.apply_)."
         )
     collapse = collapse_of(trunk, lambda name: _nonzero(trunk.conv(name), given))
+    batch = [node.name for node in trunk.loose if uses_batch_statistics(node)]
+    if batch:
+        notes.append(
+            f"the norm behind {', '.join(batch)} is in training mode and normalises with the "
+            "statistics of each batch: it stays as it is"
+        )
     return PlanSubject(
         model=model,
         trunk=trunk,
@@ -186,7 +193,8 @@ def _units(trunk: Trunk, masks: Mapping[str, torch.Tensor]) -> Iterator[Unit]:
     for block in trunk.blocks:
         yield _unit(block.name, "block", block.all_convs, block, masks)
     for node in trunk.loose:
-        yield _unit(node.name, "loose", (node,), None, masks)
+        known = alone(node) if uses_batch_statistics(node) else node
+        yield _unit(node.name, "loose", (known,), None, masks)
 
 
 def require_own_weight(node: ConvNode) -> None:

@@ -68,17 +68,18 @@ class Dataflow:
     def notes(self) -> list[str]:
         """Sentences for people."""
         lines = [
-            f"{_some(names)} cannot be traced as a whole ({reason}): what is inside was looked at "
-            "part by part, and convolutions between the parts stand alone"
+            f"{_some('modules', names)} cannot be traced as a whole ({reason}): what is inside was "
+            "looked at part by part, and convolutions between the parts stand alone"
             for reason, names in self.untraced.items()
         ]
-        return lines + [f"{_some(names)}: {reason}" for reason, names in self.kept.items()]
+        kept = self.kept.items()
+        return lines + [f"{_some('convolutions', names)}: {reason}" for reason, names in kept]
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(what: str, names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
-    return f"{len(names)} of them ({names[0]} .. {names[-1]})"
+    return f"{len(names)} {what} ({names[0]} .. {names[-1]})"
 
 
 def dataflow(model: nn.Module, opaque: AbstractSet[int] = frozenset()) -> Dataflow:
@@ -245,9 +246,7 @@ class _Reading:
         own = self._norm(reader.path, conv.out_channels)
         if reader.path is not None and own is not None:
             norm: Any = self._module(reader.path)
-            if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                reader = _Reader(why="its norm is in training mode and uses the batch's statistics")
-            elif why := first_changed(norm.named_modules(prefix=reader.path)):
+            if why := first_changed(norm.named_modules(prefix=reader.path)):
                 reader = _Reader(why=why)
             else:
                 bn = end = reader.path
@@ -284,7 +283,11 @@ class _Reading:
             readers, passed = self._readers(call)
             if len(readers) != 1:
                 folds = any(self._could_fold(node) for node in readers)
-                why = "its value is read at several places" if folds else None
+                why = (
+                    "the value is read at several places, so nothing is folded in"
+                    if folds
+                    else None
+                )
                 return _Reader(why=why)
             (node,) = readers
             if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
@@ -352,7 +355,7 @@ class _Reading:
 
 
 _STAYS = (
-    "the activation behind them is a function, not a module, and cannot be exchanged: it stays a "
-    "pass of its own"
+    "the activation that follows is a function, not a module, and cannot be exchanged, so it stays "
+    "a pass of its own"
 )
-_SHARED = "the module behind them is called elsewhere as well, so it stays a pass of its own"
+_SHARED = "the module that follows is called elsewhere as well and stays a pass of its own"

@@ -47,6 +47,13 @@ def norm_activation(module: nn.Module | None) -> Activation | None:
     return act if same else None
 
 
+def uses_batch_statistics(node: ConvNode) -> bool:
+    """Whether the norm behind a convolution is in training mode."""
+    # A frozen batch norm keeps its training flag but has no train-mode behaviour.
+    bn = node.bn
+    return bn is not None and bn.training and isinstance(bn, nn.modules.batchnorm._BatchNorm)
+
+
 def scale_shift(bn: nn.Module, where: str) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 [C] scale and shift of an eval-mode batch norm."""
     mean, var = getattr(bn, "running_mean", None), getattr(bn, "running_var", None)
@@ -96,8 +103,7 @@ def fold_bn(node: ConvNode, weight64: torch.Tensor) -> tuple[torch.Tensor, torch
         bias = bias + node.conv.bias.detach().double()
     if node.bn is not None:
         where = f"{node.name} with {node.bn_name}"
-        # A frozen batch norm keeps its training flag but has no train-mode behaviour.
-        if node.bn.training and isinstance(node.bn, nn.modules.batchnorm._BatchNorm):
+        if uses_batch_statistics(node):
             raise UnsupportedModelError(
                 f"{where}: the batch norm is in training mode, where it uses batch statistics. "
                 "Call model.eval() first."
