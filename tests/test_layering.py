@@ -20,7 +20,7 @@ FLOORS = (
     ("errors", "settings", "native", "lazy", "finite", "activations"),
     ("masks", "clip_resnet", "synthetic", "topology", "towers"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
-    ("plan", "nn", "engines", "stage", "watch", "freshness", "spectrum", "gpu"),
+    ("plan", "nn", "engines", "linears", "stage", "watch", "freshness", "spectrum", "gpu"),
     ("accelerate", "checkpoint", "heads"),
     ("bench",),
     ("report",),

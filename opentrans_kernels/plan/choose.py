@@ -10,6 +10,7 @@ from ..audit import predicted_speedup
 from ..ops.library import plane_padded
 from .build import Builder, Built, check_replaceable, dense_call
 from .clock import interleaved_ms, undisturbed
+from .layers import LinearUnit
 from .subject import PlanSubject, Unit
 
 MARGIN = 0.97  # a form replaces the dense one if it takes at most this share of its time
@@ -35,18 +36,18 @@ class Chooser:
         self.batch, self.measure = batch, measure
         self._planar = False  # the unit before leaves the kernels' layout
 
-    def choose(self, unit: Unit) -> Choice:
+    def choose(self, unit: Unit | LinearUnit) -> Choice:
         """The decision for ``unit``, with the modules that carry it out."""
         check_replaceable(unit)
         choice = self._fixed(unit)
         if choice is None:
-            known = unit.convs[0].name in self.subject.shapes
+            known = unit.layers[0].name in self.subject.shapes
             choice = self._measured(unit) if self.measure and known else self._predicted(unit)
-        self._planar = choice.kind == "sparse"
+        self._planar = choice.kind == "sparse" and not isinstance(unit, LinearUnit)
         self.builder.release()
         return choice
 
-    def _fixed(self, unit: Unit) -> Choice | None:
+    def _fixed(self, unit: Unit | LinearUnit) -> Choice | None:
         """Decisions that need no clock."""
         if not self.subject.has_zeros:
             return Choice("dense", "dense: no zeros")
@@ -58,19 +59,23 @@ class Chooser:
             return Choice("dense", f"dense: the convolution {unit.unsupported}")
         return None
 
-    def _forms(self, unit: Unit) -> tuple[list[str], str]:
+    def _forms(self, unit: Unit | LinearUnit) -> tuple[list[str], str]:
         """Kinds to build, and why sparse is not among them."""
+        # A dense linear layer has nothing to fold but its mask.
+        dense = ["compact"] if unit.must_mask or not isinstance(unit, LinearUnit) else []
         if unit.unsupported:
-            return ["compact"], f"the convolution {unit.unsupported}"
+            return dense, f"the convolution {unit.unsupported}"
         if unit.density > CROSSOVER and unit.numel > SMALL:
             why = "no zeros" if unit.density == 1 else (
                 f"density {unit.density:.2f} > crossover {CROSSOVER}"
             )  # fmt: skip
-            return ["compact"], why
-        return ["sparse", "compact"], ""
+            return dense, why
+        return ["sparse", *dense], ""
 
-    def _measured(self, unit: Unit) -> Choice:
+    def _measured(self, unit: Unit | LinearUnit) -> Choice:
         kinds, why_not_sparse = self._forms(unit)
+        if not kinds:
+            return Choice("dense", f"dense: {why_not_sparse}")
         forms = {kind: self.builder.build(unit, kind) for kind in kinds}
         native, arriving = self._inputs(unit)
         dense = dense_call(unit)
@@ -93,7 +98,7 @@ class Chooser:
         why = why_not_sparse or "not 3 % faster otherwise"
         return Choice("dense", f"dense: {why}: {ms['dense']:.2f} ms, {others}", None, ms)
 
-    def _how(self, unit: Unit, kind: str, why_not_sparse: str) -> str:
+    def _how(self, unit: Unit | LinearUnit, kind: str, why_not_sparse: str) -> str:
         if kind == "sparse":
             return "sparse: "
         if self.builder.shrinks(unit):
@@ -101,13 +106,20 @@ class Chooser:
             after, before = sum(s.after for s in sets), sum(s.before for s in sets)
             how = f"{after} of {before} inner channels"
         else:
-            how = "batch norm folded" if unit.convs[0].bn is not None else "mask applied"
+            folded = not isinstance(unit, LinearUnit) and unit.convs[0].bn is not None
+            how = "batch norm folded" if folded else "mask applied"
         return f"compact ({how}{'; ' * bool(why_not_sparse)}{why_not_sparse}): "
 
-    def _inputs(self, unit: Unit) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [batch, cin, H, W] in the model's memory format, and as it arrives here."""
-        conv, shape = unit.convs[0].conv, self.subject.shapes[unit.convs[0].name]
+    def _inputs(self, unit: Unit | LinearUnit) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [batch, cin, H, W] in the model's memory format, and as it arrives here; tokens
+        [batch, tokens, cin] of a linear layer."""
         generator = torch.Generator().manual_seed(0)
+        if isinstance(unit, LinearUnit):
+            layer = unit.layers[0]
+            tokens = self.subject.shapes[layer.name].pixels
+            x = torch.randn(self.batch, tokens, layer.cin, generator=generator)
+            return x, x
+        conv, shape = unit.convs[0].conv, self.subject.shapes[unit.convs[0].name]
         size = (self.batch, conv.in_channels, shape.h_in, shape.w_in)
         native = torch.randn(size, generator=generator).relu_()
         last = torch.channels_last
@@ -117,7 +129,7 @@ class Chooser:
             return native, native
         return native, plane_padded(native, *native.shape).copy_(native)
 
-    def _predicted(self, unit: Unit) -> Choice:
+    def _predicted(self, unit: Unit | LinearUnit) -> Choice:
         kinds, why_not_sparse = self._forms(unit)
         speed = predicted_unit_speedup(unit, self.subject)
         if "sparse" in kinds and speed > 1 / MARGIN:
@@ -130,15 +142,15 @@ class Chooser:
         return Choice("dense", f"dense: {why}")
 
 
-def predicted_unit_speedup(unit: Unit, subject: PlanSubject) -> float:
+def predicted_unit_speedup(unit: Unit | LinearUnit, subject: PlanSubject) -> float:
     """Predicted time of the dense unit over that of the sparse one."""
     dense = sparse = 0.0
-    for node in unit.convs:
-        shape = subject.shapes.get(node.name)
-        work = node.conv.weight.numel() * (shape.pixels if shape else 1)
-        density = unit.nnz[node.name] / max(1, node.conv.weight.numel())
+    for layer in unit.layers:
+        shape = subject.shapes.get(layer.name)
+        work = layer.numel * (shape.pixels if shape else 1)
+        density = unit.nnz[layer.name] / max(1, layer.numel)
         dense += work
-        sparse += work / predicted_speedup(node.conv.kernel_size[0], density)
+        sparse += work / predicted_speedup(layer.shape[2], density)
     return dense / max(sparse, 1e-9)
 
 

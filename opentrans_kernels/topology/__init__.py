@@ -9,6 +9,16 @@ from __future__ import annotations
 
 from opentrans_kernels.topology.find import find_trunk, find_trunks
 from opentrans_kernels.topology.fold import fold_bn
+from opentrans_kernels.topology.linears import (
+    LinearNode,
+    Linears,
+    MlpNode,
+    block_linears,
+    find_linears,
+    linear_modules,
+    pruned_linears,
+    token_counts,
+)
 from opentrans_kernels.topology.nodes import (
     BlockNode,
     ConvNode,
@@ -24,13 +34,21 @@ __all__ = [
     "BlockNode",
     "ConvNode",
     "ConvShape",
+    "LinearNode",
+    "Linears",
+    "MlpNode",
     "PoolNode",
     "StemNode",
     "Trunk",
+    "block_linears",
     "conv_shapes",
+    "find_linears",
     "find_trunk",
     "find_trunks",
     "fold_bn",
     "forward_trunk",
+    "linear_modules",
     "original",
+    "pruned_linears",
+    "token_counts",
 ]
