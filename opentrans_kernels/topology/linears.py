@@ -28,6 +28,7 @@ __all__ = [
     "MlpNode",
     "block_linears",
     "find_linears",
+    "is_pruned",
     "linear_modules",
     "proved_activation",
     "pruned_linears",
@@ -98,14 +99,14 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
 def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Those of which at least a hundredth of the weights is zero."""
     return {
-        name: module
-        for name, module in linear_modules(model).items()
-        if _zeros(module.weight) >= max(1, PRUNED * module.weight.numel())
+        name: module for name, module in linear_modules(model).items() if is_pruned(module.weight)
     }
 
 
-def _zeros(weight: torch.Tensor) -> int:
-    return weight.numel() - int(torch.count_nonzero(weight.detach()))
+def is_pruned(weight: torch.Tensor) -> bool:
+    """Whether at least a hundredth of the weights is zero."""
+    zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
+    return zeros >= max(1, PRUNED * weight.numel())
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
