@@ -234,8 +234,8 @@ class Outcome:
         for layer in unit.layers if unit.must_mask else ():
             if layer.name not in self.subject.masks:
                 continue
-            require_own_weight(layer.name, layer.module)
-            weight = layer.module.weight.detach() * self.subject.masks[layer.name]
+            require_own_weight(layer)
+            weight = layer.weight.detach() * self.subject.masks[layer.name]
             found[f"whole.model.{layer.name}.weight"] = weight
         return found
 

@@ -129,7 +129,7 @@ class _Reference:
         self.x = _input(subject, unit)
         for layer in unit.layers if unit.must_mask else ():
             if layer.name in subject.masks:
-                require_own_weight(layer.name, layer.module)
+                require_own_weight(layer)
         tensors = dict(call.named_parameters()) | dict(call.named_buffers())
         for path, mask in _masks(subject, unit).items():
             tensors[path] = tensors[path].detach() * mask
@@ -143,7 +143,7 @@ class _Reference:
 
     def error(self, built: Built) -> PartError:
         with torch.no_grad():
-            found = built.module(self.x.clone())
+            found = built.call(self.x.clone())
         return PartError(self.unit.name, self._worst(found), self.own)
 
     def _worst(self, found: torch.Tensor) -> float:

@@ -17,7 +17,7 @@ from ..topology import ConvShape
 from .arguments import checked_batch, device_of, thread_count
 from .build import Builder
 from .choose import Choice, Chooser
-from .layers import Layer, LinearUnit, other_zeros
+from .layers import PRUNED, Layer, LinearUnit, other_zeros
 from .records import Plan, PlanRow, PlanUnit, totals_of
 from .subject import Masks, PlanSubject, Unit, prepare
 
@@ -97,9 +97,11 @@ def plan_and_build(
             rows.append(_row(unit, layer, choice, subject, dense_ms * share, isa))
         choices[unit.name] = choice if keep else Choice(choice.kind, choice.reason, None, ms)
     notes = list(subject.notes)
+    layers = [layer for unit in subject.units for layer in unit.layers]
+    if subject.has_zeros and (where := other_zeros(subject.model, layers, PRUNED)):
+        notes.append(f"zeros that nothing is gained from: {where}")
     if not subject.has_zeros:
-        names = {layer.name for unit in subject.units for layer in unit.layers}
-        where = other_zeros(subject.model, names)
+        where = other_zeros(subject.model, layers)
         none = "no weight is zero" if where is None else (
             f"no layer that can be accelerated has enough zeros, only {where} are zero"
         )  # fmt: skip

@@ -12,7 +12,14 @@ from ..compact import CompactBlock, FoldedConv, compact_trunk, fold_conv
 from ..compact.layers import masked_weight
 from ..errors import UnsupportedModelError
 from ..freshness import Freshness, freshness_of
-from ..linears import AcceleratedLinear, AcceleratedMlp, DenseLinear, SparseLinear
+from ..linears import (
+    AcceleratedAttention,
+    AcceleratedLinear,
+    AcceleratedMlp,
+    DenseLinear,
+    SelfAttention,
+    SparseLinear,
+)
 from ..nn import (
     AcceleratedBlock,
     AcceleratedConv2d,
@@ -45,6 +52,12 @@ class Built:
     swaps: Mapping[str, Replacement]
     nnz: Mapping[str, int] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def call(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What computes the unit from its input alone."""
+        attends = isinstance(self.module, AcceleratedAttention)
+        return SelfAttention(self.module) if attends else self.module
 
     @property
     def nbytes(self) -> int:
@@ -130,17 +143,22 @@ class Builder:
         masks = self._masks(unit)
         engines: list[Engine] = []
         for layer in unit.layers:
-            weight, bias = layer.module.weight.detach(), layer.module.bias
+            weight, bias = layer.weight.detach(), layer.bias
             if layer.name in masks:
                 weight = weight * masks[layer.name]
             engines.append((SparseLinear.of if kind == "sparse" else DenseLinear)(weight, bias))
-        if unit.mlp is None:
-            module: Replacement = AcceleratedLinear(unit.nodes[0].module, engines[0])
+        if unit.role == "linear":
+            module: Replacement = AcceleratedLinear(unit.module, engines[0])
+        elif unit.mlp is None:
+            module = AcceleratedAttention(unit.module, *engines, unit.name)
         else:
             inside = {la.inside: masks[la.name] for la in unit.layers if la.name in masks}
             named = dict(zip(("first", "second"), engines, strict=True))
             module = AcceleratedMlp(unit.module, named, unit.mlp.activation, inside, unit.name)
-        module.opentrans_freshness = Freshness({la.name: la.module for la in unit.layers})
+        held = {unit.name: unit.module} if unit.role == "attention" else {
+            layer.name: layer.module for layer in unit.layers
+        }  # fmt: skip
+        module.opentrans_freshness = Freshness(held)
         return Built(
             kind,
             module,
@@ -189,7 +207,7 @@ def check_replaceable(unit: Unit | LinearUnit) -> None:
 def dense_call(unit: Unit | LinearUnit) -> Callable[[torch.Tensor], torch.Tensor]:
     """The unit as the model runs it now: block, or convolution, norm and activation of its own."""
     if isinstance(unit, LinearUnit):
-        return unit.module
+        return SelfAttention(unit.module) if unit.role == "attention" else unit.module
     if unit.block is not None:
         return unit.block.module
     return nn.Sequential(*(module for _, module in unit.convs[0].folded()))

@@ -79,7 +79,7 @@ class Chooser:
         forms = {kind: self.builder.build(unit, kind) for kind in kinds}
         native, arriving = self._inputs(unit)
         dense = dense_call(unit)
-        calls = {kind: _bind(built.module, arriving) for kind, built in forms.items()}
+        calls = {kind: _bind(built.call, arriving) for kind, built in forms.items()}
         calls["dense"] = _bind(dense, native)
         if arriving is not native:
             calls["dense here"] = _bind(dense, arriving)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,11 @@ from ..errors import MaskError, UnsupportedModelError
 from ..finite import count_non_finite
 from ..masks import make_permanent
 from ..masks.files import shorten
-from ..topology import ConvShape, LinearNode, Linears, MlpNode, token_counts
+from ..topology import ConvShape, Linears, MlpNode, linear_modules, token_counts
 from ..topology.behaviour import added_behaviour, first_changed, own_behaviour
 from ..topology.find import walk_modules
+from ..topology.linears import PRUNED as PRUNED
+from ..topology.linears import is_pruned
 
 __all__ = [
     "Layer",
@@ -23,6 +25,7 @@ __all__ = [
     "nonzero",
     "other_zeros",
     "reached",
+    "removes_nothing",
     "require_own_weight",
 ]
 
@@ -34,22 +37,32 @@ PAIRED = 0.85
 class Layer:
     """One weight and the module that holds it.
 
-    name: module path in the model. inside: path of the module below what runs the unit densely.
+    name: module path in the model, "ATTENTION.in_proj" for ``in_proj_weight``. inside: path of the
+    module below what runs the unit densely. parameter: what the module calls the weight.
     """
 
     name: str
-    module: nn.Conv2d | nn.Linear
+    module: nn.Conv2d | nn.Linear | nn.MultiheadAttention
     inside: str
+    parameter: str = "weight"
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return getattr(self.module, self.parameter)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return getattr(self.module, self.parameter.replace("weight", "bias"))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """``[cout, cin / groups, kh, kw]``; a linear layer is a 1x1."""
-        shape = tuple(self.module.weight.shape)
+        shape = tuple(self.weight.shape)
         return shape if len(shape) == 4 else (*shape, 1, 1)
 
     @property
     def numel(self) -> int:
-        return self.module.weight.numel()
+        return self.weight.numel()
 
     @property
     def cin(self) -> int:
@@ -70,15 +83,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class LinearUnit:
-    """A linear layer ("linear"), or a module that is two of them with an activation ("mlp").
+    """A linear layer ("linear"), a module that is two of them with an activation ("mlp"), or the
+    projections of an ``nn.MultiheadAttention`` ("attention").
 
-    name: module path. nnz: layer name -> nonzero weights after masking. must_mask: the mask removes
-    weights that are not zero in the model.
+    name: module path. module: what is replaced. nnz: layer name -> nonzero weights after masking.
+    must_mask: the mask removes weights that are not zero in the model.
     """
 
     name: str
     role: str
-    nodes: tuple[LinearNode, ...]
+    module: nn.Module
+    layers: tuple[Layer, ...]
     mlp: MlpNode | None
     nnz: Mapping[str, int]
     must_mask: bool
@@ -86,18 +101,6 @@ class LinearUnit:
     #: None of these: what is asked of units of convolutions as well.
     block = None
     unsupported = None
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        cut = 0 if self.mlp is None else len(self.name) + 1
-        return tuple(
-            Layer(node.name, node.module, node.name[cut:] if cut else "") for node in self.nodes
-        )
-
-    @property
-    def module(self) -> nn.Module:
-        """What is replaced."""
-        return self.nodes[0].module if self.mlp is None else self.mlp.module
 
     @property
     def numel(self) -> int:
@@ -111,7 +114,7 @@ class LinearUnit:
     @property
     def changed(self) -> str | None:
         """What a replacement would not call; None if there is none."""
-        if self.mlp is None:
+        if self.role == "linear":
             extra = own_behaviour(self.module)
             return f"{self.name} {extra}" if extra else None
         if extra := added_behaviour(self.module):
@@ -125,21 +128,27 @@ class LinearUnit:
         return frozenset((self.name,))
 
 
-def nonzero(
-    name: str, module: nn.Conv2d | nn.Linear, masks: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
+def nonzero(name: str, weight: torch.Tensor, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """bool: weights that are not zero after masking."""
-    kept = module.weight.detach() != 0
+    kept = weight.detach() != 0
     return kept & masks[name] if name in masks else kept
 
 
-def require_own_weight(name: str, module: nn.Module) -> None:
+def require_own_weight(layer: Layer) -> None:
     """Raise UnsupportedModelError unless the weight is a parameter, which a mask can be put on."""
-    if "weight" not in module._parameters:
+    if layer.parameter not in layer.module._parameters:
         raise UnsupportedModelError(
-            f"{name}: its weight is computed from others (pruned or parametrized) and a "
-            f"further mask is given. Make it permanent first: {make_permanent(module)}."
+            f"{layer.name}: its weight is computed from others (pruned or parametrized) and a "
+            f"further mask is given. Make it permanent first: {make_permanent(layer.module)}."
         )
+
+
+def removes_nothing(model: nn.Module, name: str, mask: torch.Tensor) -> bool:
+    """Whether the weights of the linear layer ``name`` that the mask removes are zero already."""
+    module = linear_modules(model).get(name)
+    if module is None or module.weight.shape != mask.shape:
+        return False
+    return not bool((module.weight.detach()[~mask] != 0).any())
 
 
 def linear_units(
@@ -151,18 +160,18 @@ def linear_units(
     kernels do not take.
     """
     nodes = {n.name: n for n in linears.layers if n.name in masks or n.name in pruned}
-    for node in nodes.values():
-        _check(node.name, node.module)
-    kept = {
-        name: int(torch.count_nonzero(nonzero(name, node.module, masks)))
-        for name, node in nodes.items()
-    }
+    kept = {}
+    for name, node in nodes.items():
+        _check(name, node.module, node.module.weight, node.module.bias)
+        kept[name] = int(torch.count_nonzero(nonzero(name, node.module.weight, masks)))
 
-    def unit(name: str, *own: LinearNode, mlp: MlpNode | None = None) -> LinearUnit:
-        counts = {node.name: kept[node.name] for node in own}
-        before = sum(int(torch.count_nonzero(node.module.weight.detach())) for node in own)
-        role = "linear" if mlp is None else "mlp"
-        return LinearUnit(name, role, own, mlp, counts, sum(counts.values()) != before)
+    def unit(
+        name: str, role: str, module: nn.Module, *layers: Layer, mlp: MlpNode | None = None
+    ) -> LinearUnit:
+        counts = {layer.name: kept[layer.name] for layer in layers}
+        before = sum(int(torch.count_nonzero(layer.weight.detach())) for layer in layers)
+        must_mask = sum(counts.values()) != before
+        return LinearUnit(name, role, module, layers, mlp, counts, must_mask)
 
     paired: dict[str, MlpNode] = {}
     for mlp in linears.mlps:
@@ -170,18 +179,31 @@ def linear_units(
         if all(n in kept and kept[n] <= PAIRED * nodes[n].module.weight.numel() for n in both):
             paired |= dict.fromkeys(both, mlp)
     for name, node in nodes.items():
-        mlp = paired.get(name)
-        if mlp is None:
-            yield unit(name, node)
-        elif mlp.first.name == name:
-            yield unit(mlp.name, mlp.first, mlp.second, mlp=mlp)
+        found = paired.get(name)
+        if found is None:
+            yield unit(name, "linear", node.module, Layer(name, node.module, ""))
+        elif found.first.name == name:
+            cut = len(found.name) + 1
+            own = (Layer(n.name, n.module, n.name[cut:]) for n in (found.first, found.second))
+            yield unit(found.name, "mlp", found.module, *own, mlp=found)
+    for attention in linears.attentions:
+        module = attention.module
+        if not is_pruned(module.in_proj_weight) and not is_pruned(module.out_proj.weight):
+            continue
+        projections = (
+            Layer(f"{attention.name}.in_proj", module, "attention", "in_proj_weight"),
+            Layer(f"{attention.name}.out_proj", module.out_proj, "attention.out_proj"),
+        )
+        for layer in projections:
+            _check(layer.name, module, layer.weight, layer.bias)
+            kept[layer.name] = int(torch.count_nonzero(layer.weight.detach()))
+        yield unit(attention.name, "attention", module, *projections)
 
 
 def reached(
     model: nn.Module,
     units: tuple[LinearUnit, ...],
     input_size: tuple[int, int],
-    masks: Mapping[str, torch.Tensor],
 ) -> tuple[tuple[LinearUnit, ...], dict[str, ConvShape], list[str]]:
     """The units whose modules an image reaches, the tokens of each layer, and notes.
 
@@ -189,17 +211,18 @@ def reached(
     """
     if not units:
         return (), {}, []
-    first = {unit.name: unit.layers[0].name for unit in units}
-    tokens, why = token_counts(model, first, input_size)
+    called = {unit.name: unit.name if unit.role != "mlp" else unit.layers[0].name for unit in units}
+    counts, why = token_counts(model, called.values(), input_size)
+    tokens = {name: counts[path] for name, path in called.items() if path in counts}
     if why is not None:
         return units, {}, [f"no token counts and no timings of linear layers: {why}"]
     missed = [unit for unit in units if unit.name not in tokens]
-    for layer in (layer for unit in missed for layer in unit.layers):
-        if layer.name in masks:
+    for unit in missed:
+        if unit.must_mask:
             raise MaskError(
-                f"the mask of {layer.name!r} cannot be applied: calling the model on an image does "
-                "not call that layer (its weight may be read by another module). Leave this mask "
-                "out, or multiply it into the weights first (MaskSet.apply_)."
+                f"the mask of {unit.layers[0].name!r} cannot be applied: calling the model on an "
+                "image does not call that layer (its weight may be read by another module). Leave "
+                "this mask out, or multiply it into the weights first (MaskSet.apply_)."
             )
     notes = []
     if missed:
@@ -212,18 +235,22 @@ def reached(
     return kept, shapes, notes
 
 
-def other_zeros(model: nn.Module, names: Collection[str]) -> str | None:
-    """Where zeros are outside of the layers ``names``: "ConvTranspose3d: ..."; None for none."""
+def other_zeros(model: nn.Module, layers: Iterable[Layer], least: float = 0.0) -> str | None:
+    """Where zeros are outside of ``layers``: "96 of 128 weights of 1 ConvTranspose2d layer".
+
+    least: share of a weight that must be zero. None if there are none.
+    """
+    known = {id(layer.weight) for layer in layers}
     found: dict[str, tuple[int, int, int]] = {}
-    for path, module in walk_modules(model):
+    for _, module in walk_modules(model):
         for key, weight in module._parameters.items():
-            if weight is None or weight.dim() < 2 or path in names or weight.is_meta:
+            if weight is None or weight.dim() < 2 or id(weight) in known or weight.is_meta:
                 continue
             if not key.endswith("weight") or not weight.is_floating_point():
                 continue
             zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
             layers, all_zeros, all_weights = found.get(type(module).__name__, (0, 0, 0))
-            if zeros:
+            if zeros > least * weight.numel():
                 found[type(module).__name__] = (
                     layers + 1, all_zeros + zeros, all_weights + weight.numel()
                 )  # fmt: skip
@@ -235,8 +262,8 @@ def other_zeros(model: nn.Module, names: Collection[str]) -> str | None:
     )
 
 
-def _check(name: str, module: nn.Linear) -> None:
-    for label, tensor in (("weight", module.weight), ("bias", module.bias)):
+def _check(name: str, module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    for label, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:

@@ -262,8 +262,8 @@ class Plan:
 
 
 _WORK = ("nominal", "effective", "executed")
-_LINEAR = ("linear", "mlp")
-_SEVERAL = ("block", "mlp")  # of several layers, each with a row of its own
+_LINEAR = ("linear", "mlp", "attention")
+_SEVERAL = ("block", "mlp", "attention")  # of several layers, each with a row of its own
 
 
 def _ms(value: float | None) -> str:

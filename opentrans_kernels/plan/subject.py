@@ -29,7 +29,7 @@ from ..topology.blocks import alone, is_depthwise, plain_conv
 from ..topology.collapse import Collapse, collapse_of
 from ..topology.fold import uses_batch_statistics
 from .arguments import checked_size
-from .layers import Layer, LinearUnit, linear_units, nonzero, reached
+from .layers import Layer, LinearUnit, linear_units, nonzero, reached, removes_nothing
 from .models import accelerated_parts as accelerated_parts
 from .models import check_model as check_model
 
@@ -128,13 +128,13 @@ class PlanSubject:
     def architecture(self) -> str:
         """SHA-256 (hex) over names, shapes, strides and paddings of all layers."""
 
-        def form(module: nn.Conv2d | nn.Linear) -> str:
-            if isinstance(module, nn.Linear):
+        def form(module: nn.Module) -> str:
+            if not isinstance(module, nn.Conv2d):
                 return "linear"
             return repr((module.stride, module.padding))
 
         parts = [
-            [layer.name, list(layer.module.weight.shape), form(layer.module)]
+            [layer.name, list(layer.weight.shape), form(layer.module)]
             for unit in self.units
             for layer in unit.layers
         ]
@@ -169,15 +169,16 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
     found = tuple(linear_units(linears, pruned_linears(model), given))
     known = {node.name for node in trunk.convs()}
     known |= {layer.name for unit in found for layer in unit.layers}
-    if stray := [name for name in given if name not in known]:
+    stray = [name for name in given if name not in known]
+    if stray := [name for name in stray if not removes_nothing(model, name, given[name])]:
         why = linears.left_alone.get(stray[0]) or "; ".join(trunk.notes)
         raise MaskError(
             f"the mask of {stray[0]!r} cannot be applied: that layer is left alone ({why}). Leave "
             "this mask out, or multiply it into the weights first (MaskSet.apply_)."
         )
-    found, tokens, more = reached(model, found, size, given)
+    found, tokens, more = reached(model, found, size)
     shapes, notes = {**shapes, **tokens}, notes + more
-    collapse = collapse_of(trunk, lambda name: nonzero(name, trunk.conv(name).conv, given))
+    collapse = collapse_of(trunk, lambda name: nonzero(name, trunk.conv(name).conv.weight, given))
     batch = [node.name for node in trunk.loose if uses_batch_statistics(node)]
     if batch:
         notes.append(
@@ -249,6 +250,6 @@ def _unit(
     nnz, must_mask = {}, False
     for node in convs:
         before = int(torch.count_nonzero(node.conv.weight.detach()))
-        nnz[node.name] = int(torch.count_nonzero(nonzero(node.name, node.conv, masks)))
+        nnz[node.name] = int(torch.count_nonzero(nonzero(node.name, node.conv.weight, masks)))
         must_mask |= nnz[node.name] != before
     return Unit(name, role, convs, block, nnz, must_mask)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from opentrans_kernels.topology.find import find_trunk, find_trunks
 from opentrans_kernels.topology.fold import fold_bn
 from opentrans_kernels.topology.linears import (
+    AttentionNode,
     LinearNode,
     Linears,
     MlpNode,
@@ -31,6 +32,7 @@ from opentrans_kernels.topology.nodes import (
 from opentrans_kernels.topology.shapes import conv_shapes, forward_trunk
 
 __all__ = [
+    "AttentionNode",
     "BlockNode",
     "ConvNode",
     "ConvShape",

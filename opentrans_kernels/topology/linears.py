@@ -23,6 +23,7 @@ from opentrans_kernels.topology.nodes import ConvShape, original
 from opentrans_kernels.topology.tracing import ShapesOnly, meta_copy, same_expression
 
 __all__ = [
+    "AttentionNode",
     "LinearNode",
     "Linears",
     "MlpNode",
@@ -76,14 +77,23 @@ class MlpNode:
 
 
 @dataclass(frozen=True)
+class AttentionNode:
+    """An ``nn.MultiheadAttention`` with one weight for queries, keys and values."""
+
+    name: str
+    module: nn.MultiheadAttention
+
+
+@dataclass(frozen=True)
 class Linears:
     """What can be replaced, in order of definition; ``mlps`` hold some of ``layers``.
 
-    left_alone: name of a linear layer -> why it cannot be replaced.
+    left_alone: name of a linear layer -> why it cannot be replaced alone.
     """
 
     layers: tuple[LinearNode, ...]
     mlps: tuple[MlpNode, ...]
+    attentions: tuple[AttentionNode, ...]
     left_alone: Mapping[str, str]
 
 
@@ -163,7 +173,17 @@ def find_linears(model: nn.Module) -> Linears:
             node = _mlp(name, module, known)
             if node is not None:
                 mlps = [one for one in mlps if not name.startswith(f"{one.name}.")] + [node]
-    return Linears(tuple(layers.values()), tuple(mlps), alone)
+    attentions = tuple(
+        AttentionNode(name, module)
+        for name, module in walk_modules(model)
+        if type(module) is nn.MultiheadAttention
+        and name
+        and module.in_proj_weight is not None
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and uses[id(module)] == 1
+    )
+    return Linears(tuple(layers.values()), tuple(mlps), attentions, alone)
 
 
 def _mlp(name: str, module: nn.Module, known: Mapping[int, LinearNode]) -> MlpNode | None:
