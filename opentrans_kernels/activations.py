@@ -48,7 +48,7 @@ class Activation:
         return f"{name}({self.slope:g})" if self.kind == Kind.LEAKY_RELU else name
 
     def apply_(self, y: torch.Tensor) -> torch.Tensor:
-        """In place, by PyTorch."""
+        """By PyTorch, in place where it can."""
         if self.kind == Kind.RELU:
             return y.relu_()
         if self.kind == Kind.RELU6:
@@ -60,7 +60,7 @@ class Activation:
         if self.kind == Kind.HARD_SWISH:
             return F.hardswish(y, inplace=True)
         if self.kind in _APPROXIMATION:
-            return y.copy_(F.gelu(y, approximate=_APPROXIMATION[self.kind]))
+            return F.gelu(y, approximate=_APPROXIMATION[self.kind])
         if self.kind == Kind.QUICK_GELU:
             return y.mul_(torch.sigmoid(_QUICK * y))
         return y

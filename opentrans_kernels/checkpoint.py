@@ -238,7 +238,10 @@ def _mask_bits(
     if record["masks"]:
         return dict(record["masks"])
     found = {}
+    whole = {f"{u.name}.in_proj" for u in record["plan"].units if u.role == "attention"}
     for row in record["plan"].rows:
+        if row.name in whole:  # no weight of a module's own: stored densely
+            continue
         weight = original(model.get_submodule(row.name)).weight.detach()  # type: ignore[union-attr]
         keep = weight != 0  # type: ignore[operator]
         if not bool(keep.all()):

@@ -60,6 +60,8 @@ class Replacement(Operators):
     """Stands in for ``opentrans_original``: same parameters, buffers, children and attributes."""
 
     opentrans_original: nn.Module
+    #: What ties it to inference, for messages.
+    PREPARED = "its batch norm is folded and its weights are packed"
     #: Over what the packed tensors were made from.
     opentrans_freshness: Freshness | None = None
 
@@ -105,8 +107,8 @@ class Replacement(Operators):
             self.opentrans_freshness.require()
         if self.training:
             raise UnsupportedModelError(
-                f"this {type(self).__name__} is in training mode, but its batch norm is folded "
-                f"and its weights are packed for inference. Call model.eval(). To train: {_FIX}."
+                f"this {type(self).__name__} is in training mode, but {self.PREPARED} for "
+                f"inference. Call model.eval(). To train: {_FIX}."
             )
         require_backward_alone(f"For other derivatives: {_FIX}.")
         if x.dtype != torch.float32:

@@ -20,6 +20,7 @@ from torch import nn
 from opentrans_kernels.clip_resnet import ModifiedResNet, arch_of
 from opentrans_kernels.errors import MaskError, OpenTransError
 from opentrans_kernels.finite import count_non_finite
+from opentrans_kernels.topology import block_linears
 
 if TYPE_CHECKING:
     from opentrans_kernels.masks import MaskSet
@@ -233,29 +234,35 @@ def maskable_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
     return convs
 
 
+def maskable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """What a synthetic mask covers: of a vision transformer the linear layers of its blocks, of any
+    other network :func:`maskable_convs`."""
+    return {**(block_linears(model) or maskable_convs(model))}
+
+
 def synthetic_masks(model: nn.Module, spec: str | MaskSpec) -> MaskSet:
     """Magnitude (L1) masks for ``model`` from a recipe such as "global:0.90".
 
     Exactly round(sparsity x weights) weights are removed, over all covered convs together
-    ("global") or in each ("uniform"); ties go by position. Covers :func:`maskable_convs`. The
+    ("global") or in each ("uniform"); ties go by position. Covers :func:`maskable_layers`. The
     result says ``source.synthetic``. Raises MaskError if the model has no Conv2d or if a weight
     is NaN or infinite.
     """
     from opentrans_kernels.masks import MaskSet, Provenance
 
     spec = parse_mask_spec(spec) if isinstance(spec, str) else spec
-    convs = maskable_convs(model)
-    if not convs:
+    layers = maskable_layers(model)
+    if not layers:
         raise MaskError(
             f"{type(model).__name__} has no Conv2d module, so there is nothing to mask. Pass the "
             "network that holds the convolutions."
         )
     magnitudes = {}
-    for name, conv in convs.items():
-        weight = conv.weight.detach()
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
         if count_non_finite(weight):
             raise MaskError(
-                f"the weight of conv {name!r} holds NaN or infinity, so magnitudes cannot be "
+                f"the weight of {name!r} holds NaN or infinity, so magnitudes cannot be "
                 "ranked. Load finite weights first."
             )
         magnitudes[name] = weight.abs().float().cpu().reshape(-1).numpy()
@@ -266,8 +273,8 @@ def synthetic_masks(model: nn.Module, spec: str | MaskSpec) -> MaskSet:
     else:
         parts = [_keep_largest(m, spec.sparsity) for m in magnitudes.values()]
     masks = {
-        name: torch.from_numpy(part.reshape(tuple(convs[name].weight.shape)).copy())
-        for name, part in zip(convs, parts, strict=True)
+        name: torch.from_numpy(part.reshape(tuple(layers[name].weight.shape)).copy())
+        for name, part in zip(layers, parts, strict=True)
     }
     notes = {"spec": str(spec), "model": type(model).__name__}
     return MaskSet(masks, Provenance(kind="synthetic", notes=notes, synthetic=True))

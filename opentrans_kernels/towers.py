@@ -84,12 +84,13 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     """A tower without trained weights, eval mode, float32, no gradients.
 
     CLIP ResNets get synthetic weights, or with ``empty`` uninitialised ones, for callers that load
-    a checkpoint; CLIP's other towers ("ViT-L-14"), "torchvision:NAME" and
-    "timm:NAME" their library's random initialisation under ``seed``.
+    a checkpoint; CLIP's other towers ("ViT-L-14", also "open_clip:ViT-L-14"), "torchvision:NAME"
+    and "timm:NAME" their library's random initialisation under ``seed``.
 
     Raises:
         OpenTransError: the library is missing or does not know the name.
     """
+    arch = arch.removeprefix("open_clip:")
     family, colon, name = arch.partition(":")
     if not colon and arch.startswith("ViT"):
         return _vision_transformer(arch, seed)
@@ -100,8 +101,8 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
         return synthetic_rn50(arch, seed=seed, image_size=clip_image_size(arch))
     if family not in _FAMILIES:
         raise OpenTransError(
-            f"arch {arch!r}: {family!r} is not a known library. Write RN50, RN101 or RN50x4 for "
-            "CLIP, or torchvision:resnet50, timm:resnet50."
+            f"arch {arch!r}: {family!r} is not a known library. Write RN50, RN101, RN50x4 or "
+            "ViT-B-32 for CLIP, or torchvision:resnet50, timm:resnet50."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -136,6 +137,7 @@ def clip_image_size(arch: str) -> int:
 
     Raises OpenTransError if a tower of open_clip is asked for, and it is missing.
     """
+    arch = arch.removeprefix("open_clip:")
     known = ARCHS.get(arch.removesuffix("-quickgelu"))
     if known is not None:
         return known.image_size

@@ -68,6 +68,33 @@ int64_t conv(const Pack* pack, const float* x, const float* residual, float* out
   });
 }
 
+// Dense rows of the given width.
+Tokens tokens(const float* data, int64_t count, int64_t width) {
+  return {const_cast<float*>(data), count, width, width};
+}
+
+int64_t linear(const Pack* pack, const float* x, const float* residual, float* out, int64_t count,
+               int64_t act, double slope, int64_t threads) {
+  return guarded([&] {
+    const SparseWeight w = weight(*pack);
+    const Tokens extra = tokens(residual, count, w.cout);
+    sparse_linear(w, tokens(x, count, w.cin), tokens(out, count, w.cout),
+                  residual ? &extra : nullptr,
+                  {static_cast<int32_t>(act), static_cast<float>(slope)}, parallel(threads));
+  });
+}
+
+int64_t mlp(const Pack* packs, const float* x, const float* residual, float* out, int64_t count,
+            int64_t act, double slope, int64_t threads) {
+  return guarded([&] {
+    const SparseWeight w1 = weight(packs[0]), w2 = weight(packs[1]);
+    const Tokens extra = tokens(residual, count, w2.cout);
+    sparse_mlp(w1, w2, tokens(x, count, w1.cin), tokens(out, count, w2.cout),
+               residual ? &extra : nullptr,
+               {static_cast<int32_t>(act), static_cast<float>(slope)}, parallel(threads));
+  });
+}
+
 int64_t wgrad(const Pack* pack, const float* x, const float* grad, float* out, int64_t n, int64_t h,
               int64_t w, int64_t oh, int64_t ow, int64_t threads) {
   return guarded([&] {
@@ -161,6 +188,8 @@ OTK_CALLABLE(isa);
 OTK_CALLABLE(plane);
 OTK_CALLABLE(memory);
 OTK_CALLABLE(conv);
+OTK_CALLABLE(linear);
+OTK_CALLABLE(mlp);
 OTK_CALLABLE(wgrad);
 OTK_CALLABLE(bottleneck);
 OTK_CALLABLE(stage);

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import math
 import os
 import random
 import subprocess
@@ -24,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from fuzz_arguments import KINDS as ARGUMENTS
 from kernel_cases import assert_within, layouts, masked_weight
+from linear_cases import dense_linear
 from test_isa import supported
 
 from opentrans_kernels import native
+from opentrans_kernels.activations import Activation, Kind
 from opentrans_kernels.errors import OpenTransError, PlanError
 from opentrans_kernels.ops.folded_conv2d import sparse as _sparse  # noqa: F401  (defines its ops)
 from opentrans_kernels.pack import Header, SparseWeight
@@ -171,7 +174,54 @@ def one_trained_layer(rng: random.Random) -> None:
         [True, True, False, False, False, True]))  # fmt: skip
 
 
-PACKS = (one_convolution, one_convolution, one_convolution, one_block, one_trained_layer)
+def one_linear_layer(rng: random.Random) -> None:
+    """Alone and as the first or second layer of an MLP; a third of the packs are windows."""
+    cin, cout = rng.randint(1, 40), rng.randint(1, 40)
+    packed = random_pack(rng, rng.choice((1, 1, 3)), cin, cout)
+    other = random_pack(rng, 1, cout, rng.randint(1, 40))
+    structure = packed.structure if rng.random() < 0.1 else damaged(rng, packed.structure)
+    header = header_of(structure)
+    values, bias = packed.values, packed.bias
+    if header is not None and rng.random() < 0.9:
+        cout = header.cout
+        values = torch.randn(max(0, min(header.nnz, LARGEST)))
+        bias = torch.randn(max(0, min(cout, LARGEST)))
+        cin = header.cin if 0 < header.cin <= 256 else cin
+    sizes = (*rng.choice(((), (0,), (1,), (2, 7), (3, 1, 5), (33,))), cin)
+    if math.prod(sizes[:-1]) * max(cout, 1) > LARGEST:
+        return
+    x = torch.randn(sizes)
+    if len(sizes) > 2 and rng.random() < 0.5:
+        x = x.transpose(0, -2).contiguous().transpose(0, -2)
+    residual = torch.randn(*sizes[:-1], max(0, cout)) if rng.random() < 0.3 else None
+    act = Activation(rng.choice(list(Kind)), 0.1)
+    rest = (act.kind, act.slope)
+    torch.set_num_threads(rng.choice((1, 1, 3)))
+    try:
+        valid = SparseWeight(structure, values, bias, cin, cout, 1)
+    except PlanError:
+        valid = None
+    out = attempt(lambda: OPS.sparse_linear(x, structure, values, bias, residual, cout, *rest))
+    one, two = (structure, values, bias), (other.structure, other.values, other.bias)
+    with torch.no_grad():
+        attempt(lambda: OPS.sparse_mlp(x, *one, *two, None, other.cout, *rest))
+        hidden = torch.randn(*sizes[:-1], other.cin)
+        attempt(lambda: OPS.sparse_mlp(hidden, *two, *one, residual, cout, *rest))
+    torch.set_num_threads(1)
+    if valid is None:
+        return
+    assert out is not None, "a valid pack was refused"
+    weight = valid.to_dense()[:, :, 0, 0]
+    results = [
+        dense_linear(x, weight, bias, residual, act, d) for d in (torch.float64, torch.float32)
+    ]
+    assert_within(out, *results, what=("linear", cin, cout), ulp=64)
+
+
+PACKS = (
+    one_convolution, one_convolution, one_convolution, one_block, one_trained_layer,
+    one_linear_layer,
+)  # fmt: skip
 
 
 def run(seed: int, first: int, cases: int, seconds: float, trace: bool) -> int:

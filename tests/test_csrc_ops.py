@@ -8,6 +8,7 @@ import itertools
 import math
 
 import deform_cases
+import linear_cases
 import mask_score_cases
 import numpy as np
 import pytest
@@ -67,6 +68,37 @@ def test_average_pooling_and_its_gradient(library: Kernels, k: int) -> None:
                 assert not library.spread(grad, back, n, c, h, w, k, padding, threads)
                 assert off_by(back[..., : h * w].reshape(x.shape), spread) <= 1
                 assert not back[..., h * w :].any()
+
+
+def packed_layer(cin: int, cout: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Pack]:
+    weight, bias, packed = linear_cases.layer(cin, cout, 0.4, seed)
+    return weight, bias, Pack(packed.structure.numpy(), packed.values.numpy(), bias.numpy())
+
+
+@pytest.mark.parametrize("act", linear_cases.ACTIVATIONS, ids=str)
+def test_linear_layers_and_mlps_of_tokens(library: Kernels, act) -> None:
+    for cin, wide, count in ((1, 3, 1), (7, 19, 5), (33, 65, 16), (20, 41, 37)):
+        weight, bias, one = packed_layer(cin, wide, 0)
+        weight2, bias2, two = packed_layer(wide, cin, 1)
+        x, extra = numbers(count, cin), numbers(count, wide, seed=1)
+        tokens = torch.from_numpy(x)
+        exact = linear_cases.dense_linear(tokens, weight, bias, torch.from_numpy(extra), act)
+        hidden = linear_cases.dense_linear(tokens, weight, bias, None, act)
+        exact_mlp = linear_cases.dense_linear(hidden, weight2, bias2, tokens)
+        found = []
+        for threads in THREADS:
+            out, fused = unwritten(count, wide), unwritten(count, cin)
+            code = (int(act.kind), float(act.slope), threads)
+            assert not library.linear(one, x, extra, out, count, *code)
+            assert off_by(out, exact) <= 16, (cin, wide, count)
+            assert not library.mlp([one, two], x, x, fused, count, *code)
+            assert off_by(fused, exact_mlp) <= 16, (cin, wide, count)
+            middle, after = unwritten(count, wide), unwritten(count, cin)
+            assert not library.linear(one, x, None, middle, count, *code)
+            assert not library.linear(two, middle, x, after, count, 0, 0.0, threads)
+            assert np.array_equal(fused, after), "one op is two"
+            found.append((out, fused))
+        assert all(map(np.array_equal, *found)), "threads change no bit"
 
 
 def activated(y: torch.Tensor, kind: Kind) -> torch.Tensor:

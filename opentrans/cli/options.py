@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 #: Words after Python that start this command line again.
 AGAIN = ("-m", "opentrans")
-ARCH_HELP = "RN50, RN101, RN50x4 (CLIP), torchvision:NAME or timm:NAME (default RN50)"
+ARCH_HELP = "RN50, RN101, RN50x4, ViT-B-32 (CLIP), torchvision:NAME, timm:NAME (default RN50)"
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def arch_packages(options: argparse.Namespace) -> dict[str, str]:
     Commands name such a function with ``set_defaults(packages=...)``; ``main`` calls it before
     torch is imported.
     """
-    arch = getattr(options, "arch", None) or "RN50"
+    arch = (getattr(options, "arch", None) or "RN50").removeprefix("open_clip:")
     family = arch.partition(":")[0] if ":" in arch else "open_clip"
     if family == "open_clip" and not arch.startswith("ViT"):
         return {}  # CLIP's ResNets are built here

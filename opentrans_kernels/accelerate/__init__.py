@@ -22,6 +22,7 @@ from ..plan import Plan, plan_and_build, prepare
 from ..plan.arguments import checked_batch, checked_size, device_of, thread_count
 from ..plan.build import Builder, check_replaceable
 from ..plan.choose import Choice
+from ..plan.layers import LinearUnit
 from ..plan.models import accelerated_parts, require_module
 from ..plan.subject import Masks, PlanSubject
 from .compare import Culprit, Outcome, Swap
@@ -168,7 +169,8 @@ def _less(
     neither will do.
     """
     unit, choice = culprit.unit, choices[culprit.unit.name]
-    if unit.name not in unfolded and unit.block is None and unit.convs[0].follows:
+    whole = isinstance(unit, LinearUnit) or unit.block is not None or unit.name in unfolded
+    if not whole and unit.convs[0].follows:
         unfolded.add(unit.name)
         subject, bare = subject.unfolded(unit)
         reason = f"{choice.reason}; its norm stays: {culprit.why}"

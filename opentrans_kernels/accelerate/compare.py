@@ -15,7 +15,8 @@ from ..nn import Replacement
 from ..plan import Plan
 from ..plan.build import Builder
 from ..plan.choose import Choice
-from ..plan.subject import PlanSubject, Unit, require_own_weight
+from ..plan.layers import LinearUnit, require_own_weight
+from ..plan.subject import PlanSubject, Unit
 from ..timing.rounds import PairTiming, measure_pair
 from ..topology import Trunk, forward_trunk
 from .parts import PartError, check_parts
@@ -32,7 +33,7 @@ LARGEST_SIDE = 512
 class Culprit(Exception):
     """Internal: without this unit's replacement the network agrees. Never leaves this package."""
 
-    def __init__(self, unit: Unit, error: float) -> None:
+    def __init__(self, unit: Unit | LinearUnit, error: float) -> None:
         super().__init__(unit.name)
         self.unit = unit
         self.why = (
@@ -61,10 +62,9 @@ class Swap:
         for modules, key, old, _ in self.places:
             modules[key] = old
 
-    def without(self, unit: Unit) -> Swap | None:
+    def without(self, unit: Unit | LinearUnit) -> Swap | None:
         """The same but for one unit; None if that is not among them. To be called when off."""
-        own = {path for node in unit.convs for path, _ in node.folded()} | {unit.name}
-        rest = {path: new for path, new in self.replacements.items() if path not in own}
+        rest = {path: new for path, new in self.replacements.items() if path not in unit.places}
         return Swap(self.model, rest) if len(rest) < len(self.replacements) else None
 
 
@@ -220,15 +220,15 @@ class Outcome:
             return agreement(self.x)
         return torch.func.functional_call(agreement, masked, (self.x,))
 
-    def _masked(self, unit: Unit) -> dict[str, torch.Tensor]:
+    def _masked(self, unit: Unit | LinearUnit) -> dict[str, torch.Tensor]:
         """Masked weights of a unit whose masks are not in them, named as in Agreement."""
         found = {}
-        for node in unit.convs if unit.must_mask else ():
-            if node.name not in self.subject.masks:
+        for layer in unit.layers if unit.must_mask else ():
+            if layer.name not in self.subject.masks:
                 continue
-            require_own_weight(node)
-            weight = node.conv.weight.detach() * self.subject.masks[node.name]
-            found[f"whole.model.{node.name}.weight"] = weight
+            require_own_weight(layer)
+            weight = layer.weight.detach() * self.subject.masks[layer.name]
+            found[f"whole.model.{layer.name}.weight"] = weight
         return found
 
     def _check(

@@ -16,8 +16,9 @@ from torch import nn
 from ..errors import OpenTransError, UnsupportedModelError
 from ..plan.build import Builder, Built, dense_call
 from ..plan.choose import Choice
+from ..plan.layers import LinearUnit, require_own_weight
 from ..plan.models import refresh_pruned
-from ..plan.subject import PlanSubject, Unit, require_own_weight
+from ..plan.subject import PlanSubject, Unit
 
 __all__ = ["PartError", "check_parts", "same_pool"]
 
@@ -25,6 +26,8 @@ __all__ = ["PartError", "check_parts", "same_pool"]
 FLOOR = 8 * torch.finfo(torch.float32).eps
 #: Pixels of a side to check at: every pixel is the same arithmetic, and float64 is slow.
 _SIDE = 20
+#: Tokens to check at, likewise.
+_TOKENS = 50
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def same_pool(original: nn.Module, new: nn.Module, channels: int) -> bool:
     return want.shape == found.shape and bool((found - want).abs().max() <= FLOOR * x.abs().max())
 
 
-def _kept(unit: Unit, choice: Choice, why: str) -> Choice:
+def _kept(unit: Unit | LinearUnit, choice: Choice, why: str) -> Choice:
     if unit.must_mask:
         raise UnsupportedModelError(
             f"{unit.name} cannot be replaced: {why}. Its module computes something else than its "
@@ -109,7 +112,7 @@ def _kept(unit: Unit, choice: Choice, why: str) -> Choice:
     return Choice("dense", f"dense: {why}", None, choice.ms)
 
 
-def _reference(subject: PlanSubject, unit: Unit) -> _Reference | str:
+def _reference(subject: PlanSubject, unit: Unit | LinearUnit) -> _Reference | str:
     """What to compare with, or why there is nothing."""
     try:
         return _Reference(subject, unit)
@@ -122,13 +125,13 @@ def _reference(subject: PlanSubject, unit: Unit) -> _Reference | str:
 class _Reference:
     """The masked dense unit on one input, in float64 and in float32."""
 
-    def __init__(self, subject: PlanSubject, unit: Unit) -> None:
+    def __init__(self, subject: PlanSubject, unit: Unit | LinearUnit) -> None:
         self.unit = unit
         call = dense_call(unit)
         self.x = _input(subject, unit)
-        for node in unit.convs if unit.must_mask else ():
-            if node.name in subject.masks:
-                require_own_weight(node)
+        for layer in unit.layers if unit.must_mask else ():
+            if layer.name in subject.masks:
+                require_own_weight(layer)
         tensors = dict(call.named_parameters()) | dict(call.named_buffers())
         for path, mask in _masks(subject, unit).items():
             tensors[path] = tensors[path].detach() * mask
@@ -142,7 +145,7 @@ class _Reference:
 
     def error(self, built: Built) -> PartError:
         with torch.no_grad():
-            found = built.module(self.x.clone())
+            found = built.call(self.x.clone())
         return PartError(self.unit.name, self._worst(found), self.own)
 
     def _worst(self, found: torch.Tensor) -> float:
@@ -159,20 +162,22 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().double() if tensor.is_floating_point() else tensor
 
 
-def _masks(subject: PlanSubject, unit: Unit) -> dict[str, torch.Tensor]:
+def _masks(subject: PlanSubject, unit: Unit | LinearUnit) -> dict[str, torch.Tensor]:
     """Name of a weight inside the dense unit -> mask, where it is not in the weight."""
     if not unit.must_mask:
         return {}
-    found = {}
-    for node in unit.convs:
-        if node.name in subject.masks:
-            inside = "0" if unit.block is None else node.name[len(unit.name) + 1 :]
-            found[f"{inside}.weight"] = subject.masks[node.name]
-    return found
+    return {
+        f"{layer.inside}.weight".lstrip("."): subject.masks[layer.name]
+        for layer in unit.layers
+        if layer.name in subject.masks
+    }
 
 
-def _input(subject: PlanSubject, unit: Unit) -> torch.Tensor:
+def _input(subject: PlanSubject, unit: Unit | LinearUnit) -> torch.Tensor:
     """One image's worth of what may reach the unit, at most a small piece of it."""
+    if isinstance(unit, LinearUnit):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(1, _TOKENS, unit.layers[0].cin, generator=generator)
     conv = unit.convs[0].conv
     least = [d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
     shape = subject.shapes.get(unit.convs[0].name)

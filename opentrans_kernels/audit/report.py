@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,14 @@ from opentrans_kernels.compact import (
 )
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks import MaskSet
-from opentrans_kernels.topology import Trunk, conv_shapes, find_trunk
+from opentrans_kernels.topology import (
+    Trunk,
+    conv_shapes,
+    find_trunk,
+    linear_modules,
+    pruned_linears,
+    token_counts,
+)
 from opentrans_kernels.topology.collapse import collapse_of, find_collapse
 from opentrans_kernels.topology.shapes import checked_size
 
@@ -73,7 +80,7 @@ class AuditReport:
         t = self.totals
         lines += [
             "",
-            f"{t['layers']} convolutions, {t['nnz']} of {t['numel']} weights kept "
+            f"{t['layers']} layers, {t['nnz']} of {t['numel']} weights kept "
             f"({t['density']:.2%}); FLOP density {t['flop_density']:.2%} "
             f"({t['effective_macs'] / 1e6:.0f} of {t['nominal_macs'] / 1e6:.0f} MMAC per image)",
             f"channels: {t['dead']} dead, {t['constant']} constant, {t['unread']} unread; inner "
@@ -175,9 +182,11 @@ def audit(
         given = dict(match.masks)
         trunk = find_trunk(model)
         network, own = _from_model(trunk, given, input_size)
+        network, own = _with_linears(model, network, own, given, input_size)
+        convs = {node.name for node in trunk.convs()}
         if match.unmatched_masks:
             network = _noted(network, str(match).split("\n"))
-        channels = _compacted(trunk, given)
+        channels = _compacted(trunk, {name: m for name, m in given.items() if name in convs})
         weights = {node.name: node.conv.weight.detach() for node in trunk.convs()}
         collapse = collapse_of(
             trunk, lambda name: given[name] if name in given else weights[name] != 0
@@ -186,7 +195,7 @@ def audit(
     rows = tuple(
         make_row(
             layer,
-            given.get(layer.name, own.get(layer.name)),
+            _as_conv(given.get(layer.name, own.get(layer.name))),
             masked=layer.name in given,
             sets=channels.sets.get(layer.name),
             sets_before=channels.before.get(layer.name),
@@ -203,6 +212,33 @@ def audit(
         totals=_totals(rows, {name for _, path, _ in network.blocks for name in path[:-1]}),
         notes=network.notes,
     )
+
+
+def _as_conv(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask of a linear layer as that of a 1x1."""
+    return mask[:, :, None, None] if mask is not None and mask.dim() == 2 else mask
+
+
+def _with_linears(
+    model: nn.Module, network: Network, own: dict[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor], input_size: tuple[int, int],
+) -> tuple[Network, dict[str, torch.Tensor]]:  # fmt: skip
+    """The network with the linear layers that have a mask or enough zeros of their own."""
+    pruned = pruned_linears(model)
+    found = {n: m for n, m in linear_modules(model).items() if n in given or n in pruned}
+    if not found:
+        return network, own
+    tokens, why = token_counts(model, found, input_size)
+    reason = why or "not called for an image"
+    notes = [f"{name} is not audited: {reason}" for name in found if name not in tokens]
+    layers = tuple(
+        Layer(n, (*m.weight.shape, 1, 1), 1, 0, tokens[n].h_out, 1)  # type: ignore[arg-type]
+        for n, m in found.items()
+        if n in tokens
+    )
+    zeros = {n: m.weight.detach() != 0 for n, m in found.items() if n not in given}
+    network = replace(network, layers=(*network.layers, *layers))
+    return _noted(network, notes), {**own, **zeros}
 
 
 def _bits(layer: Layer, *found: Mapping[str, torch.Tensor]) -> torch.Tensor:

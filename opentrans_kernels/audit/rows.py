@@ -35,7 +35,7 @@ class Width:
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One convolution.
+    """One convolution, or a linear layer as a 1x1 on ``h_out`` tokens.
 
     masked: a mask was given (otherwise the weights' own zeros count, or the layer is dense).
     nominal_macs, effective_macs: per image; effective = nnz * output pixels.

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, MaskError, UnsupportedModelError
 from ..masks import MaskMatch, MaskSet, read_state_dict
 from ..synthetic import MaskSpec, read_masks, synthetic_masks
 from ..synthetic import load_masks_file as load_masks_file
-from ..topology import conv_shapes, find_trunk
+from ..topology import conv_shapes, find_trunk, linear_modules, token_counts
 from ..towers import build_tower
 from ..towers import clip_image_size as clip_image_size
 
@@ -51,19 +51,26 @@ class Subject:
         return twin
 
     def densities(self, input_size: tuple[int, int]) -> dict[str, float]:
-        """Shares of nonzeros over all trunk convolutions: of weights, and of multiply-adds.
+        """Shares of nonzeros over all trunk convolutions and masked linear layers: of weights, and
+        of multiply-adds.
 
         An unmasked convolution counts as dense. ``input_size`` is (height, width) in pixels.
         """
+        layers: dict[str, nn.Module] = {n.name: n.conv for n in find_trunk(self.model).convs()}
         shapes = conv_shapes(self.model, input_size)
+        linear = {n: m for n, m in linear_modules(self.model).items() if n in self.masks.masks}
+        if linear:
+            layers, shapes = {**layers, **linear}, {
+                **shapes, **token_counts(self.model, linear, input_size)[0],
+            }  # fmt: skip
         weights = kept = work = done = 0
-        for node in find_trunk(self.model).convs():
-            if node.name not in shapes:
+        for name, layer in layers.items():
+            if name not in shapes:
                 continue
-            total = node.conv.weight.numel()
-            mask = self.masks.masks.get(node.name)
+            total = layer.weight.numel()
+            mask = self.masks.masks.get(name)
             nonzero = total if mask is None else int(mask.sum())
-            pixels = shapes[node.name].h_out * shapes[node.name].w_out
+            pixels = shapes[name].pixels
             weights, kept = weights + total, kept + nonzero
             work, done = work + total * pixels, done + nonzero * pixels
         return {"parameters": kept / weights, "flops": done / work}

@@ -147,8 +147,8 @@ def describe_network(subject: PlanSubject) -> Network:
             )
     if dilated := [node.name for node in trunk.convs() if node.conv.dilation != (1, 1)]:
         raise UnsupportedModelError(
-            f"{dilated[0]} is dilated ({len(dilated)} convolutions are), which the kernels for GPUs "
-            "do not compute. On the CPU they are accelerated: accelerate(model, masks)."
+            f"{dilated[0]} is dilated ({len(dilated)} convolutions are), which the kernels for "
+            "GPUs do not compute. On the CPU they are accelerated: accelerate(model, masks)."
         )
     compacted = compact_trunk(trunk, subject.masks)
     stem, pool = _stem(subject, [compacted.stem[node.name] for node in trunk.stem.convs])

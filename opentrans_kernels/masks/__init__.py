@@ -21,7 +21,12 @@ from opentrans_kernels.masks.atomic import atomic_write
 from opentrans_kernels.masks.computed import make_permanent
 from opentrans_kernels.masks.contents import split_entry
 from opentrans_kernels.masks.files import open_checkpoint
-from opentrans_kernels.masks.names import MaskMatch, conv_modules, match_masks
+from opentrans_kernels.masks.names import (
+    MaskMatch,
+    conv_modules,
+    masked_modules,
+    match_masks,
+)
 from opentrans_kernels.masks.packed import (
     Provenance,
     content_hash,
@@ -31,6 +36,7 @@ from opentrans_kernels.masks.packed import (
 from opentrans_kernels.masks.readers import READERS, read_masks
 from opentrans_kernels.masks.readers.checks import collect_masks, zeros_as_masks
 from opentrans_kernels.masks.readers.state import fold_masks, holds_masks, read_state_dict
+from opentrans_kernels.topology import pruned_linears
 
 __all__ = [
     "READERS",
@@ -93,16 +99,17 @@ class MaskSet:
 
     @classmethod
     def from_model_zeros(cls, model: nn.Module) -> MaskSet:
-        """The exact zeros of the model's conv weights as masks, one per Conv2d.
+        """The exact zeros of the model's weights as masks, one per Conv2d and per pruned Linear.
 
-        A conv without zeros gets a mask that keeps everything. Raises MaskError if the model has no
-        Conv2d or a weight is NaN or infinite.
+        A conv without zeros gets a mask that keeps everything. A linear layer counts from one zero
+        in a hundred weights. Raises MaskError if there is neither, or a weight is NaN or infinite.
         """
-        weights = {name: conv.weight for name, conv in conv_modules(model).items()}
+        layers = {**conv_modules(model), **pruned_linears(model)}
+        weights = {name: layer.weight for name, layer in layers.items()}
         if not weights:
             raise MaskError(
-                f"{type(model).__name__} has no Conv2d module, so its zeros cannot be a mask. Pass "
-                "the network that holds the convolutions."
+                f"{type(model).__name__} has no Conv2d module and no Linear module with zeros, so "
+                "its zeros cannot be a mask. Pass the network that holds the pruned layers."
             )
         masks = zeros_as_masks(weights, type(model).__name__)
         notes = {"model": type(model).__name__}
@@ -128,7 +135,7 @@ class MaskSet:
         return content_hash(shapes, {n: pack_bits(mask) for n, mask in self.masks.items()})
 
     def match(self, model: nn.Module, *, strict: bool = False) -> MaskMatch:
-        """Find each mask's Conv2d in ``model`` by module name, prefixes found automatically.
+        """Find each mask's Conv2d or Linear in ``model`` by module name, whatever the prefix.
 
         With ``strict`` a mask without a conv of its name and shape raises MaskError; without, it is
         listed in the result. Raises MaskError if two parts of the model fit equally well.
@@ -142,7 +149,7 @@ class MaskSet:
         return replace(self, masks=match.masks)
 
     def masked_weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Model conv name -> masked copy of its weight (exact +0 where removed), masked convs only.
+        """Model layer name -> masked copy of its weight (exact +0 where removed), if it has a mask.
 
         The model is not changed. Raises MaskError if a mask has no conv or a weight is not finite.
         """
@@ -158,13 +165,13 @@ class MaskSet:
         computed from others (``torch.nn.utils.prune``, parametrizations) is refused.
         """
         match = self.match(model, strict=True)
-        convs = conv_modules(model)
+        layers = masked_modules(model, match.masks)
         for name in match.masks:
-            if "weight" not in dict(convs[name].named_parameters(recurse=False)):
+            if "weight" not in dict(layers[name].named_parameters(recurse=False)):
                 raise MaskError(
-                    f"the weight of conv {name!r} is not a parameter but computed (pruned or "
+                    f"the weight of {name!r} is not a parameter but computed (pruned or "
                     "parametrized), so zeros written to it would not last. Make it permanent "
-                    f"first: {make_permanent(convs[name])}."
+                    f"first: {make_permanent(layers[name])}."
                 )
         pairs = self._paired(model, match)
         with torch.no_grad():
@@ -176,14 +183,14 @@ class MaskSet:
         self, model: nn.Module, match: MaskMatch | None = None
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         match = match or self.match(model, strict=True)
-        convs = conv_modules(model)
+        layers = masked_modules(model, match.masks)
         for name in match.masks:
-            if count_non_finite(convs[name].weight):
+            if count_non_finite(layers[name].weight):
                 raise MaskError(
-                    f"the weight of conv {name!r} holds NaN or infinity; masking would hide a "
+                    f"the weight of {name!r} holds NaN or infinity; masking would hide a "
                     "broken model. Load finite weights first."
                 )
-        return {name: (convs[name].weight, mask) for name, mask in match.masks.items()}
+        return {name: (layers[name].weight, mask) for name, mask in match.masks.items()}
 
     def save(
         self, path: str | os.PathLike[str], provenance: Mapping[str, str] | None = None

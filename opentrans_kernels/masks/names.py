@@ -1,4 +1,4 @@
-"""Matching masks to the convolutions of a model by module name.
+"""Matching masks to the convolutions and linear layers of a model by module name.
 
 Positions are never used: the shortcut conv of a CLIP block is *named* ``downsample.0`` but sits at
 index 1. What differs between towers is a dotted prefix (``module.``, ``backbone.``,
@@ -20,16 +20,16 @@ from torch import nn
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks.files import shorten
 from opentrans_kernels.masks.wrappers import without_wrappers
-from opentrans_kernels.topology import original
+from opentrans_kernels.topology import linear_modules, original
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class MaskMatch:
-    """Which mask belongs to which Conv2d of a model, and what found no partner.
+    """Which mask belongs to which Conv2d or Linear of a model, and what found no partner.
 
-    ``masks``: model conv name -> bool tensor of the weight's shape. ``mask_names``: model conv
+    ``masks``: model layer name -> bool tensor of the weight's shape. ``mask_names``: model conv
     name -> name in the file. ``prefix_mask`` was taken off the file's names and ``prefix_model``
     put in its place ("" for none). ``unmatched_masks``: names in the file that were not used, with
     ``reasons``. ``unmasked_convs``: convs of the model without a mask. ``reason``: one sentence.
@@ -78,9 +78,19 @@ def conv_modules(model: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: module for name, module in modules if isinstance(module, nn.Conv2d)}
 
 
+def masked_modules(
+    model: nn.Module, masks: Mapping[str, torch.Tensor]
+) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The modules that ``masks`` may be for: Conv2d, and Linear if one of them is a matrix."""
+    convs: dict[str, nn.Conv2d | nn.Linear] = {**conv_modules(model)}
+    if any(mask.dim() == 2 for mask in masks.values()):
+        convs |= linear_modules(model)
+    return convs
+
+
 def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatch:
-    """Find the conv of every mask. Raises MaskError only if two places in the model fit equally."""
-    found = conv_modules(model)
+    """Find the layer of every mask. Raises MaskError only if two places fit equally well."""
+    found = masked_modules(model, masks)
     convs = {without_wrappers(name): tuple(conv.weight.shape) for name, conv in found.items()}
     real = {without_wrappers(name): name for name in found}
     shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
@@ -110,10 +120,20 @@ def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatc
         prefix_mask=prefix_mask,
         unmatched_masks=list(reasons),
         reasons=reasons,
-        unmasked_convs=[name for name in found if name not in matched],
-        reason=f"{len(matched)} of {len(masks)} masks match one of the model's {len(convs)} "
-        f"convs by name and shape{change}.",
+        unmasked_convs=[
+            name
+            for name, module in found.items()
+            if name not in matched and isinstance(module, nn.Conv2d)
+        ],
+        reason=f"{len(matched)} of {len(masks)} masks match one of the model's {_counted(found)} "
+        f"by name and shape{change}.",
     )
+
+
+def _counted(found: Mapping[str, nn.Module]) -> str:
+    linear = sum(isinstance(module, nn.Linear) for module in found.values())
+    more = f" and {linear} linear layers" if linear else ""
+    return f"{len(found) - linear} convs{more}"
 
 
 def rename(name: str, prefix_mask: str, prefix_model: str) -> str | None:
@@ -197,10 +217,14 @@ def _why_not(
     if target is None:
         return f"{mask}: its name does not begin with {prefix_mask!r} like the others"
     if target in convs:
-        return f"{mask}: the model's conv {target!r} has a weight of shape {convs[target]}"
+        kind = "conv" if len(convs[target]) == 4 else "linear layer"
+        return f"{mask}: the model's {kind} {target!r} has a weight of shape {convs[target]}"
     if target in modules:
         kind = type(modules[target]).__name__
-        return f"{mask}: the model's {target!r} is a {kind}, and only Conv2d modules are masked"
+        return (
+            f"{mask}: the model's {target!r} is a {kind}, and only Conv2d and Linear modules are "
+            "masked"
+        )
     close = difflib.get_close_matches(target, convs, n=1)
     hint = f" (closest: {close[0]!r})" if close else ""
     return f"{mask}: the model has no module {target!r}{hint}"

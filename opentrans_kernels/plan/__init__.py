@@ -15,7 +15,8 @@ from ..flops import effective_macs, executed_macs, nominal_macs
 from ..topology import ConvShape
 from .arguments import checked_batch, device_of, thread_count
 from .build import Builder
-from .choose import Choice, Chooser, predicted_conv_speedup
+from .choose import Choice, Chooser, predicted_layer_speedup
+from .layers import PRUNED, Layer, LinearUnit, other_zeros
 from .records import Plan, PlanRow, PlanUnit, totals_of
 from .subject import Masks, PlanSubject, Unit, prepare
 
@@ -87,18 +88,25 @@ def plan_and_build(
             )  # fmt: skip
         )
         dense = ms.get("dense")
-        nominal = sum(_nominal(node.conv, subject.shapes.get(node.name)) for node in unit.convs)
-        for node in unit.convs:
-            share = _nominal(node.conv, subject.shapes.get(node.name)) / max(1, nominal)
+        nominal = sum(_nominal(la, subject.shapes.get(la.name)) for la in unit.layers)
+        for layer in unit.layers:
+            share = _nominal(layer, subject.shapes.get(layer.name)) / max(1, nominal)
             dense_ms = nominal * batch / NOMINAL_RATE if dense is None else dense
             predicted_dense += dense_ms * share
-            rows.append(_row(unit, node.name, choice, subject, dense_ms * share, isa))
+            rows.append(_row(unit, layer, choice, subject, dense_ms * share, isa))
         choices[unit.name] = choice if keep else Choice(choice.kind, choice.reason, None, ms)
     notes = list(subject.notes)
+    layers = [layer for unit in subject.units for layer in unit.layers]
+    if subject.has_zeros and (where := other_zeros(subject.model, layers, PRUNED)):
+        notes.append(f"zeros that nothing is gained from: {where}")
     if not subject.has_zeros:
+        where = other_zeros(subject.model, layers)
+        none = "no weight is zero" if where is None else (
+            f"no layer that can be accelerated has enough zeros, only {where} are zero"
+        )  # fmt: skip
         notes.append(
-            "no weight is zero, so there is nothing to gain: everything stays dense. Pass the "
-            "pruning masks, or a checkpoint whose pruned weights are zero."
+            f"{none}, so there is nothing to gain: everything stays dense. Pass the pruning "
+            "masks, or a checkpoint whose pruned weights are zero."
         )
     if why := native.reason():
         notes.append(f"the sparse layers run on the slow reference kernels: {why}")
@@ -120,42 +128,43 @@ def plan_and_build(
     return plan, choices
 
 
-def _nominal(conv: nn.Conv2d, shape: ConvShape | None) -> int:
+def _nominal(layer: Layer, shape: ConvShape | None) -> int:
     if shape is None:
         return 0
-    return nominal_macs(tuple(conv.weight.shape), shape.h_out, shape.w_out, groups=conv.groups)
+    return nominal_macs(layer.shape, shape.h_out, shape.w_out, groups=layer.groups)
 
 
 def _row(
-    unit: Unit, name: str, choice: Choice, subject: PlanSubject, dense_ms: float, isa: str
-) -> PlanRow:
-    """dense_ms: measured or nominal dense milliseconds of this convolution."""
-    conv = next(node.conv for node in unit.convs if node.name == name)
+    unit: Unit | LinearUnit, layer: Layer, choice: Choice, subject: PlanSubject,
+    dense_ms: float, isa: str,
+) -> PlanRow:  # fmt: skip
+    """dense_ms: measured or nominal dense milliseconds of this layer."""
+    name = layer.name
     shape = subject.shapes.get(name)
     height, width = (shape.h_out, shape.w_out) if shape else (0, 0)
-    nnz, kernel = unit.nnz[name], conv.kernel_size[0]
-    nominal = _nominal(conv, shape)
+    nnz, kernel = unit.nnz[name], layer.shape[2]
+    nominal = _nominal(layer, shape)
     executed, predicted = nominal, dense_ms
     if choice.built is not None and choice.kind == "sparse":
         kept = choice.built.nnz[name]
         executed = executed_macs(kept, height, width, kernel=kernel, lanes=_LANES.get(isa, 4))
-        predicted = dense_ms / predicted_conv_speedup(conv, nnz)
+        predicted = dense_ms / predicted_layer_speedup(layer, nnz)
     elif choice.built is not None:
         cout, cin = choice.built.widths[name]
-        executed = nominal * cout * cin // max(1, conv.weight.shape[0] * conv.weight.shape[1])
+        executed = nominal * cout * cin // max(1, layer.shape[0] * layer.shape[1])
         predicted = dense_ms * executed / max(1, nominal)
     return PlanRow(
         unit=unit.name,
         name=name,
         kind=choice.kind,
-        cin=conv.in_channels,
-        cout=conv.out_channels,
+        cin=layer.cin,
+        cout=layer.cout,
         kernel=kernel,
-        stride=conv.stride[0],
+        stride=layer.stride,
         h_out=height,
         w_out=width,
         nnz=nnz,
-        numel=conv.weight.numel(),
+        numel=layer.numel,
         nominal_macs=nominal,
         effective_macs=effective_macs(nnz, height, width),
         executed_macs=executed,

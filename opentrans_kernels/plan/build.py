@@ -11,7 +11,15 @@ from torch import nn
 from ..compact import CompactBlock, FoldedConv, compact_trunk, fold_conv
 from ..compact.layers import masked_weight
 from ..errors import UnsupportedModelError
-from ..freshness import freshness_of
+from ..freshness import Freshness, freshness_of
+from ..linears import (
+    AcceleratedAttention,
+    AcceleratedLinear,
+    AcceleratedMlp,
+    DenseLinear,
+    SelfAttention,
+    SparseLinear,
+)
 from ..nn import (
     AcceleratedBlock,
     AcceleratedConv2d,
@@ -27,6 +35,7 @@ from ..nn import (
 )
 from ..topology import ConvNode, fold_bn
 from ..topology.blocks import is_depthwise
+from .layers import LinearUnit
 from .subject import PlanSubject, Unit
 
 
@@ -45,6 +54,12 @@ class Built:
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
+    def call(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What computes the unit from its input alone."""
+        attends = isinstance(self.module, AcceleratedAttention)
+        return SelfAttention(self.module) if attends else self.module
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors it adds to the model."""
         parts = (m for m in self.module.modules() if isinstance(m, Engine))
@@ -57,17 +72,21 @@ class Builder:
     def __init__(self, subject: PlanSubject) -> None:
         self.subject = subject
         # Every block stays exact on its own, whatever runs before it.
-        self.compact = compact_trunk(subject.trunk, subject.masks, residual_constants=False)
+        convs = {node.name for node in subject.trunk.convs()}
+        masks = {name: mask for name, mask in subject.masks.items() if name in convs}
+        self.compact = compact_trunk(subject.trunk, masks, residual_constants=False)
         self._folded: tuple[str, dict[str, FoldedConv]] = ("", {})
 
-    def shrinks(self, unit: Unit) -> bool:
+    def shrinks(self, unit: Unit | LinearUnit) -> bool:
         """True if inner channels of the block disappear."""
         if unit.block is None:
             return False
         return any(s.after < s.before for s in self.compact.summaries[unit.name].channels.values())
 
-    def build(self, unit: Unit, kind: str) -> Built:
+    def build(self, unit: Unit | LinearUnit, kind: str) -> Built:
         """The unit as ``kind`` "sparse" or "compact". Nothing in the model changes."""
+        if isinstance(unit, LinearUnit):
+            return self._linears(unit, kind)
         if unit.block is None:
             return self._conv(unit, kind)
         folded = self._block_layers(unit)
@@ -113,12 +132,40 @@ class Builder:
             return "downsample"
         return f"conv{unit.convs.index(node) + 1}"
 
-    def _masks(self, unit: Unit) -> dict[str, torch.Tensor]:
+    def _masks(self, unit: Unit | LinearUnit) -> dict[str, torch.Tensor]:
         """The masks of a unit that are not in its weights."""
         if not unit.must_mask:
             return {}
         given = self.subject.masks
-        return {node.name: given[node.name] for node in unit.convs if node.name in given}
+        return {layer.name: given[layer.name] for layer in unit.layers if layer.name in given}
+
+    def _linears(self, unit: LinearUnit, kind: str) -> Built:
+        masks = self._masks(unit)
+        engines: list[Engine] = []
+        for layer in unit.layers:
+            weight, bias = layer.weight.detach(), layer.bias
+            if layer.name in masks:
+                weight = weight * masks[layer.name]
+            engines.append((SparseLinear.of if kind == "sparse" else DenseLinear)(weight, bias))
+        if unit.role == "linear":
+            module: Replacement = AcceleratedLinear(unit.module, engines[0])
+        elif unit.mlp is None:
+            module = AcceleratedAttention(unit.module, *engines, unit.name)
+        else:
+            inside = {la.inside: masks[la.name] for la in unit.layers if la.name in masks}
+            named = dict(zip(("first", "second"), engines, strict=True))
+            module = AcceleratedMlp(unit.module, named, unit.mlp.activation, inside, unit.name)
+        held = {unit.name: unit.module} if unit.role == "attention" else {
+            layer.name: layer.module for layer in unit.layers
+        }  # fmt: skip
+        module.opentrans_freshness = Freshness(held)
+        return Built(
+            kind,
+            module,
+            {unit.name: module},
+            {la.name: engine.nnz for la, engine in zip(unit.layers, engines, strict=True)},
+            {la.name: la.shape[:2] for la in unit.layers},
+        )
 
     def _conv(self, unit: Unit, kind: str) -> Built:
         node = unit.convs[0]
@@ -147,7 +194,7 @@ class Builder:
         return Built(kind, module, swaps, nnz, {node.name: tuple(weight.shape[:2])})
 
 
-def check_replaceable(unit: Unit) -> None:
+def check_replaceable(unit: Unit | LinearUnit) -> None:
     """Raise UnsupportedModelError if a unit that needs its mask applied cannot be replaced."""
     if unit.must_mask and (what := unit.changed):
         raise UnsupportedModelError(
@@ -157,8 +204,10 @@ def check_replaceable(unit: Unit) -> None:
         )
 
 
-def dense_call(unit: Unit) -> Callable[[torch.Tensor], torch.Tensor]:
+def dense_call(unit: Unit | LinearUnit) -> Callable[[torch.Tensor], torch.Tensor]:
     """The unit as the model runs it now: block, or convolution, norm and activation of its own."""
+    if isinstance(unit, LinearUnit):
+        return SelfAttention(unit.module) if unit.role == "attention" else unit.module
     if unit.block is not None:
         return unit.block.module
     return nn.Sequential(*(module for _, module in unit.convs[0].folded()))

@@ -12,6 +12,7 @@ from ..ops.library import plane_padded
 from ..topology.blocks import is_depthwise
 from .build import Builder, Built, check_replaceable, dense_call
 from .clock import interleaved_ms, undisturbed
+from .layers import Layer, LinearUnit
 from .subject import PlanSubject, Unit
 
 MARGIN = 0.97  # a form replaces the dense one if it takes at most this share of its time
@@ -38,18 +39,18 @@ class Chooser:
         self.batch, self.measure = batch, measure
         self._planar = False  # the unit before leaves the kernels' layout
 
-    def choose(self, unit: Unit) -> Choice:
+    def choose(self, unit: Unit | LinearUnit) -> Choice:
         """The decision for ``unit``, with the modules that carry it out."""
         check_replaceable(unit)
         choice = self._fixed(unit)
         if choice is None:
-            known = unit.convs[0].name in self.subject.shapes
+            known = unit.layers[0].name in self.subject.shapes
             choice = self._measured(unit) if self.measure and known else self._predicted(unit)
-        self._planar = choice.kind == "sparse"
+        self._planar = choice.kind == "sparse" and not isinstance(unit, LinearUnit)
         self.builder.release()
         return choice
 
-    def _fixed(self, unit: Unit) -> Choice | None:
+    def _fixed(self, unit: Unit | LinearUnit) -> Choice | None:
         """Decisions that need no clock."""
         if not self.subject.has_zeros:
             return Choice("dense", "dense: no zeros")
@@ -61,23 +62,27 @@ class Chooser:
             return Choice("dense", f"dense: the convolution {unit.unsupported}")
         return None
 
-    def _forms(self, unit: Unit) -> tuple[list[str], str]:
+    def _forms(self, unit: Unit | LinearUnit) -> tuple[list[str], str]:
         """Kinds to build, and why sparse is not among them."""
+        # A dense linear layer has nothing to fold but its mask.
+        dense = ["compact"] if unit.must_mask or not isinstance(unit, LinearUnit) else []
         if unit.unsupported:
-            return ["compact"], f"the convolution {unit.unsupported}"
+            return dense, f"the convolution {unit.unsupported}"
         if unit.density > CROSSOVER and unit.numel > SMALL:
             why = "no zeros" if unit.density == 1 else (
                 f"density {unit.density:.2f} > crossover {CROSSOVER}"
             )  # fmt: skip
-            return ["compact"], why
-        return ["sparse", "compact"], ""
+            return dense, why
+        return ["sparse", *dense], ""
 
-    def _measured(self, unit: Unit) -> Choice:
+    def _measured(self, unit: Unit | LinearUnit) -> Choice:
         kinds, why_not_sparse = self._forms(unit)
+        if not kinds:
+            return Choice("dense", f"dense: {why_not_sparse}")
         forms = {kind: self.builder.build(unit, kind) for kind in kinds}
         native, arriving = self._inputs(unit)
         dense = dense_call(unit)
-        calls = {kind: _bind(built.module, arriving) for kind, built in forms.items()}
+        calls = {kind: _bind(built.call, arriving) for kind, built in forms.items()}
         calls["dense"] = _bind(dense, native)
         if arriving is not native:
             calls["dense here"] = _bind(dense, arriving)
@@ -96,22 +101,30 @@ class Chooser:
         why = why_not_sparse or "not 3 % faster otherwise"
         return Choice("dense", f"dense: {why}: {ms['dense']:.2f} ms, {others}", None, ms)
 
-    def _how(self, unit: Unit, kind: str, why_not_sparse: str) -> str:
+    def _how(self, unit: Unit | LinearUnit, kind: str, why_not_sparse: str) -> str:
         if kind == "sparse":
-            one = unit.block is None and is_depthwise(unit.convs[0].conv)
+            alone = isinstance(unit, Unit) and unit.block is None
+            one = alone and is_depthwise(unit.convs[0].conv)
             return "sparse (depthwise, every weight): " if one else "sparse: "
         if self.builder.shrinks(unit):
             sets = list(self.builder.compact.summaries[unit.name].channels.values())[:-1]
             after, before = sum(s.after for s in sets), sum(s.before for s in sets)
             how = f"{after} of {before} inner channels"
         else:
-            how = "batch norm folded" if unit.convs[0].bn is not None else "mask applied"
+            folded = not isinstance(unit, LinearUnit) and unit.convs[0].bn is not None
+            how = "batch norm folded" if folded else "mask applied"
         return f"compact ({how}{'; ' * bool(why_not_sparse)}{why_not_sparse}): "
 
-    def _inputs(self, unit: Unit) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [batch, cin, H, W] in the model's memory format, and as it arrives here."""
-        conv, shape = unit.convs[0].conv, self.subject.shapes[unit.convs[0].name]
+    def _inputs(self, unit: Unit | LinearUnit) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [batch, cin, H, W] in the model's memory format, and as it arrives here; tokens
+        [batch, tokens, cin] of a linear layer."""
         generator = torch.Generator().manual_seed(0)
+        if isinstance(unit, LinearUnit):
+            layer = unit.layers[0]
+            tokens = self.subject.shapes[layer.name].pixels
+            x = torch.randn(self.batch, tokens, layer.cin, generator=generator)
+            return x, x
+        conv, shape = unit.convs[0].conv, self.subject.shapes[unit.convs[0].name]
         size = (self.batch, conv.in_channels, shape.h_in, shape.w_in)
         native = torch.randn(size, generator=generator).relu_()
         last = torch.channels_last
@@ -121,7 +134,7 @@ class Chooser:
             return native, native
         return native, plane_padded(native, *native.shape).copy_(native)
 
-    def _predicted(self, unit: Unit) -> Choice:
+    def _predicted(self, unit: Unit | LinearUnit) -> Choice:
         kinds, why_not_sparse = self._forms(unit)
         speed = predicted_unit_speedup(unit, self.subject)
         if "sparse" in kinds and speed > 1 / MARGIN:
@@ -135,22 +148,22 @@ class Chooser:
         return Choice("dense", f"dense: {why}")
 
 
-def predicted_unit_speedup(unit: Unit, subject: PlanSubject) -> float:
+def predicted_unit_speedup(unit: Unit | LinearUnit, subject: PlanSubject) -> float:
     """Predicted time of the dense unit over that of the sparse one."""
     dense = sparse = 0.0
-    for node in unit.convs:
-        shape = subject.shapes.get(node.name)
-        work = node.conv.weight.numel() * (shape.pixels if shape else 1)
+    for layer in unit.layers:
+        shape = subject.shapes.get(layer.name)
+        work = layer.numel * (shape.pixels if shape else 1)
         dense += work
-        sparse += work / predicted_conv_speedup(node.conv, unit.nnz[node.name])
+        sparse += work / predicted_layer_speedup(layer, unit.nnz[layer.name])
     return dense / max(sparse, 1e-9)
 
 
-def predicted_conv_speedup(conv: nn.Conv2d, nnz: int) -> float:
-    """Predicted time of a dense convolution over that of its kernel here."""
-    if is_depthwise(conv):
+def predicted_layer_speedup(layer: Layer, nnz: int) -> float:
+    """Predicted time of a dense layer over that of its kernel here."""
+    if isinstance(layer.module, nn.Conv2d) and is_depthwise(layer.module):
         return DEPTHWISE
-    return predicted_speedup(conv.kernel_size[0], nnz / max(1, conv.weight.numel()))
+    return predicted_speedup(layer.shape[2], nnz / max(1, layer.numel))
 
 
 def _bind(call, x):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ from ..errors import PlanError
 from ..masks.limits import brief
 
 KINDS = ("dense", "compact", "sparse")
-ROLES = ("stem", "block", "loose")
+ROLES = ("stem", "block", "loose", "linear", "mlp", "attention")
 LARGEST = 2**53  # a whole number that JSON of any program keeps exactly
 
 

@@ -17,7 +17,9 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One convolution. MACs are per image; predicted_ms comes from a cost model, per batch.
+    """One convolution, or a linear layer as a 1x1 on ``h_out`` tokens.
+
+    MACs are per image; predicted_ms comes from a cost model, per batch.
 
     executed_macs: what its kind computes, with vector padding (sparse) or cut widths (compact).
     """
@@ -46,7 +48,8 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class PlanUnit:
-    """What is decided as one: a residual block, or a convolution with its norm and activation.
+    """What is decided as one: a residual block, a convolution with its norm and activation, a
+    linear layer, or an MLP.
 
     dense_ms, compact_ms, sparse_ms: measured milliseconds per batch; None if not measured.
     reason: why this kind, in words and numbers.
@@ -101,14 +104,14 @@ class Plan:
         fix = "Make a plan for them with make_plan(model, masks)."
         if self.architecture != subject.architecture():
             raise PlanError(
-                f"the plan is for another network: it has {len(self.rows)} convolutions such as "
+                f"the plan is for another network: it has {len(self.rows)} layers such as "
                 f"{self.rows[0].name if self.rows else 'none'}, the model "
-                f"{sum(len(u.convs) for u in subject.units)} such as "
-                f"{subject.units[0].convs[0].name}, or their shapes differ. {fix}"
+                f"{sum(len(u.layers) for u in subject.units)} such as "
+                f"{subject.units[0].layers[0].name}, or their shapes differ. {fix}"
             )
         names = [unit.name for unit in self.units]
         rows = {row.name: (row.unit, row.numel) for row in self.rows}
-        own = {c.name: (u.name, c.conv.weight.numel()) for u in subject.units for c in u.convs}
+        own = {la.name: (u.name, la.numel) for u in subject.units for la in u.layers}
         if names != [unit.name for unit in subject.units] or rows != own:
             raise PlanError(f"the plan's layers are not those of the model. {fix}")
         if self.masks_hash != subject.masks_hash:
@@ -196,15 +199,17 @@ class Plan:
         for unit in self.units:
             rows = [row for row in self.rows if row.unit == unit.name]
             own = ("", _ms(unit.dense_ms), _ms(unit.chosen_ms), unit.reason)
-            if unit.role == "block":
+            if unit.role in _SEVERAL:
                 work = [sum(getattr(r, f"{k}_macs") for r in rows) for k in _WORK]
                 nnz = str(sum(row.nnz for row in rows))
                 predicted = _ms(_total(row.predicted_ms for row in rows))
                 cells = (f"{unit.density:.1%}", nnz, *(f"{w / 1e6:.1f}" for w in work), predicted)
-                lines.append((unit.name, "block", "", *cells, *own[1:]))
+                lines.append((unit.name, unit.role, "", *cells, *own[1:]))
             for row in rows:
-                name = row.name if unit.role != "block" else "  " + row.name[len(unit.name) + 1 :]
-                tail = ("", "", "") if unit.role == "block" else own[1:]
+                name = (
+                    row.name if unit.role not in _SEVERAL else "  " + row.name[len(unit.name) + 1 :]
+                )
+                tail = ("", "", "") if unit.role in _SEVERAL else own[1:]
                 lines.append((name, *self._cells(row), *tail))
         widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
         return [
@@ -225,11 +230,18 @@ class Plan:
         out = f"{row.h_out}x{row.w_out}" if row.h_out else "-"
         return (shape, out, f"{row.density:.1%}", str(row.nnz), *work, _ms(row.predicted_ms))
 
+    def _counted(self) -> str:
+        """How many layers of each kind there are, in words."""
+        roles = {unit.name: unit.role for unit in self.units}
+        linear = sum(roles[row.unit] in _LINEAR for row in self.rows)
+        counts = ((len(self.rows) - linear, "convolutions"), (linear, "linear layers"))
+        return " and ".join(f"{n} {what}" for n, what in counts if n or not self.rows) or "none"
+
     def _feet(self) -> list[str]:
         t = self.totals
         kinds = Counter(row.kind for row in self.rows)
         lines = [
-            f"{len(self.rows)} convolutions: "
+            f"{self._counted()}: "
             + ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind]),
             f"{t['nnz']} of {t['numel']} weights are nonzero ({t['density']:.2%}); MMAC per image "
             f"{t['nominal_macs'] / 1e6:.0f} nominal, {t['effective_macs'] / 1e6:.0f} effective, "
@@ -250,6 +262,8 @@ class Plan:
 
 
 _WORK = ("nominal", "effective", "executed")
+_LINEAR = ("linear", "mlp", "attention")
+_SEVERAL = ("block", "mlp", "attention")  # of several layers, each with a row of its own
 
 
 def _ms(value: float | None) -> str:

@@ -12,16 +12,29 @@ import torch
 from torch import nn
 
 from ..errors import MaskError, UnsupportedModelError
-from ..masks import MaskSet, make_permanent
+from ..masks import MaskSet
 from ..synthetic import is_mask_spec, masks_for
-from ..topology import BlockNode, ConvNode, ConvShape, Trunk, conv_shapes, find_trunk
+from ..topology import (
+    BlockNode,
+    ConvNode,
+    ConvShape,
+    Trunk,
+    conv_shapes,
+    find_linears,
+    find_trunk,
+    pruned_linears,
+)
 from ..topology.behaviour import added_behaviour, first_changed
 from ..topology.blocks import alone, is_depthwise, plain_conv
 from ..topology.collapse import Collapse, collapse_of
 from ..topology.fold import uses_batch_statistics
 from .arguments import checked_size
+from .layers import Layer, LinearUnit, linear_units, nonzero, reached, removes_nothing
 from .models import accelerated_parts as accelerated_parts
 from .models import check_model as check_model
+
+#: Where towers keep the size of their image: CLIP, timm, transformers.
+_IMAGE_SIZES = ("image_size", "patch_embed.img_size", "config.image_size")
 
 Masks = MaskSet | Mapping[str, torch.Tensor] | str | os.PathLike[str] | None
 
@@ -46,6 +59,17 @@ class Unit:
     block: BlockNode | None
     nnz: Mapping[str, int]
     must_mask: bool
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Its weights; a convolution alone runs densely with its norm behind it, as "0"."""
+        cut = 0 if self.block is None else len(self.name) + 1
+        return tuple(Layer(n.name, n.conv, n.name[cut:] if cut else "0") for n in self.convs)
+
+    @property
+    def places(self) -> frozenset[str]:
+        """Paths of what a replacement takes the place of."""
+        return frozenset(p for node in self.convs for p, _ in node.folded()) | {self.name}
 
     @property
     def numel(self) -> int:
@@ -85,9 +109,9 @@ class Unit:
 class PlanSubject:
     """A model ready to be planned.
 
-    masks: every mask by convolution name; empty if the weights' own zeros count.
+    masks: every mask by layer name; empty if the weights' own zeros count.
     masks_hash: content hash of the masks, of the zeros' masks if none were given.
-    shapes: feature map sizes of the convolutions that an image reaches.
+    shapes: feature map sizes of the convolutions that an image reaches; of linear layers, tokens.
     """
 
     model: nn.Module
@@ -97,7 +121,7 @@ class PlanSubject:
     masks_label: str
     input_size: tuple[int, int]
     shapes: Mapping[str, ConvShape]
-    units: tuple[Unit, ...]
+    units: tuple[Unit | LinearUnit, ...]
     collapse: Collapse
     notes: tuple[str, ...]
 
@@ -112,11 +136,17 @@ class PlanSubject:
         return replace(self, units=units), bare
 
     def architecture(self) -> str:
-        """SHA-256 (hex) over names, shapes, strides and paddings of all convolutions."""
+        """SHA-256 (hex) over names, shapes, strides and paddings of all layers."""
+
+        def form(module: nn.Module) -> str:
+            if not isinstance(module, nn.Conv2d):
+                return "linear"
+            return repr((module.stride, module.padding))
+
         parts = [
-            [node.name, list(node.conv.weight.shape), repr((node.conv.stride, node.conv.padding))]
+            [layer.name, list(layer.weight.shape), form(layer.module)]
             for unit in self.units
-            for node in unit.convs
+            for layer in unit.layers
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -139,18 +169,26 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
         notes.append(f"no sizes and no timings: {error}")
     given, digest, label = _resolve_masks(model, masks)
     if isinstance(masks, str) and is_mask_spec(masks):
+        linear = sum(mask.dim() == 2 for mask in given.values())
+        covers = f"; it covers the {linear} linear layers of the blocks" if linear else ""
         notes.append(
             f"SYNTHETIC mask from the recipe {masks!r}: speed and exactness are real measurements, "
-            "the network's predictions mean nothing"
+            f"the network's predictions mean nothing{covers}"
         )
+    linears = find_linears(model)
+    found = tuple(linear_units(linears, pruned_linears(model), given))
     known = {node.name for node in trunk.convs()}
-    if stray := [name for name in given if name not in known]:
+    known |= {layer.name for unit in found for layer in unit.layers}
+    stray = [name for name in given if name not in known]
+    if stray := [name for name in stray if not removes_nothing(model, name, given[name])]:
+        why = linears.left_alone.get(stray[0]) or "; ".join(trunk.notes)
         raise MaskError(
-            f"the mask of {stray[0]!r} cannot be applied: that convolution is left alone "
-            f"({'; '.join(trunk.notes)}). Leave this mask out, or multiply it into the weights "
-            "first (MaskSet.apply_)."
+            f"the mask of {stray[0]!r} cannot be applied: that layer is left alone ({why}). Leave "
+            "this mask out, or multiply it into the weights first (MaskSet.apply_)."
         )
-    collapse = collapse_of(trunk, lambda name: _nonzero(trunk.conv(name), given))
+    found, tokens, more = reached(model, found, size)
+    shapes, notes = {**shapes, **tokens}, notes + more
+    collapse = collapse_of(trunk, lambda name: nonzero(name, trunk.conv(name).conv.weight, given))
     batch = [node.name for node in trunk.loose if uses_batch_statistics(node)]
     if batch:
         notes.append(
@@ -165,7 +203,7 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
         masks_label=label,
         input_size=size,
         shapes=shapes,
-        units=tuple(_units(trunk, given)),
+        units=(*_units(trunk, given), *found),
         collapse=collapse,
         notes=(*notes, *collapse.notes()),
     )
@@ -174,9 +212,17 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
 def _input_size(trunk: Trunk, given: tuple[int, int] | None) -> tuple[int, int]:
     if given is None:
         root = trunk.model.get_submodule(trunk.prefix.rstrip("."))
-        side = getattr(root, "image_size", 224)
+        named = (_at(root, path) for path in _IMAGE_SIZES)
+        side = next((size for size in named if size is not None), 224)
         given = tuple(side) if isinstance(side, tuple | list) else (side, side)
     return checked_size(given)
+
+
+def _at(root: nn.Module, path: str) -> object:
+    found: object = root
+    for key in path.split("."):
+        found = getattr(found, key, None)
+    return found
 
 
 def _resolve_masks(model: nn.Module, masks: Masks) -> tuple[dict[str, torch.Tensor], str, str]:
@@ -207,21 +253,6 @@ def _units(trunk: Trunk, masks: Mapping[str, torch.Tensor]) -> Iterator[Unit]:
         yield _unit(node.name, "loose", (known,), None, masks)
 
 
-def require_own_weight(node: ConvNode) -> None:
-    """Raise UnsupportedModelError unless the weight is a parameter, which a mask can be put on."""
-    if "weight" not in node.conv._parameters:
-        raise UnsupportedModelError(
-            f"{node.name}: its weight is computed from others (pruned or parametrized) and a "
-            f"further mask is given. Make it permanent first: {make_permanent(node.conv)}."
-        )
-
-
-def _nonzero(node: ConvNode, masks: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """bool: weights that are not zero after masking."""
-    nonzero = node.conv.weight.detach() != 0
-    return nonzero & masks[node.name] if node.name in masks else nonzero
-
-
 def _unit(
     name: str, role: str, convs: tuple[ConvNode, ...], block: BlockNode | None,
     masks: Mapping[str, torch.Tensor],
@@ -229,6 +260,6 @@ def _unit(
     nnz, must_mask = {}, False
     for node in convs:
         before = int(torch.count_nonzero(node.conv.weight.detach()))
-        nnz[node.name] = int(torch.count_nonzero(_nonzero(node, masks)))
+        nnz[node.name] = int(torch.count_nonzero(nonzero(node.name, node.conv.weight, masks)))
         must_mask |= nnz[node.name] != before
     return Unit(name, role, convs, block, nnz, must_mask)

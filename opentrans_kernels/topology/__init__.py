@@ -9,6 +9,17 @@ from __future__ import annotations
 
 from opentrans_kernels.topology.find import find_trunk, find_trunks
 from opentrans_kernels.topology.fold import fold_bn
+from opentrans_kernels.topology.linears import (
+    AttentionNode,
+    LinearNode,
+    Linears,
+    MlpNode,
+    block_linears,
+    find_linears,
+    linear_modules,
+    pruned_linears,
+    token_counts,
+)
 from opentrans_kernels.topology.nodes import (
     BlockNode,
     ConvNode,
@@ -21,16 +32,25 @@ from opentrans_kernels.topology.nodes import (
 from opentrans_kernels.topology.shapes import conv_shapes, forward_trunk
 
 __all__ = [
+    "AttentionNode",
     "BlockNode",
     "ConvNode",
     "ConvShape",
+    "LinearNode",
+    "Linears",
+    "MlpNode",
     "PoolNode",
     "StemNode",
     "Trunk",
+    "block_linears",
     "conv_shapes",
+    "find_linears",
     "find_trunk",
     "find_trunks",
     "fold_bn",
     "forward_trunk",
+    "linear_modules",
     "original",
+    "pruned_linears",
+    "token_counts",
 ]

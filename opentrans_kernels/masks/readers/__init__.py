@@ -28,7 +28,12 @@ from opentrans_kernels.masks.readers.checks import (
 )
 from opentrans_kernels.masks.readers.families import masked_parameters
 from opentrans_kernels.masks.readers.leftover import refuse_absent_masks, unread_masks
-from opentrans_kernels.masks.readers.material import Material, conv_weights, weight_masks
+from opentrans_kernels.masks.readers.material import (
+    Material,
+    conv_weights,
+    pruned_matrices,
+    weight_masks,
+)
 
 OPENTRANS_SECTIONS = ("backbone", "first_conv", "sem_seg_head")
 
@@ -60,8 +65,8 @@ def read_masks(path: str | os.PathLike[str]) -> tuple[Masks, packed.Provenance]:
         refuse_absent_masks(section.tensors, set(), section.origin)
     kinds = "; ".join(f"{kind} ({reader.summary})" for kind, reader in READERS.items())
     raise MaskError(
-        f"{os.fspath(path)} is a readable checkpoint but holds no masks and no convolution "
-        f"weights. Known kinds: {kinds}."
+        f"{os.fspath(path)} is a readable checkpoint but holds no masks, no convolution "
+        f"weights and no other weights with zeros. Known kinds: {kinds}."
     )
 
 
@@ -142,10 +147,13 @@ def _read_plain(material: Material) -> Reading | None:
 
 
 def _read_dense(material: Material) -> Reading | None:
-    candidates = [s for s in material.source.sections if conv_weights(s.tensors)]
-    if not candidates:
+    weights = [
+        (s, {**conv_weights(s.tensors), **pruned_matrices(s.tensors)})
+        for s in material.source.sections
+    ]
+    read = [(s, zeros_as_masks(found, s.origin)) for s, found in weights if found]
+    if not read:
         return None
-    read = [(s, zeros_as_masks(conv_weights(s.tensors), s.origin)) for s in candidates]
     section = material.one(read, any_network=False)
     masks = next(masks for s, masks in read if s is section)
     removed = sum(int((~mask).sum()) for mask in masks.values())

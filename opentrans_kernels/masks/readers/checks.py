@@ -127,7 +127,7 @@ def zeros_as_masks(weights: Mapping[str, torch.Tensor], origin: str) -> Masks:
         bad = count_non_finite(weight)
         if bad:
             raise MaskError(
-                f"the weight of conv {name!r} of {origin} has {bad} values that are NaN or "
+                f"the weight of {name!r} of {origin} has {bad} values that are NaN or "
                 "infinite; the training that wrote it diverged. Use an earlier checkpoint."
             )
         masks[name] = (weight.detach() != 0).cpu().contiguous()

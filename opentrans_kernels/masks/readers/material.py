@@ -26,6 +26,7 @@ from opentrans_kernels.masks.readers.checks import (
     to_mask,
 )
 from opentrans_kernels.masks.readers.families import masked_parameters
+from opentrans_kernels.topology.linears import is_pruned
 
 
 class Material:
@@ -145,6 +146,16 @@ def _mostly_ones(judged: Sequence[torch.Tensor]) -> bool:
     nonzero = sum(int(torch.count_nonzero(t)) for t in judged)
     ones = sum(int(torch.count_nonzero(t.detach() == 1)) for t in judged)
     return ones > nonzero - ones
+
+
+def pruned_matrices(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Module name -> weight of two dimensions of which at least a hundredth is zero."""
+    found = {
+        module_name(key): countable(t)
+        for key, t in tensors.items()
+        if key.rpartition(".")[2] == "weight" and t.ndim == 2 and t.is_floating_point()
+    }
+    return {name: t for name, t in found.items() if is_pruned(t)}
 
 
 def conv_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

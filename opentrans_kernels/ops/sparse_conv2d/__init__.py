@@ -1,7 +1,7 @@
 """``sparse_conv2d``: a convolution that visits the nonzeros of its weight only.
 
-``out = act(conv2d(x, W, stride, padding, dilation) + bias + residual)`` where ``W`` is zero outside the
-packed nonzeros and ``act`` one of :mod:`opentrans_kernels.activations`. float32, accumulated in
+``out = act(conv2d(x, W, ...) + bias + residual)`` where ``W`` is zero outside the packed nonzeros
+and ``act`` is one of :mod:`opentrans_kernels.activations`. float32, accumulated in
 float32 in a fixed order: results do not depend on the number of threads or on the batch. A product
 with a dropped zero is not computed, so a NaN or Inf activation does not spread through it (dense
 arithmetic would give ``0 * Inf = NaN``).
