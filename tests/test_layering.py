@@ -21,7 +21,7 @@ FLOORS = (
     ("masks", "clip_resnet", "synthetic", "topology", "towers"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
     ("plan", "nn", "engines", "stage", "watch", "freshness", "spectrum", "gpu"),
-    ("accelerate", "checkpoint", "heads"),
+    ("accelerate", "checkpoint", "heads", "tokens"),
     ("bench",),
     ("report",),
     ("opentrans",),
