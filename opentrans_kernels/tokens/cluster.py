@@ -93,16 +93,20 @@ class Clusters:
 
     @property
     def weights(self) -> torch.Tensor:
-        """[B, H W, h w]: what a token of the full map takes from each centre; made once."""
+        """:meth:`make_weights`, made once."""
         if self._weights is None:
-            with torch.autocast(self._x.device.type, enabled=False):
-                above = _above_least(self._x, self._c)
-                k = min(self.plan.k, self.count)
-                limit = above.detach().topk(k, largest=False).values[..., -1:]
-                raw = (-self._t * above).exp().masked_fill(above > limit, 0.0)
-                order = 1 if self.plan.norm == "l1" else 2
-                self._weights = raw / torch.linalg.vector_norm(raw, order, -1, keepdim=True)
+            self._weights = self.make_weights()
         return self._weights
+
+    def make_weights(self) -> torch.Tensor:
+        """[B, H W, h w]: what a token of the full map takes from each centre."""
+        with torch.autocast(self._x.device.type, enabled=False):
+            above = _above_least(self._x, self._c)
+            k = min(self.plan.k, self.count)
+            limit = above.detach().topk(k, largest=False).values[..., -1:]
+            raw = (-self._t * above).exp().masked_fill(above > limit, 0.0)
+            order = 1 if self.plan.norm == "l1" else 2
+            return raw / torch.linalg.vector_norm(raw, order, -1, keepdim=True)
 
     def expand(self, y: torch.Tensor) -> torch.Tensor:
         """[B, h w, C] -> [B, H W, C]."""
