@@ -32,7 +32,7 @@ FLOORS = (
         "spectrum",
         "gpu",
     ),
-    ("accelerate", "checkpoint", "heads"),
+    ("accelerate", "checkpoint", "heads", "tokens"),
     ("bench",),
     ("report",),
     ("opentrans",),
