@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from token_nets import SIDE, Block, Vit, images, vit
+from torch import nn
 
 import opentrans_kernels as otk
 from opentrans_kernels.errors import UnsupportedModelError

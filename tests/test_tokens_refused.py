@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from test_tokens import CLUSTER, PLANS, model, run
-from torch import nn
 from token_nets import Vit, images, vit
+from torch import nn
 
 from opentrans_kernels.errors import PlanError, UnsupportedModelError
 from opentrans_kernels.tokens import TokenPlan, reduce_tokens, restore_tokens, token_state

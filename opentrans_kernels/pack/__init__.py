@@ -218,7 +218,7 @@ class SparseWeight:
             )
         if min(stride, dilation) < 1 or padding < 0:
             raise PlanError(
-                f"stride {stride} and dilation {dilation} must be >= 1 and padding {padding} >= 0."
+                f"stride {stride} must be >= 1 and padding {padding} >= 0, dilation {dilation} >= 1."
             )
         if weight.shape[2] == 1:
             dilation = 1  # of one tap
