@@ -16,7 +16,8 @@ import opentrans_kernels as otk
 from opentrans_kernels.activations import Kind
 from opentrans_kernels.bench.variants import fold_batch_norms_
 from opentrans_kernels.errors import UnsupportedModelError
-from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm, PlanarAvgPool2d
+from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm
+from opentrans_kernels.pools import PlanarAvgPool2d, PlanarMaxPool2d
 from opentrans_kernels.topology import find_trunk
 from opentrans_kernels.topology.dataflow import dataflow
 
@@ -353,13 +354,13 @@ def test_pools_between_convolutions() -> None:
         ("3", ("0",), ("4",)), ("6", ("4",), ("7",))
     ]  # fmt: skip
     assert [
-        p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools_between({"4", "7"})
+        p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools_behind({"4", "7"})
     ] == ["6"]
     model = nets.randomise(nn.Sequential(*layers))
     masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 33, 30)
     dense, before = nets.masked(model, masks), nets.snapshot(model)
     otk.accelerate(model, masks, measure=False, input_size=(33, 30))
-    assert type(model[6]) is PlanarAvgPool2d
+    assert type(model[3]) is PlanarMaxPool2d and type(model[6]) is PlanarAvgPool2d
     nets.check_exact(model, dense, x)
     otk.restore(model)
     nets.check_unchanged(model, before)
