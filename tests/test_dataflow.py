@@ -262,8 +262,8 @@ def test_settings_of_a_folded_activation_are_watched() -> None:
 ACTS = [
     (nn.ReLU(), Kind.RELU), (nn.ReLU(True), Kind.RELU), (nn.ReLU6(), Kind.RELU6),
     (nn.Hardtanh(0, 6), Kind.RELU6), (nn.Hardtanh(), None), (nn.LeakyReLU(0.1), Kind.LEAKY_RELU),
-    (nn.SiLU(), Kind.SILU), (nn.Hardswish(True), Kind.HARD_SWISH), (nn.GELU(), None),
-    (nn.Sigmoid(), None),
+    (nn.SiLU(), Kind.SILU), (nn.Hardswish(True), Kind.HARD_SWISH), (nn.GELU(), Kind.GELU),
+    (nn.GELU("tanh"), Kind.GELU_TANH), (nn.Sigmoid(), None), (nn.Tanh(), None),
 ]  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def norm_only(m: Net, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_norm_with_its_own_activation() -> None:
-    for act, kind in ((nn.SiLU(), Kind.SILU), (nn.Identity(), Kind.NONE), (nn.GELU(), None)):
+    for act, kind in ((nn.SiLU(), Kind.SILU), (nn.Identity(), Kind.NONE), (nn.Tanh(), None)):
         model = nets.randomise(Plain(norm_only, bn=NormAct(8, act)))
         (node, _) = find_trunk(model).loose
         assert (node.bn_name is None) == (kind is None)
