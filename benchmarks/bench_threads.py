@@ -1,8 +1,8 @@
 """Are row blocks that are dealt to free threads faster than one range of them per thread?
 
 Both ways run in turns in one process, stage by stage, on the same accelerated trunk; only who
-computes a unit differs, so the results are equal bit by bit, which is checked. It needs as many free
-CPUs as threads: what it prints on a busy machine means nothing.
+computes a unit differs, so the results are equal bit by bit, which is checked. It needs as many
+free CPUs as threads: what it prints on a busy machine means nothing.
 
     python benchmarks/bench_threads.py --threads 2 --cpus 0,1
 """
