@@ -30,14 +30,14 @@ def _shapes(op: str) -> list[Any]:
     if op == "sparse_bottleneck":
         return cases.block_cases()
     convs = cases.conv_cases()
-    return [case for case in convs if case.kind == "3x3"] if op == "avg_pool2d" else convs
+    return [case for case in convs if case.kind == "3x3"] if op in ops.POOLS else convs
 
 
 def _parameters() -> Iterator[Any]:
     for op in ops.BUILDERS:
         sides = [row.backend for row in ops.rows_for(op)[0]] + [DENSE]
         for shape in _shapes(op):
-            for density in (1.0,) if op == "avg_pool2d" else cases.DENSITIES:
+            for density in (1.0,) if op in ops.POOLS else cases.DENSITIES:
                 for side in sides:
                     name = f"{op}-{shape.name}-{density:g}-{side}".replace(" ", "-")
                     yield pytest.param(op, shape, density, side, id=name.replace("->", "-"))

@@ -9,7 +9,7 @@ from markdown_tables import EMPTY, origin, table
 from performance_tables import SHOWN
 
 from opentrans_kernels.bench.compare import run_label
-from opentrans_kernels.bench.derive import timed_variants
+from opentrans_kernels.bench.derive import Beside, agreeing, beside, timed_variants
 from opentrans_kernels.bench.peers.registry import BUILT_IN
 
 Result = Mapping[str, Any]
@@ -53,14 +53,9 @@ def _is_shown(result: Result, first: Result) -> bool:
 def _trunk_row(r: Result) -> Row:
     _, _, height, width = r["input"]
     dense = f"{r['baseline']['name']} (fastest of {len(timed_variants(r))})"
-    times = r["baseline"]["ms"], r["accelerated"]["ms"]
+    spread = {**r["speedup_spread"], "median": r["speedup"]}
     name = f"{r['subject']['arch']} trunk, {_size(height, width)}"
-    return (
-        name,
-        *_where(r),
-        dense,
-        *_cells(*times, {**r["speedup_spread"], "median": r["speedup"]}, r),
-    )
+    return (name, *_where(r), dense, *_cells(beside(r["baseline"], r["accelerated"], spread), r))
 
 
 def _peer_rows(r: Result) -> Iterator[Row]:
@@ -73,7 +68,7 @@ def _peer_rows(r: Result) -> Iterator[Row]:
         elif peer.get("note", "").startswith("cannot be limited"):
             label += ", any ISA"
         ours = peer.get("ours_ms", r["accelerated"]["ms"])
-        cells = _cells(peer["ms"], ours, peer["speedup_of_ours"], r)
+        cells = _cells(agreeing(peer["ms"], ours, peer["speedup_of_ours"]), r)
         arch = f"{r['subject']['arch']} trunk, {_size(*r['input'][2:])}"
         yield (arch, *_where(r), label, *cells)
 
@@ -90,7 +85,8 @@ def _model_rows(r: Result) -> Iterator[Row]:
         where = _mask(r), f"{row['threads']}, {_isa(r)}"
         sides = row.get("dense_variants_ms", ())  # older results lack it
         dense = row["dense_kind"] + f" (fastest of {len(sides)})" * bool(sides)
-        yield (name, *where, dense, *_cells(row["dense_ms"], row["ms"], row["speedup"], r))
+        cells = _cells(agreeing(row["dense_ms"], row["ms"], row["speedup"]), r)
+        yield (name, *where, dense, *cells)
 
 
 def _system_rows(r: Result) -> Iterator[Row]:
@@ -102,16 +98,18 @@ def _system_rows(r: Result) -> Iterator[Row]:
     )
     for row in r["rows"]:
         if row["ours"] and row["speedup"] is not None:
-            cells = _cells(dense["cpu_ms"], row["cpu_ms"], row["speedup"], r)
+            its = row.get("baseline_cpu_ms", dense["cpu_ms"])
+            cells = _cells(agreeing(its, row["cpu_ms"], row["speedup"]), r)
             against = f"{r['baseline']} (fastest of {count})"
             yield (f"{title}: {row['name']}", *_where(r), against, *cells)
 
 
-def _cells(theirs: float, ours: float, ratio: Mapping[str, Any], r: Result) -> tuple[str, ...]:
+def _cells(shown: Beside, r: Result) -> tuple[str, ...]:
+    ratio = shown.ratio
     loses = " loses" * (ratio["median"] < 1)
     text = f"**{ratio['median']:.2f}x{loses}** ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
     text += ", disturbed machine" * r["canary"]["disturbed"]
-    return f"{theirs:.1f}", f"{ours:.1f}", text
+    return shown.slow(), f"{shown.fast_ms:.1f}", text
 
 
 def _where(r: Result) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 from markdown_tables import EMPTY, table
 
 from opentrans_kernels.bench.compare import run_label
-from opentrans_kernels.bench.derive import crossovers, layer_bytes
+from opentrans_kernels.bench.derive import agreeing, crossovers, layer_bytes
 from opentrans_kernels.pack import SparseWeight, read_header
 
 Result = Mapping[str, Any]
@@ -89,12 +89,13 @@ def peers_table(trunks: Sequence[Result]) -> str:
                 continue
             spread, error = peer["speedup_of_ours"], peer["max_rel_err"]
             ours = peer.get("ours_ms", result["accelerated"]["ms"])
+            shown = agreeing(peer["ms"], ours, spread)
             rows.append(
                 (
                     label,
                     f"{name} {peer.get('version', '').split('-')[0]}".strip(),
-                    f"{peer['ms']:.1f}",
-                    f"{ours:.1f}",
+                    shown.slow(),
+                    f"{shown.fast_ms:.1f}",
                     f"**{spread['median']:.2f}x** ({spread['q1']:.2f}-{spread['q3']:.2f})",
                     "" if error is None else f"{error:.1e}",
                     peer.get("note", ""),

@@ -17,7 +17,7 @@ from typing import Any
 
 from opentrans_kernels import settings
 from opentrans_kernels.bench.compare import OTHER_FOLDERS
-from opentrans_kernels.bench.derive import timed_variants
+from opentrans_kernels.bench.derive import beside, timed_variants
 from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.bench.schema import Result, check_result, kind_of, read_json
 from opentrans_kernels.errors import OpenTransError
@@ -85,13 +85,18 @@ def trunk_table(results: Sequence[Result]) -> str:
     for r in results:
         q1, q3 = r["speedup_spread"]["q1"], r["speedup_spread"]["q3"]
         name = f"{r['baseline']['name']} (of {len(timed_variants(r))})"
-        times = name, f"{r['baseline']['ms']:.1f}", f"{r['accelerated']['ms']:.1f}"
+        shown = beside(r["baseline"], r["accelerated"], _spread(r))
+        times = name, shown.slow(), f"{shown.fast_ms:.1f}"
         ratio = f"**{r['speedup']:.2f}x** ({q1:.2f}-{q3:.2f})"
         if r["canary"]["disturbed"]:
             ratio += ", disturbed machine"
         errors = f"{r['max_rel_err']:.1e}, {r['dense_own_rel_err']:.1e}"
         rows.append((*_run(r), *times, ratio, errors))
     return f"{table(TRUNK.split('|'), rows)}\n\n{origin(results)}" if rows else EMPTY
+
+
+def _spread(result: Result) -> dict[str, Any]:
+    return {**result["speedup_spread"], "median": result["speedup"]}
 
 
 def layer_rows(result: Result) -> list[tuple[bool, float, tuple[object, ...]]]:

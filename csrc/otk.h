@@ -7,11 +7,13 @@
 
 namespace otk {
 
-// Runs body(ctx, begin, end) over [0, n), possibly on several threads at once.
+// `run` calls body(ctx, begin, end) over [0, n), possibly on several threads at once. `deal` does so
+// unit by unit, in order, on whichever thread is free; null: a counter on top of `run`.
 using RangeBody = void (*)(void* ctx, int64_t begin, int64_t end);
 struct Parallel {
   void (*run)(int64_t n, void* ctx, RangeBody body);
   int threads;
+  void (*deal)(int64_t n, void* ctx, RangeBody body) = nullptr;
 };
 
 // A packed convolution. Independent of the image size: offsets are made from codes when it runs.
@@ -31,17 +33,21 @@ struct SparseWeight {
   const float* bias;  // [cout] or null
   int64_t nnz;
   int cin, cout, kernel, stride, padding;
+  int dilation;  // pixels between neighbouring taps
   int chunk;      // input channels per chunk
   int row_block;  // output rows per block
   int n_chunks, n_row_blocks;
 };
+
+// Pixels from the first tap of a window to its last, both included.
+inline int64_t span(const SparseWeight& w) { return int64_t{w.kernel - 1} * w.dilation + 1; }
 
 // Reads a structure tensor (opentrans_kernels/pack/layout.py writes it; `words` int32) into `out`,
 // whose values and bias are left to the caller. Checks its header and its list of blocks. Returns
 // null, or what is wrong with it. `out` points into it.
 const char* read_pack(const int32_t* structure, int64_t words, SparseWeight* out);
 
-// Largest stride and padding, so that no coordinate overflows.
+// Largest stride, padding and dilation, so that no coordinate overflows.
 constexpr int32_t kMaxStep = 1 << 15;
 
 // What the kernels throw where an entry or a code points out of its block. They look at each of
@@ -96,10 +102,11 @@ struct Activation {
 void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
                    const Planes* residual, const Activation& act, const Parallel& par);
 
-// Rows of `width` dense floats, `stride` apart.
+// Tokens of `width` channels: channel c of token t at data[t * stride + c * channel]. One of the two
+// strides is 1; outputs and residuals have dense channels.
 struct Tokens {
   float* data;
-  int64_t count, width, stride;
+  int64_t count, width, stride, channel;
 };
 
 // out = act(x W^T + bias [+ residual]) of tokens, W a packed 1x1 with stride 1 and no padding.
@@ -116,12 +123,17 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
 
 // A residual bottleneck in one pass over bands of rows, intermediates in per-thread scratch:
 // out = relu(c3(pool(relu(c2(relu(c1(x)))))) + shortcut), shortcut = x or down(pool(x)).
-// c1, c3 and down are 1x1 with stride 1, c2 is 3x3 with stride 1 and padding 1.
+// c1, c3 and down are 1x1, c2 is 3x3 with padding 1. Strides are 1, or those of c2 and down 2 where
+// nothing is pooled.
 struct Bottleneck {
   SparseWeight c1, c2, c3, down;
   bool has_down;
   int pool;       // average pooling after c2, 1 = none
   int down_pool;  // average pooling before down, 1 = none
+
+  // Rows, or columns, of the output for `size` of the input; one every step() of them.
+  int step() const { return pool * c2.stride; }
+  int64_t size(int64_t in) const { return c2.stride > 1 ? (in - 1) / c2.stride + 1 : in / pool; }
 };
 void sparse_bottleneck(const Bottleneck& block, const Planes& x, const Planes& out,
                        const Parallel& par);
@@ -148,6 +160,22 @@ struct Depthwise {
 // out = act(conv(x) + bias), its rows dense; x.col_stride must be 1. Throws std::bad_alloc.
 void depthwise_conv2d(const Depthwise& conv, const Planes& x, const Planes& out,
                       const Parallel& par);
+
+// Windows of kernel[0] x kernel[1] pixels, one every stride[0] rows and stride[1] columns, the first
+// one padding[0] rows above and padding[1] columns left of the image. Every window holds a pixel of
+// the image, so padding is at most half of kernel.
+struct PoolWindow {
+  int kernel[2], stride[2], padding[2];
+};
+
+// out[h, w] = the largest number of window (h, w); bits as torch's: of equals the first, of NaNs the
+// last. x.col_stride is 1. Both throw std::bad_alloc.
+void max_pool2d(const Planes& x, const Planes& out, const PoolWindow& window, const Parallel& par);
+
+// Sums of the windows over `divisor`; 0: over their sizes, with_padding: pixels of the padding
+// counted, as nn.AvgPool2d counts them.
+void window_avg_pool2d(const Planes& x, const Planes& out, const PoolWindow& window,
+                       bool with_padding, int64_t divisor, const Parallel& par);
 
 // Rows of `length` dense floats: row (i, j) starts at data[i * outer_stride + j * inner_stride].
 // Behind each of them lie `padding` floats that belong to nobody.

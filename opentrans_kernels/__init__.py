@@ -37,6 +37,11 @@ _EXPORTS = {
     "save_accelerated": "checkpoint",
     "AlphaTable": "spectrum",
     "estimate_alpha": "spectrum",
+    "TokenPlan": "tokens",
+    "TokenState": "tokens",
+    "reduce_tokens": "tokens",
+    "restore_tokens": "tokens",
+    "token_state": "tokens",
     "SparseConv2d": "nn",
     "SparseWeight": "pack",
     "backends": "dispatch",
@@ -97,5 +102,10 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .plan import make_plan as make_plan
     from .spectrum import AlphaTable as AlphaTable
     from .spectrum import estimate_alpha as estimate_alpha
+    from .tokens import TokenPlan as TokenPlan
+    from .tokens import TokenState as TokenState
+    from .tokens import reduce_tokens as reduce_tokens
+    from .tokens import restore_tokens as restore_tokens
+    from .tokens import token_state as token_state
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

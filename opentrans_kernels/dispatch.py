@@ -68,6 +68,8 @@ TABLE: tuple[Row, ...] = tuple(
         ("sparse_mlp", "sparse_mlp", "OP"),
         ("avg_pool2d", "avg_pool2d", "OP"),
         ("avg_pool2d_backward", "avg_pool2d", "BACKWARD"),
+        ("window_avg_pool2d", "window_avg_pool2d", "OP"),
+        ("max_pool2d", "max_pool2d", "OP"),
         ("ms_deform_attn", "ms_deform_attn", "OP"),
         ("ms_deform_attn_backward", "ms_deform_attn", "BACKWARD"),
         ("relu_bits", "relu_bits", "OP"),

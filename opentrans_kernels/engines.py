@@ -76,6 +76,7 @@ class SparseEngine(Engine):
         self._hold(structure=weight.structure, values=weight.values, bias=weight.bias)
         self.cin, self.cout, self.kernel = weight.cin, weight.cout, weight.kernel
         self.stride, self.padding, self.nnz = weight.stride, weight.padding, weight.nnz
+        self.dilation = weight.dilation
         self._resolve()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,13 +88,17 @@ class SparseEngine(Engine):
     @classmethod
     def from_folded(cls, conv: FoldedConv) -> SparseEngine:
         """Pack a folded convolution; its exact zeros are dropped. Raises PlanError."""
-        return cls(SparseWeight.from_dense(conv.weight, conv.bias, conv.stride, conv.padding))
+        return cls(
+            SparseWeight.from_dense(
+                conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation
+            )
+        )
 
     def sparse_weight(self) -> SparseWeight:
         """The same tensors as a ``SparseWeight``."""
         return SparseWeight(
             self.structure, self.values, self.bias,
-            self.cin, self.cout, self.kernel, self.stride, self.padding,
+            self.cin, self.cout, self.kernel, self.stride, self.padding, self.dilation,
         )  # fmt: skip
 
     def forward(
@@ -105,7 +110,7 @@ class SparseEngine(Engine):
         return self.operator(
             x, self.structure, self.values, self.bias, residual,
             self.cout, self.kernel, self.stride, self.padding, False,
-            activation.kind, activation.slope,
+            activation.kind, activation.slope, self.dilation,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -87,7 +87,8 @@ def bottleneck_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) ->
     roles = (("conv1", "v1"), ("conv2", "v2"), ("conv3", "v3"), ("downsample", "vd"))
     nnz = {role: arguments[key][0] for role, key in roles if arguments.get(key) is not None}
     batch, _, height, width = arguments["x"]
-    return block_macs(nnz, (height, width), pool=arguments["pool"], batch=batch)
+    pool, stride = arguments["pool"], arguments["stride"]
+    return block_macs(nnz, (height, width), pool=pool, stride=stride, batch=batch)
 
 
 def stage_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) -> int:
@@ -95,11 +96,13 @@ def stage_macs(arguments: Mapping[str, Any], out_shape: tuple[int, ...]) -> int:
     batch, _, height, width = arguments["x"]
     sizes = iter(shape[0] for shape in arguments["weights"][1::3])  # structure, values, bias
     total = 0
-    for pool, down in zip(arguments["pool"], arguments["down"], strict=True):
+    pools = arguments["pool"]
+    strides = arguments["stride"] or [1] * len(pools)
+    for pool, down, stride in zip(pools, arguments["down"], strides, strict=True):
         roles = ("conv1", "conv2", "conv3", *(["downsample"] if down else []))
         nnz = {role: next(sizes) for role in roles}
-        total += block_macs(nnz, (height, width), pool=pool, batch=batch)
-        height, width = height // pool, width // pool
+        total += block_macs(nnz, (height, width), pool=pool, stride=stride, batch=batch)
+        height, width = -(-(height // pool) // stride), -(-(width // pool) // stride)
     return total
 
 

@@ -137,16 +137,16 @@ class Freshness:
         with _unseen():
             return self._look()
 
-    def require(self) -> None:
-        """Raise UnsupportedModelError, with the path and the fix, if :meth:`changed`.
-
-        Where a compiler captures the call, it is asked then, once, and everything is compared.
-        """
+    def asked(self) -> str:
+        """:meth:`changed`, "" for None. Where a compiler captures the call, it is asked then, once,
+        and everything is compared."""
         if torch.compiler.is_compiling():
-            path = _changed_at_capture(self.number)
-        else:
-            path = self.changed() or ""
-        if path:
+            return _changed_at_capture(self.number)
+        return self.changed() or ""
+
+    def require(self) -> None:
+        """Raise UnsupportedModelError, with the path and the fix, if anything changed."""
+        if path := self.asked():
             raise UnsupportedModelError(
                 f"{path} was written to or replaced since it was packed, and the packed copy would "
                 "keep computing the old network. Call opentrans_kernels.restore(model), which "

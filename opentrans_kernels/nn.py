@@ -46,7 +46,6 @@ __all__ = [
     "DepthwiseEngine",
     "FoldedActivation",
     "FoldedBatchNorm",
-    "PlanarAvgPool2d",
     "Replacement",
     "SparseConv2d",
     "SparseEngine",
@@ -173,7 +172,7 @@ class SparseConv2d(AcceleratedConv2d):
         """Pack one convolution.
 
         Args:
-            conv: float32 on the CPU; square window, groups 1, dilation 1, zero padding. Not
+            conv: float32 on the CPU; square window, groups 1, zero padding. Not
                 changed; its parameters are shared, so the ``state_dict`` stays the same.
             mask: 0/1 of the weight's shape; None: the weight's own zeros.
             bn: eval-mode batch norm to fold in.
@@ -186,7 +185,7 @@ class SparseConv2d(AcceleratedConv2d):
         if reason := plain_conv(conv):
             raise UnsupportedModelError(
                 f"the convolution {reason}. The sparse kernels take nn.Conv2d with a square "
-                "window, groups=1, dilation=1 and zero padding; leave others dense."
+                "window, groups=1 and zero padding; leave others dense."
             )
         if is_lazy(conv.weight):
             raise UnsupportedModelError(
@@ -261,6 +260,8 @@ class AcceleratedBlock(Replacement):
         down = packs.get("downsample")
         if (1 if down is None else self.opentrans_pool) != self.opentrans_down_pool:
             return f"its pools are {self.opentrans_pool} and {self.opentrans_down_pool}"
+        if packs["conv2"].stride > 1 and self.opentrans_pool > 1:
+            return f"it pools, and conv2 has stride {packs['conv2'].stride}"
         return fusible(packs["conv1"], packs["conv2"], packs["conv3"], down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -281,7 +282,7 @@ class AcceleratedBlock(Replacement):
         return self.opentrans_operator(
             x, c1.structure, c1.values, c1.bias, c2.structure, c2.values, c2.bias,
             c3.structure, c3.values, c3.bias, *extra,
-            c3.cout, self.opentrans_pool, self.opentrans_down_pool,
+            c3.cout, self.opentrans_pool, self.opentrans_down_pool, c2.stride,
         )  # fmt: skip
 
     def _one_by_one(self, x: torch.Tensor) -> torch.Tensor:
@@ -363,19 +364,3 @@ def watch_together(
     watch = Watch([(name, part, parents[name]) for name, part in places.items()], masks, undo)
     for part in parts.values():
         part.opentrans_watch = watch
-
-
-class PlanarAvgPool2d(Replacement):
-    """A non-overlapping average pool that reads and writes the kernels' layout without a copy."""
-
-    OPERATORS = {"opentrans_average": "avg_pool2d"}
-
-    def __init__(self, original: nn.Module, size: int) -> None:
-        super().__init__(original)
-        self.opentrans_size = size
-        self._resolve()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu":
-            return F.avg_pool2d(x, self.opentrans_size)
-        return self.opentrans_average(x, self.opentrans_size)

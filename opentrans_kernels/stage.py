@@ -48,7 +48,7 @@ class AcceleratedStage(Replacement, nn.Sequential):
         for block in blocks[1:]:
             block._checked(x)
         weights: list[torch.Tensor] = []
-        cout, pool, down = [], [], []
+        cout, pool, down, stride = [], [], [], []
         for block in blocks:
             engines = block.opentrans_engines._modules
             for role in ("conv1", "conv2", "conv3", "downsample"):
@@ -57,8 +57,9 @@ class AcceleratedStage(Replacement, nn.Sequential):
                     weights += (engine.structure, engine.values, engine.bias)
             cout.append(engines["conv3"].cout)
             pool.append(block.opentrans_pool)
+            stride.append(engines["conv2"].stride)
             down.append(int("downsample" in engines))
-        return self.opentrans_operator(x, weights, cout, pool, down)
+        return self.opentrans_operator(x, weights, cout, pool, down, stride)
 
     def extra_repr(self) -> str:
         fused = [str(len(run)) for run in fused_runs(self) if len(run) > 1]

@@ -110,7 +110,7 @@ int64_t bottleneck(const Pack* packs, const float* x, float* out, int64_t n, int
   return guarded([&] {
     const Bottleneck b = block(packs, pool);
     sparse_bottleneck(b, padded(x, n, b.c1.cin, h, w),
-                      padded(out, n, b.c3.cout, h / pool, w / pool), parallel(threads));
+                      padded(out, n, b.c3.cout, b.size(h), b.size(w)), parallel(threads));
   });
 }
 
@@ -122,7 +122,7 @@ int64_t stage(const Pack* packs, const int64_t* pools, int64_t count, const floa
     int64_t oh = h, ow = w;
     for (int64_t i = 0; i < count; ++i) {
       blocks.push_back(block(packs + 4 * i, pools[i]));
-      oh /= pools[i], ow /= pools[i];
+      oh = blocks.back().size(oh), ow = blocks.back().size(ow);
     }
     const Planes in = padded(x, n, blocks.front().c1.cin, h, w);
     const Planes to = padded(out, n, blocks.back().c3.cout, oh, ow);
@@ -154,6 +154,25 @@ int64_t average(const float* x, float* out, int64_t n, int64_t c, int64_t h, int
   });
 }
 
+// geometry: window, stride and padding, each for rows and columns. divisor < 0: maxima, not means.
+int64_t windows(const float* x, float* out, int64_t n, int64_t c, int64_t h, int64_t w, int64_t oh,
+                int64_t ow, const int64_t* geometry, int64_t with_padding, int64_t divisor,
+                int64_t threads) {
+  return guarded([&] {
+    PoolWindow window{};
+    for (int d = 0; d < 2; ++d) {
+      window.kernel[d] = static_cast<int>(geometry[d]);
+      window.stride[d] = static_cast<int>(geometry[2 + d]);
+      window.padding[d] = static_cast<int>(geometry[4 + d]);
+    }
+    const Planes in = dense(x, n, c, h, w), to = padded(out, n, c, oh, ow);
+    if (divisor < 0)
+      max_pool2d(in, to, window, parallel(threads));
+    else
+      window_avg_pool2d(in, to, window, with_padding != 0, divisor, parallel(threads));
+  });
+}
+
 int64_t pool_round_trip(int64_t bytes) {
   void* first = pool_take(bytes);
   if (reinterpret_cast<uintptr_t>(first) % 64) return 1;
@@ -176,6 +195,7 @@ OTK_CALLABLE(bottleneck);
 OTK_CALLABLE(stage);
 OTK_CALLABLE(depthwise);
 OTK_CALLABLE(average);
+OTK_CALLABLE(windows);
 OTK_CALLABLE(pool_round_trip);
 
 }  // namespace

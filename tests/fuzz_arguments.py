@@ -110,7 +110,7 @@ def a_depthwise(rng: random.Random) -> None:
         stride, kind = rng.choice(NUMBERS), rng.choice(NUMBERS)
         padding = rng.choice((-1, -(2**63), 2**31, 2**62))
     found = tried(lambda: OPS.depthwise_conv2d(x, weight, bias, stride, padding, kind, slope))
-    if found is None or not found.numel():
+    if found is None or not found.numel() or not x.numel():  # PyTorch takes no empty image
         return
     exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(),
                      stride, padding, groups=x.shape[1])  # fmt: skip
@@ -130,6 +130,18 @@ def a_pool(rng: random.Random) -> None:
         )
         grad = torch.randn(*out.shape[:2], out.shape[2] // k, out.shape[3] // k)
     tried(lambda: OPS.avg_pool2d_backward(grad, out.clone() if out.is_sparse else out, k))
+    window, stride, padding = (
+        [rng.choice(NUMBERS) if rng.random() < 0.1 else rng.choice(some) for _ in range(2)]
+        for some in ((1, 2, 3, 5), (1, 2, 3, 4), (0, 0, 1, 2))
+    )
+    ceil_mode, divisor = rng.random() < 0.3, rng.choice((0, 0, 1, -3, 2**40))
+    found = tried(lambda: OPS.max_pool2d(x, window, stride, padding, ceil_mode))
+    if found is not None and found.numel():
+        assert torch.equal(found, F.max_pool2d(x, window, stride, padding, 1, ceil_mode))
+    rest = (window, stride, padding, ceil_mode, rng.random() < 0.5)
+    found = tried(lambda: OPS.window_avg_pool2d(x, *rest, divisor))
+    if found is not None and found.numel():
+        assert torch.allclose(found, F.avg_pool2d(x, *rest, divisor or None), atol=1e-4)
 
 
 def a_relu(rng: random.Random) -> None:

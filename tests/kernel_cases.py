@@ -73,20 +73,27 @@ def assert_within(out, exact, dense, what: object = "", ulp: int = 4) -> None:
     assert error <= allowed, f"{what}: error {error:.3g}, dense float32 has {own:.3g}"
 
 
-def bottleneck_exact(x, convs, pool: int, down_pool: int, dtype=torch.float64) -> torch.Tensor:
+def bottleneck_exact(
+    x, convs, pool: int, down_pool: int, dtype=torch.float64, stride: int = 1
+) -> torch.Tensor:
     """``convs``: (weight, bias) of conv1, conv2, conv3 and the downsample or None."""
     (w1, b1), (w2, b2), (w3, b3) = ((w.to(dtype), b.to(dtype)) for w, b in convs[:3])
     x = x.to(dtype)
-    y = F.conv2d(F.conv2d(x, w1, b1).relu(), w2, b2, padding=1).relu()
+    y = F.conv2d(F.conv2d(x, w1, b1).relu(), w2, b2, stride, padding=1).relu()
     y = F.conv2d(F.avg_pool2d(y, pool) if pool > 1 else y, w3, b3)
     shortcut = F.avg_pool2d(x, down_pool) if down_pool > 1 else x
     if convs[3] is not None:
-        shortcut = F.conv2d(shortcut, convs[3][0].to(dtype), convs[3][1].to(dtype))
+        shortcut = F.conv2d(shortcut, convs[3][0].to(dtype), convs[3][1].to(dtype), stride)
     return (y + shortcut).relu()
 
 
-def bottleneck_parts(cin: int, width: int, cout: int, density: float, down: bool, seed: int = 0):
-    """Returns ((weight, bias) x 4, SparseWeight x 4); the last of both is None without ``down``."""
+def bottleneck_parts(
+    cin: int, width: int, cout: int, density: float, down: bool, seed: int = 0, stride: int = 1
+):
+    """Returns ((weight, bias) x 4, SparseWeight x 4); the last of both is None without ``down``.
+
+    stride: of conv2 and of the downsample.
+    """
     made = torch.Generator().manual_seed(seed)
     shapes = [(width, cin, 1), (width, width, 3), (cout, width, 1)]
     shapes += [(cout, cin, 1)] if down else []
@@ -94,7 +101,7 @@ def bottleneck_parts(cin: int, width: int, cout: int, density: float, down: bool
     for i, (o, c, k) in enumerate(shapes):
         weight = 2 * masked_weight(o, c, k, density, seed + i)
         convs.append((weight, torch.randn(o, generator=made)))
-        packs.append(SparseWeight.from_dense(*convs[-1], 1, k // 2))
+        packs.append(SparseWeight.from_dense(*convs[-1], stride if i in (1, 3) else 1, k // 2))
     missing = [] if down else [None]
     return convs + missing, packs + missing
 
@@ -176,8 +183,8 @@ def guarded_inputs() -> int:
                 grad, packed.structure, packed.values, 5, h, w, stride, padding
             )
             runs += 1
-    for pool, down in ((1, False), (1, True), (2, True)):
-        convs, packs = bottleneck_parts(6, 5, 6, 0.5, down)
+    for pool, down, stride in ((1, False, 1), (1, True, 1), (2, True, 1), (1, True, 2)):
+        convs, packs = bottleneck_parts(6, 5, 6, 0.5, down, 0, stride)
         for h, w in ((3, 3), (7, 5), (1, 13), (8, 8), (13, 13)):
             if h < pool:
                 continue
@@ -186,6 +193,8 @@ def guarded_inputs() -> int:
             held = at_end_of_page(x)
             assert torch.equal(ops.sparse_bottleneck(held, *packs, pool, pool), free), (pool, h, w)
             assert torch.equal(ops.avg_pool2d(held, pool), ops.avg_pool2d(x, pool))
+            for windows in (ops.max_pool2d, ops.window_avg_pool2d):
+                assert torch.equal(windows(held, 3, 2, 1), windows(x, 3, 2, 1))
             runs += 1
     return runs
 
@@ -208,14 +217,29 @@ def sweep() -> int:
                 rest = (stride, padding, residual, True)
                 assert_as_exact_as_dense(out, x, weight, bias, *rest, what=what)
                 runs += 1
-    for pool, down in ((1, False), (1, True), (2, True), (3, True)):
-        convs, packs = bottleneck_parts(13, 9, 13, 0.3, down)
-        for h, w in ((3, 3), (7, 5), (14, 14), (17, 4)):
+    for pool, down, stride in (
+        (1, False, 1), (1, True, 1), (2, True, 1), (3, True, 1), (1, True, 2),
+    ):  # fmt: skip
+        convs, packs = bottleneck_parts(13, 9, 13, 0.3, down, 0, stride)
+        for h, w in ((3, 3), (7, 5), (14, 14), (17, 4), (45, 20)):
             x = torch.randn(2, 13, h, w)
             out = ops.sparse_bottleneck(x, *packs, pool, pool)
-            exact = bottleneck_exact(x, convs, pool, pool)
-            dense = bottleneck_exact(x, convs, pool, pool, torch.float32)
-            assert_within(out, exact, dense, ("bottleneck", pool, h, w))
+            exact = bottleneck_exact(x, convs, pool, pool, stride=stride)
+            dense = bottleneck_exact(x, convs, pool, pool, torch.float32, stride)
+            assert_within(out, exact, dense, ("bottleneck", pool, stride, h, w))
+            runs += 1
+    for geometry in ((3, 2, 1), (3, 1, 1), (5, 3, 2), (2, 2, 0), ((1, 4), (2, 1), (0, 2))):
+        for h, w in ((7, 5), (14, 14), (16, 33), (3, 70)):
+            x = torch.randn(2, 3, h, w)
+            x[x.abs() < 0.2] = 0
+            x[x > 1.5] = float("nan")
+            found = ops.max_pool2d(x, *geometry)
+            assert torch.equal(
+                found.view(torch.int32), F.max_pool2d(x, *geometry).view(torch.int32)
+            )
+            x = x.nan_to_num(2)
+            exact, dense = F.avg_pool2d(x.double(), *geometry), F.avg_pool2d(x, *geometry)
+            assert_within(ops.window_avg_pool2d(x, *geometry), exact, dense, ("mean", geometry, h))
             runs += 1
     runs += _sweep_gradients()
     return runs

@@ -1,4 +1,4 @@
-"""What the kernels apply behind their sums, and the depthwise convolution: every row, every kind."""
+"""What the kernels apply behind their sums, and the depthwise convolution, in every row."""
 
 from __future__ import annotations
 

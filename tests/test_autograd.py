@@ -251,6 +251,8 @@ def test_other_derivatives_are_refused_not_zero(extension: None) -> None:
     calls = (
         lambda t: ops.sparse_conv2d(t, packed),
         lambda t: ops.avg_pool2d(t, 2),
+        lambda t: ops.max_pool2d(t, 2),
+        lambda t: ops.window_avg_pool2d(t, 2),
         lambda t: ops.sparse_bottleneck(t, *packs),
     )
     for call in calls:

@@ -179,17 +179,23 @@ def test_inexact_stands_in_place_of_every_ratio(capsys) -> None:
     result["thread_scaling"] = {
         "one_thread_ms": 50.0, "ms": 25.0, "speedup": make.spread(1.9), "cores_before": [],
         "cores_after": [],
+        "stages": [
+            {"part": "layer4", "one_thread_ms": 6.0, "ms": 4.0, "speedup": make.spread(1.5),
+             "efficiency": 0.75},
+        ],
     }  # fmt: skip
     result["peers"]["onnxruntime"]["note"] = ""
     result["peers"]["openvino"]["skipped"] = True
     bench_trunk.show(result, Output(None))
     said = capsys.readouterr().out
-    for ratio in ("4.00x", "5.20x", "4.40x", "0.67x", "1.90x"):
+    assert "layer4" not in said, "a wrong answer has no efficiency"
+    for ratio in ("4.00x", "5.20x", "4.40x", "0.67x", "1.90x", "1.50x"):
         assert ratio not in said
     assert said.count("inexact") == 5  # two variants, one peer, one layer, the threads
     result |= {"exact": True, "losing_layers": [make.layer("right", 1.0, 1.5)]}
     bench_trunk.show(result, Output(None))
     said = capsys.readouterr().out
+    assert "75%" in next(line for line in said.splitlines() if line.startswith("layer4"))
     assert "4.00x" in said and "0.67x" in said and "1.90x" in said and "inexact" not in said
     assert any("below the limit" in line for line in bench.failures(result, 99.0))
     assert len(bench.failures({**result, "exact": False}, 99.0)) == 1  # no speed to judge

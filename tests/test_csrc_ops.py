@@ -148,6 +148,31 @@ def test_every_activation_behind_a_convolution(library: Kernels, kind: Kind) -> 
             assert off_by(out.pixels(), activated(y, kind)) <= 32, (kernel, h, w)
 
 
+@pytest.mark.parametrize("geometry", [(3, 3, 2, 2, 1, 1), (2, 5, 1, 3, 1, 2), (4, 1, 5, 2, 0, 0)])
+def test_maxima_and_means_of_windows(library: Kernels, geometry: tuple[int, ...]) -> None:
+    steps = geometry[:2], geometry[2:4], geometry[4:]
+    for n, c, h, w in ((1, 1, 4, 5), (2, 3, 7, 11), (1, 2, 16, 10), (2, 2, 17, 35)):
+        x = numbers(n, c, h, w)
+        x[np.abs(x) < 0.3] = 0
+        x[0, 0, 1] = -0.0
+        tensor = torch.from_numpy(x)
+        spoilt = tensor.clone()
+        spoilt[0, 0, 2, 1], spoilt[0, 0, 3, 2] = float("nan"), float("-inf")
+        want = torch.nn.functional.max_pool2d(spoilt, *steps).numpy()
+        for threads in THREADS:
+            out = Output(library, *want.shape)
+            rest = (n, c, h, w, *want.shape[2:], ints(*geometry))
+            assert not library.windows(spoilt.numpy(), out.data, *rest, 0, -1, threads)
+            assert np.array_equal(out.pixels().view(np.int32), want.view(np.int32))
+            for with_padding, divisor in ((0, 0), (1, 0), (1, 3)):
+                exact = torch.nn.functional.avg_pool2d(
+                    tensor.double(), *steps, False, bool(with_padding), divisor or None
+                )
+                out = Output(library, *want.shape)
+                assert not library.windows(x, out.data, *rest, with_padding, divisor, threads)
+                assert off_by(out.pixels(), exact) <= 8
+
+
 def as_rows(t: torch.Tensor, last: bool) -> np.ndarray:
     """Planes, or images with their channels last, as the kernels get them."""
     return (t.permute(0, 2, 3, 1) if last else t).contiguous().numpy()

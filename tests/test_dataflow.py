@@ -14,8 +14,9 @@ from torch import nn
 
 import opentrans_kernels as otk
 from opentrans_kernels.activations import Kind
+from opentrans_kernels.bench.variants import fold_batch_norms_
 from opentrans_kernels.errors import UnsupportedModelError
-from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm
+from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm, PlanarAvgPool2d
 from opentrans_kernels.topology import find_trunk
 from opentrans_kernels.topology.dataflow import dataflow
 
@@ -112,7 +113,8 @@ def nothing_behind(m: Net, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        (whole, ("bn", "act")), (norm_read_twice, ("bn", None)), (written_to_and_read, (None, None)),
+        (whole, ("bn", "act")), (norm_read_twice, ("bn", None)),
+        (written_to_and_read, (None, None)),
         (conv_read_twice, (None, None)), (act_called_twice, ("bn", None)),
         (norm_called_twice, (None, None)), (all_called_twice, ("bn", "act")),
         (conv_called_twice, (None, None)), (activation_first, (None, "act")),
@@ -287,6 +289,23 @@ def depthwise(m: Net, x: torch.Tensor) -> torch.Tensor:
     return m.other(m.last(m.act(m.bn(m.conv(x)))))
 
 
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_grouped_convolutions(groups: int, monkeypatch) -> None:
+    last = nn.Conv2d(8, 24, 3, 2, 1, groups=groups)
+    for largest, kind in ((1 << 24, "sparse"), (9, "compact")):
+        monkeypatch.setattr("opentrans_kernels.plan.subject.LARGEST_GROUPED", largest)
+        model = nets.randomise(Plain(whole, last=copy.deepcopy(last)))
+        masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 11, 12)
+        dense, before = nets.masked(model, masks), nets.snapshot(model)
+        report = otk.accelerate(model, masks, measure=False, input_size=(11, 12))
+        assert report.plan.kind("last") == kind
+        row = next(row for row in report.plan.rows if row.name == "last")
+        assert row.nnz == int(masks.masks["last"].sum()) and row.numel == last.weight.numel()
+        nets.check_exact(model, dense, x)
+        otk.restore(model)
+        nets.check_unchanged(model, before)
+
+
 class NormAct(nn.BatchNorm2d):
     """A norm that applies an activation itself."""
 
@@ -308,10 +327,12 @@ def test_a_norm_with_its_own_activation() -> None:
         (node, _) = find_trunk(model).loose
         assert (node.bn_name is None) == (kind is None)
         assert kind is None or node.activation.kind == kind
-        masks = nets.random_masks(model, 0.3)
+        assert (node.plain_bn is None) == (kind is not Kind.NONE)
+        masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 12, 12)
         dense, before = nets.masked(model, masks), nets.snapshot(model)
+        folded = fold_batch_norms_(copy.deepcopy(dense))
+        torch.testing.assert_close(folded(x), dense(x), rtol=1e-4, atol=1e-4)
         otk.accelerate(model, masks, measure=False, input_size=(12, 12))
-        x = torch.randn(2, 3, 12, 12)
         nets.check_exact(model, dense, x)
         if kind is not None:  # its activation is not called, so a hook of it must be noticed
             calls: list[int] = []
@@ -331,5 +352,16 @@ def test_pools_between_convolutions() -> None:
     assert [(p.name, p.before, p.after) for p in found] == [
         ("3", ("0",), ("4",)), ("6", ("4",), ("7",))
     ]  # fmt: skip
+    assert [
+        p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools_between({"4", "7"})
+    ] == ["6"]
+    model = nets.randomise(nn.Sequential(*layers))
+    masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 33, 30)
+    dense, before = nets.masked(model, masks), nets.snapshot(model)
+    otk.accelerate(model, masks, measure=False, input_size=(33, 30))
+    assert type(model[6]) is PlanarAvgPool2d
+    nets.check_exact(model, dense, x)
+    otk.restore(model)
+    nets.check_unchanged(model, before)
     layers[3].register_forward_hook(lambda *_: None)
     assert [p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools] == ["6"]

@@ -150,11 +150,14 @@ def test_operators_of_the_package_are_known():
     block = {
         a.name for a in torch.ops.opentrans_kernels.sparse_bottleneck.default._schema.arguments
     }
-    shapes = {"x": (2, 4, 8, 6), "v1": (3,), "v2": (5,), "v3": (7,), "vd": None, "pool": 2}
+    shapes = {"x": (2, 4, 8, 6), "v1": (3,), "v2": (5,), "v3": (7,), "vd": None}
+    shapes |= {"pool": 2, "stride": 1}
     assert set(shapes) <= block
     assert flops.bottleneck_macs(shapes, (2, 8, 4, 3)) == 2 * (3 * 48 + 5 * 48 + 7 * 12)
     shapes["vd"] = (11,)
     assert flops.bottleneck_macs(shapes, (2, 8, 4, 3)) == 2 * (3 * 48 + 5 * 48 + 18 * 12)
+    shapes |= {"pool": 1, "stride": 2}
+    assert flops.bottleneck_macs(shapes, (2, 8, 4, 3)) == 2 * (3 * 48 + 23 * 12)
 
 
 def test_unknown_operator_is_named():

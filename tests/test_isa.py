@@ -124,6 +124,8 @@ REFUSED = """
         lambda: native.cpu_capability(),
         lambda: ops.sparse_conv2d(x, packed),
         lambda: ops.avg_pool2d(x, 2),
+        lambda: ops.max_pool2d(x, 2),
+        lambda: ops.window_avg_pool2d(x, 2),
         lambda: ops.sparse_bottleneck(x, *bottleneck_parts(3, 2, 3, 0.5, False)[1]),
     )
     for call in calls:
@@ -143,7 +145,7 @@ def test_one_that_this_cpu_lacks_raises_in_every_op(capability: str) -> None:
     done = child(REFUSED, capability)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 4 and all("OPENTRANS_CPU_CAPABILITY" in line for line in lines), lines
+    assert len(lines) == 6 and all("OPENTRANS_CPU_CAPABILITY" in line for line in lines), lines
     assert all("unset" in line.lower() for line in lines), lines
 
 

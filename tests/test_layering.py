@@ -17,11 +17,22 @@ PACKAGE = "opentrans_kernels"
 
 # A unit may import units of its own floor and of the floors below, and units form no cycle.
 FLOORS = (
-    ("errors", "settings", "native", "lazy", "finite", "activations"),
+    ("errors", "settings", "native", "lazy", "finite", "timing", "activations"),
     ("masks", "clip_resnet", "synthetic", "topology", "towers"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
-    ("plan", "nn", "engines", "linears", "stage", "watch", "freshness", "spectrum", "gpu"),
-    ("accelerate", "checkpoint", "heads"),
+    (
+        "plan",
+        "nn",
+        "engines",
+        "linears",
+        "pools",
+        "stage",
+        "watch",
+        "freshness",
+        "spectrum",
+        "gpu",
+    ),
+    ("accelerate", "checkpoint", "heads", "tokens"),
     ("bench",),
     ("report",),
     ("opentrans",),

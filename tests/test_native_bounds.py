@@ -251,6 +251,8 @@ def test_sizes_of_more_than_32_bits_are_refused(dimension: int, size: int) -> No
         lambda: ops.sparse_bottleneck(x, *block),
         lambda: ops.sparse_stage(x, [tuple(block)], [1]),
         lambda: ops.avg_pool2d(x, 1),
+        lambda: ops.max_pool2d(x, 1),
+        lambda: ops.window_avg_pool2d(x, 1),
         lambda: OPS.relu_bits(x, None, None, None, True, False),
     ):
         with pytest.raises(RuntimeError, match=f"has size {size} in dimension {dimension}"):

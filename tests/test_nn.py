@@ -78,7 +78,7 @@ def test_input_gradient_is_that_of_the_dense_convolution() -> None:
     "kwargs,reason",
     [
         ({"groups": 7, "cout": 14}, "groups=7"),
-        ({"dilation": 2}, "dilation"),
+        ({"dilation": (2, 1)}, "dilation"),
         ({"k": (3, 1)}, "not square"),
         ({"padding": 1, "padding_mode": "reflect"}, "reflect"),
     ],

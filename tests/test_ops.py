@@ -248,21 +248,24 @@ def test_results_have_dense_rows_and_padded_planes(row: dispatch.Row) -> None:
 
 
 @rows("sparse_bottleneck")
-@pytest.mark.parametrize(("pool", "down"), [(1, False), (1, True), (2, True), (3, True)])
-def test_bottleneck(row: dispatch.Row, pool: int, down: bool) -> None:
+@pytest.mark.parametrize(
+    ("pool", "down", "stride"),
+    [(1, False, 1), (1, True, 1), (2, True, 1), (3, True, 1), (1, True, 2)],
+)
+def test_bottleneck(row: dispatch.Row, pool: int, down: bool, stride: int) -> None:
     kinds = [(1, 1, 1), (3, 7, 3), (64, 7, 64), (65, 64, 65), (7, 65, 7)]
     if down:
         kinds += [(3, 7, 64), (64, 3, 7)]
     for index, (cin, width, cout) in enumerate(kinds):
         density = DENSITIES[index % len(DENSITIES)]
-        convs, packs = bottleneck_parts(cin, width, cout, density, down, index)
-        for h, w in ((1, 1), (3, 5), (7, 7), (8, 6), (13, 17), (16, 16), (29, 31)):
+        convs, packs = bottleneck_parts(cin, width, cout, density, down, index, stride)
+        for h, w in ((1, 1), (3, 5), (7, 7), (8, 6), (13, 17), (16, 16), (29, 31), (64, 40)):
             if min(h, w) < pool:
                 continue
             x = torch.randn(1 + index % 3, cin, h, w)
             out = ops.sparse_bottleneck(x, *packs, pool, pool)
-            exact = bottleneck_exact(x, convs, pool, pool)
-            dense = bottleneck_exact(x, convs, pool, pool, torch.float32)
+            exact = bottleneck_exact(x, convs, pool, pool, stride=stride)
+            dense = bottleneck_exact(x, convs, pool, pool, torch.float32, stride)
             assert_within(out, exact, dense, (cin, width, cout, density, h, w))
 
 

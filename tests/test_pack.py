@@ -215,8 +215,8 @@ def test_a_weight_without_channels_is_refused_with_the_fix(shape: tuple[int, ...
 
 @pytest.mark.parametrize(
     ("kernel", "density", "chunk"),
-    [(1, 0.02, 128), (1, 0.5, 64), (2, 0.1, 64), (3, 0.01, 48), (3, 0.04, 24), (3, 0.1, 16),
-     (5, 0.1, 23), (7, 0.02, 11), (25, 0.1, 1)],
+    [(1, 0.02, 128), (1, 0.1, 128), (1, 0.15, 64), (1, 0.5, 64), (2, 0.1, 64), (3, 0.01, 48),
+     (3, 0.04, 24), (3, 0.1, 16), (5, 0.1, 23), (7, 0.02, 11), (25, 0.1, 1)],
 )  # fmt: skip
 def test_chunks_hold_at_most_as_many_codes_as_a_3x3s(
     kernel: int, density: float, chunk: int

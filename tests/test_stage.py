@@ -36,17 +36,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def stage(widths: list[tuple[int, int, int]], density: float = 0.4, seed: int = 0):
-    """Blocks of (inner width, output channels, pool); a pool or a new width needs a shortcut."""
-    dense, packs, cin = [], [], widths[0][1] if widths[0][2] == 1 else 5
-    for i, (inner, cout, pool) in enumerate(widths):
-        convs, pack = bottleneck_parts(
-            cin, inner, cout, density, pool > 1 or cin != cout, seed + 7 * i
-        )
+def stage(widths: list[tuple[int, ...]], density: float = 0.4, seed: int = 0):
+    """Blocks of (inner width, output channels, pool, stride = 1); all but a plain one of the same
+    width need a shortcut."""
+    dense, packs, cin = [], [], widths[0][1] if max(widths[0][2:]) == 1 else 5
+    for i, (inner, cout, pool, *rest) in enumerate(widths):
+        stride = rest[0] if rest else 1
+        down = max(pool, stride) > 1 or cin != cout
+        convs, pack = bottleneck_parts(cin, inner, cout, density, down, seed + 7 * i, stride)
         dense.append(convs)
         packs.append(tuple(pack))
         cin = cout
-    return dense, packs, [pool for _, _, pool in widths]
+    return dense, packs, [width[2] for width in widths]
 
 
 def channels(packs) -> int:
@@ -64,6 +65,8 @@ CHAINS = {
     "shortcut first": [(5, 12, 2), (6, 12, 1), (3, 12, 1)],
     "pools in the middle": [(4, 6, 1), (5, 8, 2), (7, 8, 1), (3, 10, 3), (4, 10, 1)],
     "one block": [(6, 9, 1)],
+    "a stride first": [(5, 12, 1, 2), (6, 12, 1), (3, 12, 1)],
+    "strides and pools": [(4, 6, 1), (5, 8, 1, 2), (7, 8, 2), (3, 10, 1, 2), (4, 10, 1)],
 }
 # Rows of whole vectors and of odd lengths; tall enough for many bands, and for one.
 SIZES = [(61, 16), (45, 33), (70, 8), (7, 7), (24, 56), (9, 128), (131, 6), (6, 6)]
@@ -86,7 +89,11 @@ def test_bits_of_the_blocks_one_by_one(extension: None, chain, threads: int) -> 
 def test_any_stage(extension: None, threads: int, data: st.DataObject) -> None:
     widths = data.draw(
         st.lists(
-            st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 1, 1, 2])),
+            st.tuples(
+                st.integers(1, 20),
+                st.integers(1, 20),
+                st.sampled_from([(1,), (1,), (2,), (1, 2)]),
+            ).map(lambda block: (*block[:2], *block[2])),
             min_size=1,
             max_size=5,
         )
@@ -98,13 +105,15 @@ def test_any_stage(extension: None, threads: int, data: st.DataObject) -> None:
     assert torch.equal(ops.sparse_stage(x, packs, pools), one_by_one(x, packs, pools))
 
 
-def test_every_row_against_float64(set_env: Callable) -> None:
-    dense, packs, pools = stage(CHAINS["shortcut first"])
+@pytest.mark.parametrize("chain", ["shortcut first", "strides and pools"])
+def test_every_row_against_float64(set_env: Callable, chain: str) -> None:
+    dense, packs, pools = stage(CHAINS[chain])
     x = torch.randn(2, channels(packs), 37, 29)
     exact, single = x.double(), x
-    for convs, pool in zip(dense, pools, strict=True):
-        exact = bottleneck_exact(exact, convs, pool, pool)
-        single = bottleneck_exact(single, convs, pool, pool, torch.float32)
+    for convs, pack, pool in zip(dense, packs, pools, strict=True):
+        stride = pack[1].stride
+        exact = bottleneck_exact(exact, convs, pool, pool, stride=stride)
+        single = bottleneck_exact(single, convs, pool, pool, torch.float32, stride)
     for backend in ("auto", "reference"):
         set_env(OPENTRANS_BACKEND=backend)
         assert_within(ops.sparse_stage(x, packs, pools), exact, single, backend)
@@ -142,12 +151,15 @@ def flat(packs) -> list[torch.Tensor]:
     ]
 
 
-def test_opcheck_compile_and_flops(extension: None) -> None:
-    _, packs, pools = stage(CHAINS["shortcut first"])
+@pytest.mark.parametrize("chain", ["shortcut first", "a stride first"])
+def test_opcheck_compile_and_flops(extension: None, chain: str) -> None:
+    _, packs, pools = stage(CHAINS[chain])
     x = torch.randn(2, channels(packs), 14, 12)
     couts, downs = [pack[2].cout for pack in packs], [int(pack[3] is not None) for pack in packs]
     torch.library.opcheck(
-        NATIVE.sparse_stage.default, (x, flat(packs), couts, pools, downs), test_utils=QUICK
+        NATIVE.sparse_stage.default,
+        (x, flat(packs), couts, pools, downs, [pack[1].stride for pack in packs]),
+        test_utils=QUICK,
     )
     # Where torch may use no vectors, inductor's C++ does not always compile.
     plain = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
@@ -192,6 +204,12 @@ def test_bad_input(extension: None, set_env: Callable, backend: str) -> None:
         raw(x, flat(packs)[:-1], [12, 12, 12], pools, [1, 0, 0])
     with pytest.raises(RuntimeError, match="one element per block"):
         raw(x, flat(packs), [12, 12, 12], pools, [1, 0])
+    with pytest.raises(RuntimeError, match="one element per block"):
+        raw(x, flat(packs), [12, 12, 12], pools, [1, 0, 0], [1, 1])
+    with pytest.raises(RuntimeError, match="stride 2 must be 1, or 2 with a shortcut"):
+        raw(x, flat(packs), [12, 12, 12], pools, [1, 0, 0], [2, 1, 1])
+    with pytest.raises(RuntimeError, match="stride 3 must be 1, or 2 with a shortcut"):
+        raw(x, flat(packs), [12, 12, 12], [1, 1, 1], [1, 0, 0], [3, 1, 1])
 
 
 def test_gradients_are_refused_with_the_fix(extension: None) -> None:

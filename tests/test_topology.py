@@ -152,12 +152,19 @@ def test_unusual_blocks_become_loose_with_their_reason(kwargs, reason, norms):
 
 
 def test_only_the_unusual_block_is_refused():
-    model = small(replace_stride_with_dilation=[False, False, True])
-    model.layer4.append(resnet.Bottleneck(2048, 512, dilation=2))
+    model = small()
+    model.layer4.append(resnet.Bottleneck(2048, 512, groups=2))
     trunk = find_trunk(model)
     assert [b.name for b in trunk.blocks] == ["layer1.0", "layer2.0", "layer3.0", "layer4.0"]
     assert [c.name for c in trunk.loose] == [f"layer4.1.conv{i}" for i in (1, 2, 3)]
-    assert "layer4.1.conv2 has dilation=(2, 2)" in trunk.notes[0]
+    assert "layer4.1.conv2 has groups=2" in trunk.notes[0]
+
+
+def test_a_dilated_block_is_one_like_any_other():
+    model = small(replace_stride_with_dilation=[False, False, True])
+    model.layer4.append(resnet.Bottleneck(2048, 512, dilation=2))
+    trunk = find_trunk(model)
+    assert [b.name for b in trunk.blocks][-2:] == ["layer4.0", "layer4.1"] and not trunk.loose
 
 
 def test_the_same_computation_written_differently_is_accepted():

@@ -132,7 +132,7 @@ Tensor repacked(const char* op, const Tensor& t) {
 }
 
 bool reachable(const otk::Planes& p, const otk::SparseWeight& w) {
-  const int64_t border = 2 * w.padding + w.kernel;
+  const int64_t border = 2 * w.padding + otk::span(w);
   const int64_t floats = std::max(p.plane_stride, (p.h + border) * (p.w + border));
   return floats < (int64_t{1} << 30) / w.chunk;
 }

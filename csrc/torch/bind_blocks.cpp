@@ -18,20 +18,23 @@ namespace {
 // and h x w pixels.
 otk::Bottleneck read_block(const char* op, const std::array<otk::SparseWeight, 4>& packs,
                            bool has_down, int64_t in, int64_t h, int64_t w, int64_t cout,
-                           int64_t pool, int64_t down_pool) {
+                           int64_t pool, int64_t down_pool, int64_t stride) {
   otk::Bottleneck block{};
   block.c1 = packs[0];
   block.c2 = packs[1];
   block.c3 = packs[2];
   block.down = packs[3];
   block.has_down = has_down;
-  const auto pointwise = [](const otk::SparseWeight& c) {
-    return c.kernel == 1 && c.stride == 1 && c.padding == 0;
+  const auto pointwise = [](const otk::SparseWeight& c, int64_t step) {
+    return c.kernel == 1 && c.stride == step && c.padding == 0;
   };
-  STD_TORCH_CHECK(pointwise(block.c1) && pointwise(block.c3) && block.c2.kernel == 3 &&
-                      block.c2.stride == 1 && block.c2.padding == 1 &&
-                      (!has_down || pointwise(block.down)),
-                  op, ": needs 1x1, 3x3 (stride 1, padding 1), 1x1 and a 1x1 shortcut");
+  STD_TORCH_CHECK(stride == 1 || (stride == 2 && has_down && pool == 1), op, ": stride ", stride,
+                  " must be 1, or 2 with a shortcut convolution and no pool");
+  STD_TORCH_CHECK(pointwise(block.c1, 1) && pointwise(block.c3, 1) && block.c2.kernel == 3 &&
+                      block.c2.stride == stride && block.c2.padding == 1 && block.c2.dilation == 1 &&
+                      (!has_down || pointwise(block.down, stride)),
+                  op, ": needs 1x1, 3x3 (stride ", stride,
+                  ", padding 1), 1x1 and a 1x1 shortcut of the same stride");
   STD_TORCH_CHECK(block.c1.cin == in && block.c2.cin == block.c1.cout &&
                       block.c3.cin == block.c2.cout && block.c3.cout == cout &&
                       (has_down ? block.down.cin == in && block.down.cout == cout : in == cout),
@@ -63,7 +66,7 @@ Tensor run_block(const char* op, const otk::Bottleneck& block, const Tensor& x) 
     copy = repacked(op, x);
     in = planes(op, "x", *copy);
   }
-  Tensor out = new_planes(op, x, in.n, block.c3.cout, in.h / block.pool, in.w / block.pool);
+  Tensor out = new_planes(op, x, in.n, block.c3.cout, block.size(in.h), block.size(in.w));
   const otk::Planes made = planes(op, "out", out);
   run_kernel(op, [&] { otk::sparse_bottleneck(block, in, made, torch_threads()); });
   return out;
@@ -73,7 +76,7 @@ Tensor sparse_bottleneck(const Tensor& x, const Tensor& s1, const Tensor& v1, co
                          const Tensor& s2, const Tensor& v2, const Tensor& b2, const Tensor& s3,
                          const Tensor& v3, const Tensor& b3, const std::optional<Tensor>& sd,
                          const std::optional<Tensor>& vd, const std::optional<Tensor>& bd,
-                         int64_t cout, int64_t pool, int64_t down_pool) {
+                         int64_t cout, int64_t pool, int64_t down_pool, int64_t stride) {
   const char* op = "sparse_bottleneck";
   check_isa();
   STD_TORCH_CHECK(sd.has_value() == vd.has_value(), op,
@@ -83,17 +86,20 @@ Tensor sparse_bottleneck(const Tensor& x, const Tensor& s1, const Tensor& v1, co
       sd ? read_weight(op, *sd, *vd, bd) : otk::SparseWeight{}};
   const otk::Planes in = planes(op, "x", x);
   const otk::Bottleneck block =
-      read_block(op, weights, sd.has_value(), in.c, in.h, in.w, cout, pool, down_pool);
+      read_block(op, weights, sd.has_value(), in.c, in.h, in.w, cout, pool, down_pool, stride);
   return run_block(op, block, x);
 }
 
 Tensor sparse_stage(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> cout,
-                    std::vector<int64_t> pool, std::vector<int64_t> down) {
+                    std::vector<int64_t> pool, std::vector<int64_t> down,
+                    std::vector<int64_t> stride) {
   const char* op = "sparse_stage";
   check_isa();
   const size_t count = cout.size();
-  STD_TORCH_CHECK(count > 0 && pool.size() == count && down.size() == count, op,
-                  ": cout, pool and down must have one element per block");
+  if (stride.empty()) stride.assign(count, 1);
+  STD_TORCH_CHECK(
+      count > 0 && pool.size() == count && down.size() == count && stride.size() == count, op,
+      ": cout, pool, down and stride must have one element per block");
   size_t expected = 0;
   for (const int64_t has_down : down) expected += has_down ? 12 : 9;
   STD_TORCH_CHECK(weights.size() == expected, op, ": these blocks have ", expected,
@@ -107,10 +113,11 @@ Tensor sparse_stage(const Tensor& x, std::vector<Tensor> weights, std::vector<in
     for (size_t i = 0; i < (down[b] ? 4 : 3); ++i, at += 3)
       packs[i] = read_weight(op, weights[at], weights[at + 1], weights[at + 2]);
     blocks.push_back(
-        read_block(op, packs, down[b] != 0, c, h, w, cout[b], pool[b], down[b] ? pool[b] : 1));
+        read_block(op, packs, down[b] != 0, c, h, w, cout[b], pool[b], down[b] ? pool[b] : 1,
+                   stride[b]));
     c = cout[b];
-    h /= pool[b];
-    w /= pool[b];
+    h = blocks.back().size(h);
+    w = blocks.back().size(w);
   }
   bool fits = true;
   for (const otk::Bottleneck& block : blocks) fits = fits && block_reaches(block, in);

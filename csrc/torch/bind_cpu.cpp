@@ -30,24 +30,25 @@ ConvInput conv_input(const char* op, const Tensor& x, const otk::SparseWeight& w
                      std::optional<Tensor>& copy) {
   const otk::Planes in = planes(op, "x", x);
   STD_TORCH_CHECK(in.c == w.cin, op, ": x has ", in.c, " channels, the weight expects ", w.cin);
-  const int64_t h = int64_t{in.h} + 2 * w.padding - w.kernel;
-  const int64_t width = int64_t{in.w} + 2 * w.padding - w.kernel;
+  const int64_t h = int64_t{in.h} + 2 * w.padding - otk::span(w);
+  const int64_t width = int64_t{in.w} + 2 * w.padding - otk::span(w);
   STD_TORCH_CHECK(h >= 0 && width >= 0, op, ": input ", in.h, "x", in.w, " is smaller than the ",
-                  w.kernel, "x", w.kernel, " kernel");
+                  otk::span(w), "x", otk::span(w), " kernel");
   return {reachable_planes(op, x, w, copy), h / w.stride + 1, width / w.stride + 1};
 }
 
 Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& values,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                      int64_t cout, int64_t kernel, int64_t stride, int64_t padding, bool relu,
-                     int64_t activation, double slope) {
+                     int64_t activation, double slope, int64_t dilation) {
   const char* op = "sparse_conv2d";
   check_isa();
   const otk::Activation act = activation_of(op, relu, activation, slope);
   const otk::SparseWeight w = read_weight(op, structure, values, bias);
   STD_TORCH_CHECK(
-      w.cout == cout && w.kernel == kernel && w.stride == stride && w.padding == padding, op,
-      ": cout, kernel, stride, padding do not match the packed structure");
+      w.cout == cout && w.kernel == kernel && w.stride == stride && w.padding == padding &&
+          w.dilation == dilation,
+      op, ": cout, kernel, stride, padding, dilation do not match the packed structure");
   std::optional<Tensor> packed;
   const ConvInput input = conv_input(op, x, w, packed);
   const otk::Planes& in = input.planes;

@@ -25,11 +25,9 @@ std::vector<int64_t> sizes_of(const Tensor& t) {
   return sizes;
 }
 
-// Floats between neighbouring tokens of [..., width]; nothing if they do not lie evenly, or their
-// channels not densely.
+// Floats between neighbouring tokens of [..., width]; nothing if they do not lie evenly.
 std::optional<int64_t> even_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  if (t.size(last) > 1 && t.stride(last) != 1) return std::nullopt;
   std::optional<int64_t> step;
   int64_t expected = 0;
   for (int64_t d = last - 1; d >= 0; --d) {
@@ -41,8 +39,9 @@ std::optional<int64_t> even_stride(const Tensor& t) {
   return step.value_or(t.size(last));
 }
 
-// The tokens of `t` or, where they do not lie evenly, of a copy.
-otk::Tokens tokens(const char* op, const char* name, const Tensor& t, int64_t width,
+// The tokens of `t` or, where they do not lie evenly, of a copy. planes: dense tokens of each channel
+// will do, too.
+otk::Tokens tokens(const char* op, const char* name, const Tensor& t, int64_t width, bool planes,
                    std::optional<Tensor>& copy) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() >= 1, op, ": ",
                   name, " must be a float32 CPU tensor [..., channels]. Convert it with .float()");
@@ -56,13 +55,15 @@ otk::Tokens tokens(const char* op, const char* name, const Tensor& t, int64_t wi
   STD_TORCH_CHECK(count <= kMostTokens, op, ": ", count, " tokens are more than the kernel takes");
   const Tensor* from = &t;
   std::optional<int64_t> stride = even_stride(t);
-  if (!stride) {
+  int64_t channel = last > 1 ? t.stride(t.dim() - 1) : 1;
+  if (!stride || (channel != 1 && (*stride != 1 || !planes))) {
     copy = torch::stable::contiguous(t);
     from = &*copy;
     stride = last;
+    channel = 1;
   }
   // The kernels write to the outputs only.
-  return {const_cast<float*>(from->const_data_ptr<float>()), count, last, *stride};
+  return {const_cast<float*>(from->const_data_ptr<float>()), count, last, *stride, channel};
 }
 
 otk::SparseWeight linear_weight(const char* op, const Tensor& structure, const Tensor& values,
@@ -80,16 +81,16 @@ template <class Kernel>
 Tensor with_tokens(const char* op, const Tensor& x, int64_t cin, int64_t cout,
                    const std::optional<Tensor>& residual, Kernel&& kernel) {
   std::optional<Tensor> x_copy, residual_copy;
-  const otk::Tokens in = tokens(op, "x", x, cin, x_copy);
+  const otk::Tokens in = tokens(op, "x", x, cin, true, x_copy);
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = cout;
   std::optional<otk::Tokens> extra;
   if (residual) {
     STD_TORCH_CHECK(sizes_of(*residual) == sizes, op, ": residual must have the output's shape");
-    extra = tokens(op, "residual", *residual, cout, residual_copy);
+    extra = tokens(op, "residual", *residual, cout, false, residual_copy);
   }
   Tensor out = torch::stable::new_empty(x, sizes);
-  const otk::Tokens result{out.mutable_data_ptr<float>(), in.count, cout, cout};
+  const otk::Tokens result{out.mutable_data_ptr<float>(), in.count, cout, cout, 1};
   run_kernel(op, [&] { kernel(in, result, extra ? &*extra : nullptr); });
   return out;
 }

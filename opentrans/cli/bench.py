@@ -7,7 +7,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import bench_all, bench_compare, bench_model, bench_op, bench_peers, bench_scripts
+from . import (
+    bench_all,
+    bench_compare,
+    bench_model,
+    bench_op,
+    bench_peers,
+    bench_schedule,
+    bench_scripts,
+    bench_tokens,
+)
 from .bench_rows import show_repeats
 from .bench_session import INTERRUPTED, ISAS, chosen_cpus, command_of
 from .bench_trunk import row_commands, show, shown_commands
@@ -29,6 +38,8 @@ SUMMARY = "time dense against accelerated: ops, trunk, whole models; compare res
 TARGETS = {
     "op": (bench_op.SUMMARY, bench_op.add_arguments, bench_op.run),
     "model": (bench_model.SUMMARY, bench_model.add_arguments, bench_model.run),
+    "schedule": (bench_schedule.SUMMARY, bench_schedule.add_arguments, bench_schedule.run),
+    "tokens": (bench_tokens.SUMMARY, bench_tokens.add_arguments, bench_tokens.run),
     "alpha": (
         bench_scripts.ALPHA_SUMMARY, bench_scripts.add_alpha_arguments, bench_scripts.run_alpha
     ),

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     from opentrans_kernels.bench.subject import clip_image_size
 
     subject = subject_of(options, out)
-    tower = None if ":" in options.arch else clip_image_size(options.arch)
+    tower = sizes[0][0] if ":" in options.arch else clip_image_size(options.arch)
     batches = batches or list(QUICK_BATCHES if options.quick else BATCHES)
     session = Session("model", options, out, started)
     densities = subject.densities(sizes[0])

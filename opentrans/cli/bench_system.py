@@ -118,6 +118,7 @@ def show(result: dict[str, Any], out: Output) -> None:
         [
             row["name"] + (" (fastest dense)" if row["name"] == result["baseline"] else ""),
             f"{row['cpu_ms']:.0f}",
+            f"{row['baseline_cpu_ms']:.0f}",
             ratio_cell(row["speedup"]),
             match_cell(row["match"]),
             f"{row['argmax']:.3%}",
@@ -125,7 +126,15 @@ def show(result: dict[str, Any], out: Output) -> None:
         ]
         for row in result["rows"]
     ]
-    columns = ("side", "CPU ms", "speed-up", "match", "same class", "peak MB")
+    columns = (
+        "side",
+        "CPU ms",
+        "fastest dense beside it",
+        "speed-up",
+        "match",
+        "same class",
+        "peak MB",
+    )
     out.table(None, columns, rows)
     out.text(
         f"errors against {result['reference']}; dense float32's own: {result['dense_error']:.1e}"

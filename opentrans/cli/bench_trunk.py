@@ -75,18 +75,19 @@ def show(result: dict[str, Any], out: Output) -> None:
     )
     out.text()
     best = result["baseline"]["name"]
-    rows = [variant_row("accelerated", result["accelerated"], None)]
+    ours = result["accelerated"]
+    rows = [variant_row("accelerated", ours, ours, None)]
     for name, entry in result["variants"].items():
         label = f"{name} (baseline)" if name == best else name
         if not entry["available"]:
-            rows.append([label, None, None, None, None, entry["error"].splitlines()[0][:40]])
+            rows.append([label, *[None] * 5, entry["error"].splitlines()[0][:40]])
             continue
         note = "" if entry.get("frozen", True) else "freezing did NOT happen"
-        rows.append(variant_row(label, entry, entry["speedup_of_accelerated"], note))
-    columns = ("variant", "wall ms", "CPU ms", "speed-up of ours", "match", "")
+        rows.append(variant_row(label, entry, ours, entry["speedup_of_accelerated"], note))
+    columns = ("variant", "wall ms", "CPU ms", "ours beside it", "speed-up of ours", "match", "")
     if not result["exact"]:
-        rows = [[*row[:3], row[3] and INEXACT, *row[4:]] for row in rows]
-    out.table(None, columns, rows, right=(1, 2, 3))
+        rows = [[*row[:4], row[4] and INEXACT, *row[5:]] for row in rows]
+    out.table(None, columns, rows, right=(1, 2, 3, 4))
     spread = result["speedup_spread"]
     out.text()
     if result["exact"]:
@@ -104,7 +105,7 @@ def show(result: dict[str, Any], out: Output) -> None:
         f"{result['dense_own_rel_err']:.2e}"
     )
     if "thread_scaling" in result:
-        _show_scaling(result["thread_scaling"], result["exact"], out)
+        _show_scaling(result["thread_scaling"], result["threads"], result["exact"], out)
     if result["layers"]:
         show_losing(result["losing_layers"], len(result["layers"]), out)
     show_peers(result["peers"], result["exact"], out)
@@ -117,30 +118,39 @@ def show_peers(peers: dict[str, Any], exact: bool, out: Output) -> None:
     for name, peer in peers.items():
         if not peer["available"]:
             kind = "skipped" if peer["skipped"] else "FAILED"
-            rows.append([name, None, None, None, f"{kind}: {peer['error'].splitlines()[0]}"])
+            rows.append([name, *[None] * 4, f"{kind}: {peer['error'].splitlines()[0]}"])
             continue
         ratio, error = peer["speedup_of_ours"], peer["max_rel_err"]
         cell = match_cell(peer.get("match")) if error is not None else "another network"
-        rows.append(
-            [name, f"{peer['ms']:.2f}", ratio_cell(ratio if exact else None), cell, peer["note"]]
-        )
+        ours = f"{peer['ours_ms']:.2f}" if "ours_ms" in peer else None  # else a variant's row
+        speed = ratio_cell(ratio if exact else None)
+        rows.append([name, f"{peer['ms']:.2f}", ours, speed, cell, peer["note"]])
     if rows:
         out.text()
-        columns = ("peer", "wall ms", "speed-up of ours", "match", "")
-        out.table(None, columns, rows, right=(1, 2))
+        columns = ("peer", "wall ms", "ours beside it", "speed-up of ours", "match", "")
+        out.table(None, columns, rows, right=(1, 2, 3))
 
 
 def variant_row(
-    name: str, entry: dict[str, Any], ratio: dict[str, Any] | None, note: str = ""
+    name: str,
+    entry: dict[str, Any],
+    ours: dict[str, Any],
+    ratio: dict[str, Any] | None,
+    note: str = "",
 ) -> list[Any]:
-    """One line of the table of variants."""
+    """One line of the table of variants: times of the round whose ratio is shown."""
+    from opentrans_kernels.bench.derive import beside
+
+    shown = beside(entry, ours, ratio) if ratio else None
     wall = entry["wall"]
     if entry["contended_share"] > 0.2:
         note = f"{note} {entry['contended_share']:.0%} of samples were disturbed".strip()
     return [
         name,
-        f"{entry['ms']:.2f} ({wall['q1']:.2f}-{wall['q3']:.2f})",
+        f"{shown.slow(2) if shown else format(entry['ms'], '.2f')} "
+        f"({wall['q1']:.2f}-{wall['q3']:.2f})",
         f"{entry['cpu_ms']:.2f}",
+        f"{shown.fast_ms:.2f}" if shown else None,
         ratio_cell(ratio) if ratio else None,
         match_cell(entry.get("match")),
         note,
@@ -172,11 +182,24 @@ def _layer_ratio(row: dict[str, Any]) -> dict[str, float]:
     return {"median": row["speedup"], "q1": row["speedup_q1"], "q3": row["speedup_q3"]}
 
 
-def _show_scaling(scaling: dict[str, Any], exact: bool, out: Output) -> None:
+def _show_scaling(scaling: dict[str, Any], threads: int, exact: bool, out: Output) -> None:
     ratio = ratio_cell(scaling["speedup"] if exact else None)
     out.text(
         f"threads: {scaling['one_thread_ms']:.2f} ms on one, {scaling['ms']:.2f} ms on all, {ratio}"
     )
+    if exact and scaling.get("stages"):
+        rows = [
+            [
+                row["part"],
+                f"{row['one_thread_ms']:.2f}",
+                f"{row['ms']:.2f}",
+                ratio_cell(row["speedup"]),
+                f"{row['efficiency']:.0%}",
+            ]
+            for row in scaling["stages"]
+        ]
+        columns = ("part", "ms, 1 thread", f"ms, {threads} threads", "speed-up", "efficiency")
+        out.table(None, columns, rows, right=(1, 2, 3, 4))
     for when in ("before", "after"):
         for check in scaling[f"cores_{when}"]:
             out.text(

@@ -66,7 +66,7 @@ class Attachment:
         if self.masks is not None:
             lines.append(f"masks: {self.masks}")
         if self.head_masks:
-            lines.append(describe_head_masks(self.head_masks))
+            lines.append(describe_head_masks(self.head_masks, self.heads is not None))
         if self.plan is not None:
             lines.append(str(self.plan).splitlines()[-1 - len(self.plan.notes)])
         lines.append(str(self.report) if self.report is not None else "runs densely")

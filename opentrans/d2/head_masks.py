@@ -75,11 +75,12 @@ def apply_to_head(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             weight.masked_fill_(~mask.to(weight.device), 0)
 
 
-def describe_head_masks(masks: Mapping[str, torch.Tensor]) -> str:
-    """One line for a report."""
+def describe_head_masks(masks: Mapping[str, torch.Tensor], accelerated: bool = False) -> str:
+    """One line for a report. ``accelerated``: the table of the head's parts is in it as well."""
     kept = sum(int(torch.count_nonzero(mask)) for mask in masks.values())
     numel = sum(mask.numel() for mask in masks.values())
     return (
         f"{len(masks)} layers of the head are masked, {kept} of {numel} weights kept "
-        f"({kept / max(1, numel):.2%}); they are computed densely"
+        f"({kept / max(1, numel):.2%}); "
+        + ("the parts of the head say which are packed" if accelerated else "they run densely")
     )

@@ -263,14 +263,13 @@ def _loose_conv(
     if why := _why_not(node):
         untouched[node.name] = why
         return {}
-    fold = node.bn is not None and not batch
-    fold = fold and not any(p.requires_grad for p in node.bn.parameters())  # type: ignore[union-attr]
-    swaps: dict[str, Skipping] = {
-        node.name: SkipConv2d(conv, node.bn if fold else None, relu=False, bits=False)
-    }
-    if fold and node.bn is not None:
-        swaps[str(node.bn_name)] = SkipPassed(node.bn)
-        watch_together(model, swaps, {}, UNDO)
+    bn = None if batch else node.plain_bn
+    if bn is not None and any(p.requires_grad for p in bn.parameters()):
+        bn = None
+    swaps: dict[str, Skipping] = {node.name: SkipConv2d(conv, bn, relu=False, bits=False)}
+    if bn is not None:
+        swaps[str(node.bn_name)] = SkipPassed(bn)
+        watch_together(model, swaps, {}, UNDO, node.through)
     return swaps
 
 

@@ -92,6 +92,7 @@ def _runs_sparsely(node: ConvNode) -> bool:
         and conv.weight.device.type == "cpu"
         and node.bn is not None  # part of the recognised structure
         and "weight" in conv._parameters
+        and conv.dilation == (1, 1)
     )
 
 

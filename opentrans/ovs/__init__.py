@@ -36,6 +36,9 @@ _EXPORTS = {
     "TEMPLATES": "text",
     "TextClassifier": "text",
     "train_tiny_clip": "tiny",
+    "Segmenter": "vit_segmenter",
+    "build_vit_segmenter": "vit_segmenter",
+    "load_vit_segmenter": "vit_segmenter",
 }
 
 __all__ = sorted(_EXPORTS)
@@ -63,5 +66,8 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .text import TEMPLATES as TEMPLATES
     from .text import TextClassifier as TextClassifier
     from .tiny import train_tiny_clip as train_tiny_clip
+    from .vit_segmenter import Segmenter as Segmenter
+    from .vit_segmenter import build_vit_segmenter as build_vit_segmenter
+    from .vit_segmenter import load_vit_segmenter as load_vit_segmenter
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

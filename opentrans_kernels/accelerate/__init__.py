@@ -17,7 +17,7 @@ from torch import nn
 from .. import native
 from ..errors import PlanError, UnsupportedModelError
 from ..masks.packed import pack_bits
-from ..nn import Engine, PlanarAvgPool2d, Replacement, SparseEngine
+from ..nn import Engine, Replacement, SparseEngine
 from ..plan import Plan, plan_and_build, prepare
 from ..plan.arguments import checked_batch, checked_size, device_of, thread_count
 from ..plan.build import Builder, check_replaceable
@@ -25,11 +25,10 @@ from ..plan.choose import Choice
 from ..plan.layers import LinearUnit
 from ..plan.models import accelerated_parts, require_module
 from ..plan.subject import Masks, PlanSubject
-from ..topology.behaviour import own_behaviour
-from ..topology.blocks import pool_size
 from .compare import Culprit, Outcome, Swap
 from .cuda import CudaReport, accelerate_cuda
-from .parts import check_parts, same_pool
+from .parts import check_parts
+from .pools import pool_swaps
 from .report import Report
 from .stages import stage_swaps
 
@@ -132,15 +131,18 @@ def _accelerate(
     unfolded: set[str] = set()
     while True:
         plan = plan.changed({name: (c.kind, c.reason) for name, c in choices.items()})
-        swaps = _replacements(subject, choices)
-        stages, found = stage_swaps(subject, swaps, measure, batch)
+        swaps = _replacements(choices)
+        pools, found = pool_swaps(subject, choices, measure, batch)
+        stages, of_stages = stage_swaps(subject, swaps, measure, batch)
+        swaps |= pools
+        found += of_stages
         swap = Swap(subject.model, {**swaps, **stages})
         outcome = Outcome(subject, plan, batch, measure)
         outcome.parts = [part for part in parts if choices[part.name].built is not None]
         try:
             if swaps:
                 outcome.compare(swap)
-                if outcome.speedup is not None and outcome.speedup < 1:
+                if outcome.timing is not None and outcome.timing.speedup < 1:
                     swap.off()
                     found = []
                     plan, swaps = outcome.give_up(plan, choices)
@@ -267,22 +269,11 @@ def _differences(plan: Plan, threads: int) -> list[str]:
     ]
 
 
-def _replacements(subject: PlanSubject, choices: Mapping[str, Choice]) -> dict[str, Replacement]:
+def _replacements(choices: Mapping[str, Choice]) -> dict[str, Replacement]:
     swaps: dict[str, Replacement] = {}
     for choice in choices.values():
         if choice.built is not None:
             swaps.update(choice.built.swaps)
-    stem = subject.trunk.stem
-    if stem is not None and stem.pool_name and choices[stem.convs[-1].name].kind == "sparse":
-        pool = subject.model.get_submodule(stem.pool_name)
-        if (
-            type(pool) is nn.AvgPool2d
-            and (size := pool_size(pool)) > 1
-            and own_behaviour(pool) is None
-        ):
-            new = PlanarAvgPool2d(pool, size)
-            if same_pool(pool, new, stem.convs[-1].conv.out_channels):
-                swaps[stem.pool_name] = new
     return swaps
 
 
@@ -301,10 +292,8 @@ def _report(
     return Report(
         plan=plan,
         accelerated=bool(swaps),
-        before_ms=outcome.before_ms,
-        after_ms=outcome.after_ms,
-        speedup=outcome.speedup,
-        measured=outcome.measured if swaps or outcome.speedup else "nothing was replaced",
+        timing=outcome.timing,
+        measured=outcome.measured if swaps or outcome.timing else "nothing was replaced",
         max_rel_err=outcome.max_rel_err,
         worst_part=worst,
         parts_checked=len(outcome.parts),

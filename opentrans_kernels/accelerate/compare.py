@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from ..nn import Replacement
 from ..plan import Plan
 from ..plan.build import Builder
 from ..plan.choose import Choice
-from ..plan.clock import interleaved_ms
 from ..plan.layers import LinearUnit, require_own_weight
 from ..plan.subject import PlanSubject, Unit
+from ..timing.rounds import PairTiming, measure_pair
 from ..topology import Trunk, forward_trunk
 from .parts import PartError, check_parts
 
@@ -157,9 +157,7 @@ class Outcome:
         if not measure:
             batch, height, width = 1, min(height, LARGEST_SIDE), min(width, LARGEST_SIDE)
         self.x = torch.randn(batch, self.whole.channels(), height, width, generator=generator)
-        self.before_ms: float | None = None
-        self.after_ms: float | None = None
-        self.speedup: float | None = None
+        self.timing: PairTiming | None = None
         self.measured = "measure=False"
         self.max_rel_err: float | None = None
         self.notes: list[str] = []
@@ -195,16 +193,10 @@ class Outcome:
             return run
 
         try:
-            samples = interleaved_ms(
-                {"before": switched(swap.off), "after": switched(swap.on)}, 1.5, (3, 15)
-            )
+            self.timing = measure_pair(switched(swap.off), switched(swap.on))
         finally:
             swap.off()
-        before, after = samples["before"], samples["after"]
-        self.before_ms, self.after_ms = statistics.median(before), statistics.median(after)
-        rounds = min(len(before), len(after))  # a hopeless form has one sample only
-        ratios = [b / a for b, a in zip(before[:rounds], after[:rounds], strict=True)]
-        self.speedup = statistics.median(ratios) if rounds > 1 else self.before_ms / self.after_ms
+        self.notes += self.timing.notes()
         height, width = self.plan.input_size
         self.measured = f"{self.whole.what} at {height}x{width}"
 
@@ -293,9 +285,11 @@ class Outcome:
         self, plan: Plan, choices: Mapping[str, Choice]
     ) -> tuple[Plan, dict[str, Replacement]]:
         """The whole is slower: everything dense, but masks that are not in the weights applied."""
+        timing = self.timing
+        assert timing is not None
         slower = (
-            f"the whole {self.whole.what} would be slower ({self.after_ms:.2f} ms against "
-            f"{self.before_ms:.2f} ms)"
+            f"the whole {self.whole.what} would be slower ({timing.after_ms:.2f} ms against "
+            f"{timing.before_ms:.2f} ms, {timing.rule})"
         )
         builder = Builder(self.subject)
         compact: dict[str, Choice] = {}
@@ -314,5 +308,5 @@ class Outcome:
             self.compare(Swap(self.subject.model, swaps))
         else:
             self.notes.append(f"{slower}: it was left as it was")
-            self.after_ms, self.speedup = self.before_ms, 1.0
+            self.timing = replace(timing, after_ms=timing.before_ms, q1=1.0, q3=1.0)
         return plan.changed(kinds), swaps

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..plan import Plan
+from ..timing.rounds import PairTiming
 from .parts import PartError
 
 
@@ -14,9 +15,8 @@ from .parts import PartError
 class Report:
     """What ``accelerate`` did. ``print(report)`` shows the plan and the totals.
 
-    before_ms, after_ms: median milliseconds of the trunk (or of the whole model, see ``measured``)
-        before and after, timed alternately; speedup: median ratio within a round. None if not
-        measured.
+    timing: milliseconds of the trunk (or of the whole model, see ``measured``) before and after,
+        timed alternately, with quartiles and what disturbed them; None if not measured.
     max_rel_err: largest difference from the masked dense network in float32 on a random image,
         relative to its largest output; it includes the rounding of both.
     worst_part: the replaced layer that comes closest to its bound, twice dense's own error against
@@ -28,9 +28,7 @@ class Report:
 
     plan: Plan
     accelerated: bool
-    before_ms: float | None
-    after_ms: float | None
-    speedup: float | None
+    timing: PairTiming | None
     measured: str
     max_rel_err: float | None
     worst_part: PartError | None
@@ -40,11 +38,27 @@ class Report:
     dense: Mapping[str, str]
     notes: tuple[str, ...]
 
+    @property
+    def before_ms(self) -> float | None:
+        """Milliseconds before, in the round that ``after_ms`` is of; None if not measured."""
+        return None if self.timing is None else self.timing.before_ms
+
+    @property
+    def after_ms(self) -> float | None:
+        """Milliseconds after; None if not measured."""
+        return None if self.timing is None else self.timing.after_ms
+
+    @property
+    def speedup(self) -> float | None:
+        """``before_ms / after_ms``; None if not measured."""
+        return None if self.timing is None else self.timing.speedup
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         record = {key: getattr(self, key) for key in _REPORTED}
         return {
             **record,
+            "timing": None if self.timing is None else self.timing.to_dict(),
             "worst_part": None if self.worst_part is None else asdict(self.worst_part),
             "dense": dict(self.dense),
             "notes": list(self.notes),
@@ -53,11 +67,12 @@ class Report:
 
     def __str__(self) -> str:
         lines = [str(self.plan), ""]
-        if self.speedup is not None:
+        if (timing := self.timing) is not None:
+            threads = f"{self.plan.threads} thread" + "s" * (self.plan.threads > 1)
             lines.append(
-                f"{self.measured}: {self.before_ms:.2f} ms before, {self.after_ms:.2f} ms after: "
-                f"{self.speedup:.2f}x (measured alternately, {self.plan.threads} thread"
-                f"{'s' if self.plan.threads > 1 else ''}, against the model as it was)"
+                f"{self.measured}: {timing.before_ms:.2f} ms before, {timing.after_ms:.2f} ms "
+                f"after: {timing.speedup:.2f}x (quartiles {timing.q1:.2f}-{timing.q3:.2f}; "
+                f"{timing.rule}, measured alternately, {threads}, against the model as it was)"
             )
         else:
             lines.append(f"speed-up not measured: {self.measured}")

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .timing import median_pair
+
 #: Bytes of one packed nonzero: a float32 value and a 16-bit code (docs/formats.md).
 BYTES_PER_NONZERO = 6
 
@@ -25,6 +27,26 @@ class Crossover:
     batch: int
     density: float | None
     verdict: str
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Two times and their ratio that may be printed side by side: they agree.
+
+    measured: both are of one round, or of medians that agree with the ratio; False: the result kept
+    no rounds, and ``slow_ms`` is what the ratio makes of ``fast_ms``.
+    """
+
+    slow_ms: float
+    fast_ms: float
+    ratio: Mapping[str, float]
+    measured: bool
+
+    def slow(self, digits: int = 1) -> str:
+        """``slow_ms`` as text; ``~104`` if it was not measured."""
+        if self.measured:
+            return f"{self.slow_ms:.{digits}f}"
+        return f"~{self.slow_ms:.{0 if self.slow_ms > 100 else digits}f}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,32 @@ def _crossover(
     else:
         verdict = f"dense wins from {lowest[0]:.2g}, the sparsest measured"
     return Crossover(case, kind, backend, batch, None, verdict)
+
+
+def beside(slow: Mapping[str, Any], fast: Mapping[str, Any], ratio: Mapping[str, float]) -> Beside:
+    """Times of two sides of a result that belong to ``ratio``, the median over rounds.
+
+    Args:
+        slow, fast: entries with ``ms``, and ``wall_samples_ms`` where the rounds were kept.
+    """
+    samples = [side.get("wall_samples_ms", ()) for side in (slow, fast)]
+    if samples[0] and len(samples[0]) == len(samples[1]):
+        pair = median_pair(*samples)
+        if _agree(pair.ratios.median, ratio["median"]):
+            return Beside(pair.slow_ms, pair.fast_ms, ratio, True)
+    return agreeing(slow["ms"], fast["ms"], ratio)
+
+
+def agreeing(slow_ms: float, fast_ms: float, ratio: Mapping[str, float]) -> Beside:
+    """:func:`beside` for a result that kept no rounds."""
+    if _agree(slow_ms / fast_ms, ratio["median"]):
+        return Beside(slow_ms, fast_ms, ratio, True)
+    return Beside(fast_ms * ratio["median"], fast_ms, ratio, False)
+
+
+def _agree(one: float, other: float) -> bool:
+    """Equal when printed with two decimals."""
+    return f"{one:.2f}" == f"{other:.2f}"
 
 
 def layer_bytes(row: Mapping[str, Any], batch: int = 1) -> int:

@@ -146,7 +146,7 @@ def _measure(
         table = interleave(calls, rounds=rounds, warmup_s=warmup_s, min_sample_ms=2.0)
     clock = "cpu" if torch.get_num_threads() == 1 else "wall"
     dense = table.fastest([name for name in calls if name != "sparse"], clock)
-    ratio = table.ratio(dense, "sparse", clock)
+    pair = table.pair(dense, "sparse", clock)
     return LayerRow(
         name=node.name,
         cin=conv.in_channels,
@@ -157,11 +157,11 @@ def _measure(
         w_out=reference.shape[-1],
         density=float(mask.double().mean()),
         nnz=int(mask.sum()),
-        dense_ms=table[dense].by(clock).median,
-        sparse_ms=table["sparse"].by(clock).median,
-        speedup=ratio.median,
-        speedup_q1=ratio.q1,
-        speedup_q3=ratio.q3,
+        dense_ms=pair.slow_ms,
+        sparse_ms=pair.fast_ms,
+        speedup=pair.ratios.median,
+        speedup_q1=pair.ratios.q1,
+        speedup_q3=pair.ratios.q3,
         dense_kind=dense,
         clock=clock,
         error=errors["sparse"],

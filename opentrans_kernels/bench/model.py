@@ -1,8 +1,9 @@
 """``opentrans bench model``: whole networks over batch, input size and threads.
 
-``tower`` is the image encoder with its attention pool, at the input size it was made for; ``trunk``
-is the backbone at any size, as detectors use it. One row is one setting: dense variants and ours
-interleaved, exactness first, and the memory a call needs beyond the weights.
+``tower`` is the whole network with its head: a CLIP encoder with its attention pool at the input
+size it was made for, a classifier to its logits; ``trunk`` is the backbone at any size, as
+detectors use it. One row is one setting: dense variants and ours interleaved, exactness first, and
+the memory a call needs beyond the weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..ops import release_memory
 from .rows import matched
 from .subject import Subject
 from .timing import interleave
-from .variants import Run, TrunkModule, build_variants, fold_batch_norms_, relative_error
+from .variants import Run, TrunkModule, WholeModule, build_variants, relative_error
 
 #: The dense sides: the usual winner, and one that needs no compiler.
 VARIANTS = ("compile_folded_channels_last", "folded_channels_last")
@@ -90,27 +91,23 @@ def measure_setting(
         error = relative_error(ours(x), exact)
     calls: dict[str, Run] = {"ours": _bind(ours, x)}
     unavailable = {}
-    if setting.part == "trunk":
-        for built in build_variants(masked, x, variants, simd_bits=simd_bits):
-            if built.run is None:
-                unavailable[built.name] = built.error
-            else:
-                calls[built.name] = built.run
-    else:  # the compiled variants know the trunk only
-        folded = fold_batch_norms_(copy.deepcopy(masked)).to(memory_format=torch.channels_last)
-        last = x.contiguous(memory_format=torch.channels_last)
-        calls["eager"] = _bind(_part(masked, setting), x)
-        calls["folded_channels_last"] = _bind(_part(folded, setting), last)
+    dense = WholeModule(masked) if setting.part == "tower" else masked
+    for built in build_variants(dense, x, variants, simd_bits=simd_bits):
+        if built.run is None:
+            unavailable[built.name] = built.error
+        else:
+            calls[built.name] = built.run
     table = interleave(calls, rounds=rounds, warmup_s=warmup_s, settle=1)
     best = table.fastest([name for name in calls if name != "ours"])
     match = matched(error, 2 * own)
+    pair = table.pair(best, "ours")
     return {
         **vars(setting),
         "dense_kind": best,
-        "dense_ms": table[best].wall.median,
-        "ms": table["ours"].wall.median,
+        "dense_ms": pair.slow_ms,
+        "ms": pair.fast_ms,
         "cpu_ms": table["ours"].cpu.median,
-        "speedup": table.ratio(best, "ours").to_dict() if match["equal"] else None,
+        "speedup": pair.ratios.to_dict() if match["equal"] else None,
         "dense_variants_ms": {name: table[name].wall.median for name in calls if name != "ours"},
         "unavailable": unavailable,
         "contended_share": table["ours"].contended_share() if setting.threads == 1 else 0.0,
@@ -156,7 +153,7 @@ def _macs(report: Any, batch: int) -> dict[str, int]:
 
 
 def _part(tower: nn.Module, setting: Setting) -> nn.Module:
-    return tower.eval() if setting.part == "tower" else TrunkModule(tower).eval()
+    return (WholeModule if setting.part == "tower" else TrunkModule)(tower).eval()
 
 
 def _bind(module: nn.Module, x: torch.Tensor) -> Run:

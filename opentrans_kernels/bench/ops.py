@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ ELSEWHERE = {
     "relu_bits": "opentrans bench training",
     "relu_bits_backward": "opentrans bench training",
 }
+#: Pools -> window, stride and padding.
+POOLS = {"avg_pool2d": (2, 2, 0), "max_pool2d": (3, 2, 1), "window_avg_pool2d": (3, 2, 1)}
 #: Ops of the GPU path; their reference rows are oracles, not rivals.
 ON_GPUS = ("implicit_gemm_conv2d", "bottleneck_chain", "fused_stem", "sparse_conv2d_nhwc")
 
@@ -87,7 +90,8 @@ def build_cases(
         OpenTransError: no case has a name of ``only``.
     """
     convs, blocks = conv_cases(size), block_cases(size)
-    unknown = set(only) - {case.name for case in [*convs, *blocks]} - set(map(_pool_name, convs))
+    pool_names = {_pool_name(case, op) for case in convs for op in POOLS}
+    unknown = set(only) - {case.name for case in [*convs, *blocks]} - pool_names
     if unknown:
         raise OpenTransError(
             f"no case is called {min(unknown)!r} at {size[0]}x{size[1]} pixels. The table of "
@@ -100,11 +104,11 @@ def build_cases(
             continue
         pools = set()  # convolutions of one input have the same pool behind them
         for case in blocks if op == "sparse_bottleneck" else convs:
-            if op == "avg_pool2d":
+            if op in POOLS:
                 shape = (case.cin, case.height, case.width)
                 if min(shape[1:]) >= 2 and case.kind == "3x3" and shape not in pools:
                     pools.add(shape)
-                    if not only or _pool_name(case) in only:
+                    if not only or _pool_name(case, op) in only:
                         yield build(case, 1.0, batch)
                 continue
             for density in densities if not only or case.name in only else ():
@@ -175,6 +179,7 @@ def measure_case(
         dense_error = yardstick(name, own[best], plain)
         match = matched(errors[name], max(ERROR_LIMIT, 2 * dense_error))
         exact = match["equal"]
+        pair = table.pair(best, name, clock)
         rows.append(
             {
                 "op": case.op,
@@ -187,9 +192,9 @@ def measure_case(
                 "nnz": case.nnz,
                 "macs": case.macs,
                 "dense_kind": best,
-                "dense_ms": table[best].by(clock).median,
-                "ms": table[name].by(clock).median,
-                "speedup": table.ratio(best, name, clock).to_dict() if exact else None,
+                "dense_ms": pair.slow_ms,
+                "ms": pair.fast_ms,
+                "speedup": pair.ratios.to_dict() if exact else None,
                 "clock": clock,
                 "contended_share": table[name].contended_share(),
                 "exact": exact,
@@ -297,28 +302,33 @@ def _weight_gradient(case: ConvCase, density: float, batch: int) -> Case:
     )  # fmt: skip
 
 
-def _pool_name(case: ConvCase) -> str:
-    size = f"{case.height // 2}x{case.width // 2}"
-    return f"{case.cin} channels, 2x2 pool, {size}"
+def _pool_name(case: ConvCase, op: str) -> str:
+    k, s, p = POOLS[op]
+    size = "x".join(str((side + 2 * p - k) // s + 1) for side in (case.height, case.width))
+    return f"{case.cin} channels, {k}x{k} pool, {size}"
 
 
-def _pool(case: ConvCase, density: float, batch: int) -> Case:
+def _pool(op: str, case: ConvCase, density: float, batch: int) -> Case:
+    k, s, p = geometry = POOLS[op]
+    run = functional.max_pool2d if op == "max_pool2d" else functional.avg_pool2d
     x = _random([batch, case.cin, case.height, case.width], 2)
     last = x.contiguous(memory_format=torch.channels_last)
-    h, w = case.height // 2, case.width // 2
+    reference = run(x.double(), *geometry)
     shape = {
-        "cin": case.cin, "cout": case.cin, "kernel": 2, "stride": 2, "h_out": h, "w_out": w,
-        "batch": batch,
+        "cin": case.cin, "cout": case.cin, "kernel": k, "stride": s, "h_out": reference.shape[2],
+        "w_out": reference.shape[3], "batch": batch,
     }  # fmt: skip
+    rest: dict[str, tuple[Any, ...]] = {
+        "avg_pool2d": (k,),
+        "max_pool2d": ([k] * 2, [s] * 2, [p] * 2, False),
+        "window_avg_pool2d": ([k] * 2, [s] * 2, [p] * 2, False, True, 0),
+    }
     return Case(
-        "avg_pool2d", _pool_name(case), "pool", shape, 1.0, 1.0, 0,
-        {"nominal": 0, "effective": 0, "executed": 0}, (x, 2),
-        {
-            "contiguous": lambda: functional.avg_pool2d(x, 2),
-            "channels_last": lambda: functional.avg_pool2d(last, 2),
-        },
-        lambda: functional.avg_pool2d(x, 2),
-        functional.avg_pool2d(x.double(), 2),
+        op, _pool_name(case, op), "pool", shape, 1.0, 1.0, 0,
+        {"nominal": 0, "effective": 0, "executed": 0}, (x, *rest[op]),
+        {"contiguous": lambda: run(x, *geometry), "channels_last": lambda: run(last, *geometry)},
+        lambda: run(x, *geometry),
+        reference,
     )  # fmt: skip
 
 
@@ -373,5 +383,5 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "sparse_conv2d": _forward,
     "sparse_conv2d_wgrad": _weight_gradient,
     "sparse_bottleneck": _block,
-    "avg_pool2d": _pool,
+    **{op: partial(_pool, op) for op in POOLS},
 }

@@ -3,7 +3,8 @@
 Parts are modules: the trunk, then the modules that hold recognised parts of a head, then what is
 beside them. They are timed by hooks that belong to the process, not to a module, so no module is
 taken for one with hooks of its own and every fast path stays on. A part's time is without the parts
-inside it; what is left of the whole is a line of its own.
+inside it; what is left of the whole is a line of its own. All lines are of one round, that whose
+whole gained the median, so they add up to the whole and their ratios belong to it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from ..errors import OpenTransError
 from ..heads import HeadPart, HeadReport
-from .timing import Spread
+from .timing import median_pair
 
 __all__ = ["PartTimes", "Toggle", "boundaries", "time_parts", "trunk_path"]
 
@@ -131,14 +132,12 @@ class PartTimes:
     done: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> Iterator[tuple[str, float, float, str]]:
-        """(part, dense ms, accelerated ms, what was done); the last one is the whole."""
+        """(part, dense ms, accelerated ms, what was done) of one round; the last is the whole."""
+        wholes = list(zip(self.dense[WHOLE], self.accelerated[WHOLE], strict=True))
+        pair = median_pair(*zip(*wholes, strict=True))
+        at = wholes.index((pair.slow_ms, pair.fast_ms))
         for name in self.dense:
-            yield (
-                name,
-                Spread.of(self.dense[name]).median,
-                Spread.of(self.accelerated[name]).median,
-                self.done.get(name, ""),
-            )
+            yield name, self.dense[name][at], self.accelerated[name][at], self.done.get(name, "")
 
     def fold(self) -> None:
         """Move small parts of which nothing was accelerated into the rest."""

@@ -107,6 +107,19 @@ MASK = {
 }
 #: A peer or dense variant: ``error`` if not available, else times, ratio and error.
 SIDE = {"available": FLAG, "match": MATCH, "command": COMMAND}
+STAGE = {
+    "part": TEXT,
+    "one_thread_ms": POSITIVE,
+    "ms": POSITIVE,
+    "speedup": SPREAD,
+    "efficiency": POSITIVE,
+}
+SCALING = {
+    "one_thread_ms": POSITIVE,
+    "ms": POSITIVE,
+    "speedup": SPREAD,
+    "stages": Maybe([STAGE]),
+}
 TRUNK = {
     **ENVIRONMENT,
     "baseline": {"name": TEXT, **TIMING},
@@ -114,6 +127,8 @@ TRUNK = {
     "variants": Each(SIDE),
     "speedup": POSITIVE,
     "speedup_spread": SPREAD,
+    "thread_scaling": Maybe(SCALING),
+    "median_round": Maybe({"baseline_ms": POSITIVE, "ms": POSITIVE}),
     "max_rel_err": NUMBER,
     "dense_own_rel_err": NUMBER,
     "exact": FLAG,

@@ -32,6 +32,7 @@ SYSTEM_ROW = {
     "cpu_ms": POSITIVE,
     "wall": SPREAD,
     "speedup": Maybe(SPREAD),
+    "baseline_cpu_ms": Maybe(POSITIVE),
     "match": {"equal": FLAG, "error": Maybe(NUMBER), "bound": NUMBER},
     "argmax": SHARE,
     "peak_bytes": Maybe(COUNT),

@@ -9,64 +9,14 @@ callables are compared by the ratio *within* a round. Wall time is what a user w
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import OpenTransError
-
-#: A single-threaded sample whose wall time exceeds its CPU time by this factor was interrupted.
-CONTENTION_FACTOR = 1.05
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a list of numbers; the unit is that of the numbers."""
-
-    median: float
-    q1: float
-    q3: float
-    minimum: float
-    maximum: float
-    n: int
-
-    @property
-    def iqr(self) -> float:
-        """Interquartile range, in the unit of the numbers."""
-        return self.q3 - self.q1
-
-    @classmethod
-    def of(cls, numbers: Iterable[float]) -> Spread:
-        """Summarise at least one number; quartiles are interpolated between samples.
-
-        Raises:
-            OpenTransError: no number was given.
-        """
-        ordered = sorted(float(value) for value in numbers)
-        if not ordered:
-            raise OpenTransError(
-                "cannot summarise an empty list of timings: no round was completed. "
-                "Ask for at least 1 round."
-            )
-        if len(ordered) == 1:
-            q1 = median = q3 = ordered[0]
-        else:
-            q1, median, q3 = statistics.quantiles(ordered, n=4, method="inclusive")
-        return cls(median, q1, q3, ordered[0], ordered[-1], len(ordered))
-
-    def to_dict(self) -> dict[str, float | int]:
-        """Plain numbers for JSON."""
-        return {
-            "median": self.median,
-            "q1": self.q1,
-            "q3": self.q3,
-            "iqr": self.iqr,
-            "min": self.minimum,
-            "max": self.maximum,
-            "n": self.n,
-        }
+from ..timing.canary import waited
+from ..timing.spread import Pair, Spread, median_pair
 
 
 @dataclass
@@ -97,7 +47,7 @@ class Timing:
         pairs = list(zip(self.wall_ms, self.cpu_ms, strict=True))
         if not pairs:
             return 0.0
-        return sum(wall > CONTENTION_FACTOR * cpu for wall, cpu in pairs) / len(pairs)
+        return sum(waited(wall, cpu) for wall, cpu in pairs) / len(pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """Summary and raw samples for JSON."""
@@ -128,11 +78,14 @@ class TimingTable:
         """Name with the lowest median ``"wall"`` or ``"cpu"`` time among ``names``."""
         return min(names, key=lambda name: self.timings[name].by(clock).median)
 
+    def pair(self, slow: str, fast: str, clock: str = "wall") -> Pair:
+        """The round whose ratio of ``slow`` to ``fast`` is the median, and the spread of them."""
+        sides = (getattr(self.timings[name], f"{clock}_ms") for name in (slow, fast))
+        return median_pair(*sides)
+
     def ratio(self, slow: str, fast: str, clock: str = "wall") -> Spread:
         """Speed-up of ``fast`` over ``slow``: time(slow) / time(fast) of each round, summarised."""
-        top = getattr(self.timings[slow], f"{clock}_ms")
-        bottom = getattr(self.timings[fast], f"{clock}_ms")
-        return Spread.of(a / b for a, b in zip(top, bottom, strict=True))
+        return self.pair(slow, fast, clock).ratios
 
     def to_dict(self) -> dict[str, Any]:
         """All timings for JSON."""

@@ -24,6 +24,7 @@ from .environment import SIMD_BITS, environment_block, missing_limits, onednn_is
 from .layers import LayerRow, measure_layers
 from .rows import matched
 from .schema import envelope
+from .stages import stage_scaling
 from .subject import Subject
 from .timing import TimingTable, available_cpus, interleave
 from .variants import BASELINE, NAMES, TrunkModule, Variant, build_variants, relative_error
@@ -95,7 +96,8 @@ def run(
         eager = TrunkModule(masked)(x)
     own_error = relative_error(eager, reference)
 
-    ours, calls, before, report = _accelerated(subject, x, options, tell)
+    trunks, calls, before, report = _accelerated(subject, x, options, tell)
+    ours = trunks[OURS]
     with torch.no_grad():
         error = relative_error(ours(x), reference)
     variants = build_variants(
@@ -144,10 +146,14 @@ def run(
     result["accelerated"]["match"] = matched(error, 2 * own_error)
     result["exact"] = result["accelerated"]["match"]["equal"]
     if options.threads > 1:
+        tell("stages on one thread and on all")
+        towers = (trunks[name].tower for name in (ONE_THREAD, OURS))
+        pair = table.pair(ONE_THREAD, OURS)
         result["thread_scaling"] = {
-            "one_thread_ms": table[ONE_THREAD].wall.median,
-            "ms": table[OURS].wall.median,
-            "speedup": table.ratio(ONE_THREAD, OURS).to_dict(),
+            "one_thread_ms": pair.slow_ms,
+            "ms": pair.fast_ms,
+            "speedup": pair.ratios.to_dict(),
+            "stages": stage_scaling(*towers, x, options.threads, options.rounds),
             "cores_before": [check.to_dict() for check in cores_before],
             "cores_after": [check.to_dict() for check in cores_after],
         }
@@ -170,12 +176,13 @@ def summarise(
 ) -> dict[str, Any]:
     """Baseline, accelerated, speed-up and every variant of an interleaved run.
 
-    ``speedup`` is the median over rounds of baseline / accelerated wall time within a round;
-    ``speedup_of_medians`` divides the two medians. bound: of ``errors``, up to which they match.
+    ``speedup`` is the median over rounds of baseline / accelerated wall time within a round, that
+    of ``median_round``; ``speedup_of_medians`` divides the two medians. bound: of ``errors``, up to
+    which they match.
     """
     dense = [variant.name for variant in variants if variant.run is not None]
     best = table.fastest(dense)
-    ratio = table.ratio(best, OURS)
+    pair = table.pair(best, OURS)
     every: dict[str, Any] = {}
     for variant in variants:
         entry: dict[str, Any] = {"available": variant.run is not None, **variant.detail}
@@ -191,8 +198,9 @@ def summarise(
     return {
         "baseline": {"name": best, **base},
         "accelerated": fast,
-        "speedup": ratio.median,
-        "speedup_spread": ratio.to_dict(),
+        "speedup": pair.ratios.median,
+        "speedup_spread": pair.ratios.to_dict(),
+        "median_round": {"baseline_ms": pair.slow_ms, "ms": pair.fast_ms},
         "speedup_cpu_time": table.ratio(best, OURS, "cpu").median,
         "speedup_of_medians": base["ms"] / fast["ms"],
         "rounds": table.rounds,
@@ -202,12 +210,12 @@ def summarise(
 
 def _accelerated(
     subject: Subject, x: torch.Tensor, options: TrunkOptions, tell: Progress
-) -> tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The accelerated trunk, its timed calls, their preparations, and the report as JSON."""
+) -> tuple[dict[str, TrunkModule], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The accelerated trunks, their timed calls and preparations by name, and the report."""
     size = (options.height, options.width)
     calls: dict[str, Any] = {}
     before: dict[str, Any] = {}
-    trunks = {}
+    trunks: dict[str, TrunkModule] = {}
     counts = {OURS: options.threads}
     if options.threads > 1:
         counts[ONE_THREAD] = 1
@@ -223,14 +231,15 @@ def _accelerated(
         if name == OURS:
             seconds = time.perf_counter() - start
             report = {"seconds": seconds, "text": str(outcome), **outcome.to_dict()}
-        trunks[name] = TrunkModule(tower).eval()
+        trunks[name] = TrunkModule(tower)
+        trunks[name].eval()
         calls[name] = _no_grad(trunks[name], x)
     torch.set_num_threads(options.threads)
     if options.threads > 1:
         before[ONE_THREAD] = lambda: torch.set_num_threads(1)
         for name in (OURS, *options.variants):
             before[name] = lambda: torch.set_num_threads(options.threads)
-    return trunks[OURS], calls, before, report
+    return trunks, calls, before, report
 
 
 def _peers(

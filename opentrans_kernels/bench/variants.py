@@ -61,6 +61,17 @@ class TrunkModule(nn.Module):
         return x
 
 
+class WholeModule(nn.Module):
+    """A tower with its head, as the variants may run it in the place of its trunk."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tower(x)
+
+
 @dataclass
 class Variant:
     """One competitor. ``run`` is None when it could not be built; ``error`` then says why."""
@@ -85,9 +96,9 @@ def fold_batch_norms_(tower: nn.Module) -> nn.Module:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     for node in list(find_trunk(tower).convs()):
-        if node.bn is None or node.bn_name is None:
+        if node.plain_bn is None or node.bn_name is None:
             continue
-        tower.set_submodule(node.name, fuse_conv_bn_eval(node.conv, node.bn))
+        tower.set_submodule(node.name, fuse_conv_bn_eval(node.conv, node.plain_bn))
         tower.set_submodule(node.bn_name, nn.Identity())
     return tower
 
@@ -150,7 +161,8 @@ def build_variants(
     """Build the dense variants of ``tower``.
 
     Args:
-        tower: eval-mode tower whose pruned weights are already zero; it is not changed.
+        tower: eval-mode tower whose pruned weights are already zero; it is not changed. Its trunk
+            runs, or all of it if it is a WholeModule.
         x: float32 [N, 3, H, W] example input, also the input of every timed call.
         names: which recipes (default all).
         simd_bits: vector bits torch.compile may use, None for its own choice.
@@ -248,7 +260,8 @@ def _prepared(
 ) -> tuple[nn.Module, torch.Tensor]:
     """A private copy of the trunk and its input in the variant's memory format."""
     own = copy.deepcopy(tower)
-    trunk = TrunkModule(own).eval().requires_grad_(False)
+    trunk = own if isinstance(own, WholeModule) else TrunkModule(own)
+    trunk = trunk.eval().requires_grad_(False)
     if folded:
         fold_batch_norms_(own)
     if last:

@@ -25,8 +25,8 @@ from opentrans_kernels.compact.layers import BlockLayers, ChannelSets, CompactBl
 def _inside_taps(conv: FoldedConv) -> torch.Tensor:
     """bool [k, k]: taps that read inside the image for every output pixel of every image size."""
     k = conv.weight.shape[-1]
-    line = torch.arange(k, device=conv.weight.device)
-    inside = (line >= conv.padding) & (line <= k - 1 - conv.padding)
+    line = torch.arange(k, device=conv.weight.device) * conv.dilation
+    inside = (line >= conv.padding) & (line <= (k - 1) * conv.dilation - conv.padding)
     return inside[:, None] & inside[None, :]
 
 
@@ -243,7 +243,7 @@ def forward_reference(block: CompactBlock, x: torch.Tensor) -> torch.Tensor:
 
     def run(conv: FoldedConv, value: torch.Tensor) -> torch.Tensor:
         weight, bias = conv.weight.to(value), conv.bias.to(value)
-        return F.conv2d(value, weight, bias, conv.stride, conv.padding)
+        return F.conv2d(value, weight, bias, conv.stride, conv.padding, conv.dilation)
 
     y = x
     for conv in block.convs[:-1]:

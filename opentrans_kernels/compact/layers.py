@@ -16,7 +16,7 @@ from opentrans_kernels.topology import BlockNode, ConvNode, fold_bn
 class FoldedConv:
     """A convolution with mask and batch norm folded in.
 
-    weight: float64 [Cout, Cin, k, k]; bias: float64 [Cout]; stride and padding in pixels.
+    weight: float64 [Cout, Cin, k, k]; bias: float64 [Cout]; stride, padding and dilation in pixels.
     relu: a ReLU follows; for the last convolution of a block it comes after the residual addition.
     """
 
@@ -26,6 +26,7 @@ class FoldedConv:
     stride: int = 1
     padding: int = 0
     relu: bool = False
+    dilation: int = 1
 
     @property
     def nnz(self) -> int:
@@ -148,17 +149,28 @@ def masked_weight(node: ConvNode, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def fold_conv(node: ConvNode, mask: torch.Tensor | None = None) -> FoldedConv:
-    """One convolution with mask and batch norm folded, full width. Errors as in ``fold_bn``."""
+    """One convolution with mask and batch norm folded, full width. Errors as in ``fold_bn``.
+
+    A grouped one becomes an ordinary one whose weights outside of the groups are zero.
+    """
     kernel, stride, padding = node.conv.kernel_size, node.conv.stride, node.conv.padding
-    square = all(not isinstance(v, str) and len(set(v)) == 1 for v in (kernel, stride, padding))
-    if not square or node.conv.groups != 1 or node.conv.dilation != (1, 1):
+    dilation = node.conv.dilation
+    sizes = (kernel, stride, padding, dilation)
+    if any(isinstance(v, str) or len(set(v)) != 1 for v in sizes):
         raise UnsupportedModelError(
-            f"{node.name}: only square convolutions with groups=1 and dilation=1 can be folded, "
-            f"this one has kernel {kernel}, stride {stride}, padding {padding}, groups "
-            f"{node.conv.groups}, dilation {node.conv.dilation}. Leave it dense."
+            f"{node.name}: only square convolutions can be folded, this one has kernel {kernel}, "
+            f"stride {stride}, padding {padding}, dilation {dilation}. Leave it dense."
         )
     weight, bias = fold_bn(node, masked_weight(node, mask))
-    return FoldedConv(node.name, weight, bias, stride[0], int(padding[0]), node.relu)
+    groups = node.conv.groups
+    if groups > 1:
+        whole = weight.new_zeros(weight.shape[0], node.conv.in_channels, *weight.shape[2:])
+        for out, inside, part in zip(
+            whole.chunk(groups), range(groups), weight.chunk(groups), strict=True
+        ):
+            out[:, inside * part.shape[1] : (inside + 1) * part.shape[1]] = part
+        weight = whole
+    return FoldedConv(node.name, weight, bias, stride[0], int(padding[0]), node.relu, dilation[0])
 
 
 def fold_block(node: BlockNode, masks: Mapping[str, torch.Tensor] | None = None) -> BlockLayers:

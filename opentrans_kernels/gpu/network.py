@@ -145,6 +145,11 @@ def describe_network(subject: PlanSubject) -> Network:
                 f"{stage} has {parts} parts of which {known} are recognised blocks "
                 f"({'; '.join(trunk.notes)}). Every part must be recognised to plan the trunk."
             )
+    if dilated := [node.name for node in trunk.convs() if node.conv.dilation != (1, 1)]:
+        raise UnsupportedModelError(
+            f"{dilated[0]} is dilated ({len(dilated)} convolutions are), which the kernels for "
+            "GPUs do not compute. On the CPU they are accelerated: accelerate(model, masks)."
+        )
     compacted = compact_trunk(trunk, subject.masks)
     stem, pool = _stem(subject, [compacted.stem[node.name] for node in trunk.stem.convs])
     blocks, narrowed = [], 0

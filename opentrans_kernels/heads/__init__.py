@@ -21,6 +21,7 @@ from . import (
     pixel_decoder,
     pointwise,
     task_decoder,
+    zeros,
 )
 from .lazy import lazy_masks
 from .parts import Found, HeadPart, head_parts, swap_in, swap_out
@@ -49,6 +50,7 @@ FINDERS = (
     task_decoder.find,
     masks.find,
     atrous.find,
+    zeros.find,
 )
 
 

@@ -6,6 +6,7 @@ Deformable-DETR's form has ``linear1``, ``linear2``, ``norm1`` and ``norm2``, tr
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..activations import RELU
+from ..ops.sparse_mlp import sparse_mlp
 from .deform import is_deformable, trial
 from .linear import has_kernel, linear
+from .packed import packed
 from .parts import Found, HeadPart, prove
 
 __all__ = ["EncoderLayer", "NamedEncoderLayer", "find"]
@@ -28,6 +32,13 @@ class _Layer(HeadPart):
     what, how = KIND, "activation inside the product, sums in place"
     names = _POSITIONAL
 
+    def __init__(self, original: nn.Module, path: str = "") -> None:
+        super().__init__(original)
+        both = [packed(f"{path}.{name}", self._modules[name]) for name in self.names[:2]]
+        self.__dict__["opentrans_packed"] = both if None not in both else None
+        if None not in both:
+            self.__dict__["how"] = "most weights are zero: both linear layers packed, one op"
+
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
         called = {"self_attn", *self.names[2:]}
         for key, child in self._modules.items():
@@ -38,6 +49,9 @@ class _Layer(HeadPart):
         """All that follows attention, for the input ``x`` of the layer."""
         first, second, norm, last = (self._modules[name] for name in self.names)
         x = norm(attended.add_(x) if not attended.requires_grad else attended + x)
+        both = self.opentrans_packed
+        if both is not None and all([one.serves(x) for one in both]):
+            return last(sparse_mlp(x, both[0].weight, both[1].weight, RELU, residual=x))
         hidden = linear(x, first.weight, first.bias, relu=True)
         out = linear(hidden, second.weight, second.bias)
         return last(out.add_(x) if not out.requires_grad else out + x)
@@ -92,7 +106,8 @@ def find(model: nn.Module) -> Iterator[Found]:
             children = [module._modules.get(child) for child in kind.names]
             if all(isinstance(c, nn.Linear) for c in children[:2]) and all(children[2:]):
                 yield prove(
-                    name, KIND, module, kind, lambda dtype, m=module: _arguments(m, dtype),
+                    name, KIND, module, functools.partial(kind, path=name),
+                    lambda dtype, m=module: _arguments(m, dtype),
                     lambda out: [out[0] if isinstance(out, tuple) else out],
                 )  # fmt: skip
 

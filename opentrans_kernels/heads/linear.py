@@ -1,19 +1,22 @@
-"""Linear layers around deformable attention: bias and activation inside the product.
+"""Linear layers of heads: bias and activation inside the product, or packed where most are zero.
 
 PyTorch's own linear copies the bias into the whole result before it multiplies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.sparse_linear import sparse_linear
+from .packed import Packed, packed
 from .parts import Found, HeadPart, prove
 
-__all__ = ["FusedLinear", "find_below", "has_kernel", "linear"]
+__all__ = ["FusedLinear", "PackedLinear", "find_below", "has_kernel", "linear", "part_of"]
 
 KIND = "linear layer"
 
@@ -44,14 +47,36 @@ class FusedLinear(HeadPart):
         return linear(x, self.weight, self.bias)
 
 
+class PackedLinear(FusedLinear):
+    """``nn.Linear`` of which most weights are zero."""
+
+    how = "most weights are zero: packed"
+
+    def __init__(self, original: nn.Linear, packed: Packed) -> None:
+        super().__init__(original)
+        self.__dict__["opentrans_packed"] = packed
+
+    def fast(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.opentrans_packed
+        return sparse_linear(x, packed.weight) if packed.serves(x) else super().fast(x)
+
+
+def part_of(path: str, layer: nn.Linear) -> Found | None:
+    """A linear layer by the faster of both; None if neither is to be had."""
+    kind: Callable[[nn.Linear], HeadPart] = FusedLinear
+    if (found := packed(path, layer)) is not None:
+        kind = functools.partial(PackedLinear, packed=found)
+    elif not has_kernel() or layer.bias is None:
+        return None
+    return prove(
+        path, KIND, layer, kind,
+        lambda dtype: ((torch.randn(
+            3, 5, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype),), {}),
+    )  # fmt: skip
+
+
 def find_below(name: str, module: nn.Module) -> Iterator[Found]:
     """The linear layers that are children of ``module``."""
-    if not has_kernel():
-        return
     for key, child in module._modules.items():
-        if type(child) is nn.Linear and child.bias is not None:
-            yield prove(
-                f"{name}.{key}".lstrip("."), KIND, child, FusedLinear,
-                lambda dtype, width=child.in_features: ((torch.randn(
-                    3, 5, width, generator=torch.Generator().manual_seed(0)).to(dtype),), {}),
-            )  # fmt: skip
+        if type(child) is nn.Linear and (found := part_of(f"{name}.{key}".lstrip("."), child)):
+            yield found

@@ -35,7 +35,7 @@ class HeadPart(Replacement):
     ``fast`` is the inference path: eval mode, float32, CPU. In training mode and for other tensors
     the original module runs, with the very same children and parameters. It also runs, and says so
     once, after a hook was put on one of the modules that ``fast`` does not call (``bypassed``).
-    Nothing is packed, so weights may be written to or loaded at any time.
+    Weights may be written to or loaded at any time: what is packed is compared with them.
     """
 
     #: What it is and what is done about it, for the report.

@@ -7,14 +7,17 @@ input is not copied first: the product reads it transposed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..ops.sparse_linear import sparse_linear
 from .deform import is_deformable
 from .linear import has_kernel, linear
+from .packed import packed
 from .parts import Found, HeadPart, prove
 
 __all__ = ["PointwiseConv", "find"]
@@ -28,11 +31,20 @@ class PointwiseConv(HeadPart):
 
     what, how = KIND, "a product, channels_last, input not copied"
 
+    def __init__(self, original: nn.Conv2d, path: str = "") -> None:
+        super().__init__(original)
+        self.__dict__["opentrans_packed"] = packed(path, original)
+        if self.opentrans_packed is not None:
+            self.__dict__["how"] = "most weights are zero: packed, channels_last"
+
     def fast(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or torch.is_grad_enabled() or not x.numel():
             return self.as_it_was(x)
         n, _, h, w = x.shape
-        if x.is_contiguous(memory_format=torch.channels_last):
+        if self.opentrans_packed is not None and self.opentrans_packed.serves(x):
+            tokens = x.permute(0, 2, 3, 1)
+            out = sparse_linear(tokens, self.opentrans_packed.weight)
+        elif x.is_contiguous(memory_format=torch.channels_last):
             weight = self.weight.view(self.weight.shape[:2])
             out = linear(x.permute(0, 2, 3, 1), weight, self.bias)
         else:
@@ -72,7 +84,10 @@ def find(model: nn.Module) -> Iterator[Found]:
         for path, conv in found.items():
             if path not in seen and _is_pointwise(conv):
                 seen.add(path)
-                yield prove(path, KIND, conv, PointwiseConv, lambda dtype, c=conv: _noise(c, dtype))
+                yield prove(
+                    path, KIND, conv, functools.partial(PointwiseConv, path=path),
+                    lambda dtype, c=conv: _noise(c, dtype),
+                )  # fmt: skip
 
 
 def _convs(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:

@@ -9,6 +9,7 @@ from .gram_eigenvalues import gram_eigenvalues
 from .implicit_gemm_conv2d import implicit_gemm_conv2d
 from .library import release_memory, scratch_bytes
 from .mask_scores import mask_scores
+from .max_pool2d import max_pool2d
 from .ms_deform_attn import ms_deform_attn
 from .powerlaw_fit import powerlaw_fit
 from .sparse_bottleneck import sparse_bottleneck
@@ -17,6 +18,7 @@ from .sparse_conv2d_nhwc import sparse_conv2d_nhwc
 from .sparse_linear import sparse_linear
 from .sparse_mlp import sparse_mlp
 from .sparse_stage import sparse_stage
+from .window_avg_pool2d import window_avg_pool2d
 
 __all__ = [
     "avg_pool2d",
@@ -26,6 +28,7 @@ __all__ = [
     "gram_eigenvalues",
     "implicit_gemm_conv2d",
     "mask_scores",
+    "max_pool2d",
     "ms_deform_attn",
     "powerlaw_fit",
     "release_memory",
@@ -36,6 +39,7 @@ __all__ = [
     "sparse_linear",
     "sparse_mlp",
     "sparse_stage",
+    "window_avg_pool2d",
 ]
 
 # Look the kernels up now, so that torch.compile meets no import while tracing a first call.

@@ -13,12 +13,13 @@ import torch
 from ..activations import RELU, Activation, Kind
 from ..errors import PlanError
 from ..pack import Header, checked_header
+from ..pack.layout import LARGEST_STEP
 
 __all__ = [
     "BadArgument",
     "activation",
     "bottleneck",
-    "bottleneck_pools",
+    "bottleneck_size",
     "conv_size",
     "convolution",
     "depthwise",
@@ -26,14 +27,12 @@ __all__ = [
     "image",
     "linear",
     "packed_header",
+    "pair",
     "pooled_size",
     "result",
     "tokens",
+    "window_pooled_size",
 ]
-
-
-#: Largest stride and padding (``otk::kMaxStep``).
-LARGEST_STEP = 1 << 15
 
 
 class BadArgument(PlanError, RuntimeError):
@@ -50,9 +49,15 @@ def image(op: str, x: torch.Tensor, name: str = "x") -> torch.Size:
 
 
 def conv_size(
-    size: Sequence[int], kernel: int, stride: int, padding: int, op: str = "sparse_conv2d"
+    size: Sequence[int],
+    kernel: int,
+    stride: int,
+    padding: int,
+    op: str = "sparse_conv2d",
+    dilation: int = 1,
 ) -> tuple[int, int]:
     """Height and width of a convolution's output; ``size`` is ``[..., H, W]`` of its input."""
+    kernel = (kernel - 1) * dilation + 1
     h, w = size[-2] + 2 * padding - kernel, size[-1] + 2 * padding - kernel
     if h < 0 or w < 0:
         raise BadArgument(
@@ -72,6 +77,51 @@ def pooled_size(op: str, size: Sequence[int], k: int) -> tuple[int, int]:
             "window. Pass a larger image."
         )
     return size[-2] // k, size[-1] // k
+
+
+def pair(op: str, name: str, given: int | Sequence[int]) -> list[int]:
+    """Numbers for rows and columns, of which a single one serves both."""
+    numbers = [given, given] if isinstance(given, int) else given
+    if not (
+        isinstance(numbers, Sequence) and len(numbers) == 2
+        and all(isinstance(n, int) for n in numbers)
+    ):  # fmt: skip
+        raise BadArgument(
+            f"{op}: {name} must be a whole number, or one for rows and one for columns, got "
+            f"{given!r}."
+        )
+    return list(numbers)
+
+
+def window_pooled_size(
+    op: str, size: Sequence[int], window: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], ceil_mode: bool,
+) -> tuple[int, int]:  # fmt: skip
+    """Height and width after pooling; ``size`` is ``[..., H, W]`` of the input."""
+    if not len(window) == len(stride) == len(padding) == 2:
+        raise BadArgument(
+            f"{op}: window, stride and padding must have two numbers each, for rows and columns; "
+            f"got {list(window)}, {list(stride)}, {list(padding)}."
+        )
+    found = []
+    for n, k, s, p in zip(size[-2:], window, stride, padding, strict=True):
+        if not (1 <= k <= LARGEST_STEP and 1 <= s <= LARGEST_STEP and 0 <= p <= k // 2):
+            raise BadArgument(
+                f"{op}: window and stride must be 1 to {LARGEST_STEP} and padding at most half the "
+                f"window, got window {k}, stride {s}, padding {p}."
+            )
+        room = n + 2 * p - k + (s - 1 if ceil_mode else 0)
+        if n < 1 or room < 0:
+            raise BadArgument(
+                f"{op}: an image of {size[-2]}x{size[-1]} pixels is too small for a "
+                f"{window[0]}x{window[1]} pooling window with padding {list(padding)}. Pass a "
+                "larger image."
+            )
+        count = room // s + 1
+        if ceil_mode and (count - 1) * s >= n + p:
+            count -= 1  # the last window would begin behind the image
+        found.append(count)
+    return found[0], found[1]
 
 
 def packed_header(op: str, structure: torch.Tensor) -> Header:
@@ -155,19 +205,21 @@ def _input(op: str, x: torch.Tensor, cin: int) -> torch.Size:
 
 
 def convolution(
-    x: torch.Tensor, structure, values, bias, residual, cout, kernel, stride, padding
+    x: torch.Tensor, structure, values, bias, residual, cout, kernel, stride, padding, dilation
 ) -> Header:
     """Check the arguments of ``sparse_conv2d``; returns the structure's header."""
     op = "sparse_conv2d"
     header = _weight(op, x, structure, values, bias)
-    given, packed = (cout, kernel, stride, padding), header[1:5]
+    given = (cout, kernel, stride, padding, dilation)
+    packed = (*header[1:5], header.dilation)
     if given != packed:
         raise BadArgument(
-            f"{op}: (cout, kernel, stride, padding) {given} do not match the packed structure's "
-            f"{packed}. Pack the weight again, with the stride and padding it is used with."
+            f"{op}: (cout, kernel, stride, padding, dilation) {given} do not match the packed "
+            f"structure's {packed}. Pack the weight again, with the stride, padding and dilation "
+            "it is used with."
         )
     size = _input(op, x, header.cin)
-    expected = (size[0], cout, *conv_size(size, kernel, stride, padding))
+    expected = (size[0], cout, *conv_size(size, kernel, stride, padding, op, dilation))
     if residual is not None and (residual.shape != expected or residual.dtype != x.dtype):
         raise BadArgument(
             f"{op}: residual must have the output's shape {list(expected)} and dtype {x.dtype}, "
@@ -205,16 +257,18 @@ def gradient(op: str, header: Header, grad: torch.Tensor, size: Sequence[int]) -
     """Check that ``grad`` is one of a convolution's output; ``size``: its input's shape."""
     found = image(op, grad, "the output's gradient")
     cin, cout, kernel, stride, padding = header[:5]
-    expected = (found[0], cout, *conv_size(size, kernel, stride, padding))
+    expected = (found[0], cout, *conv_size(size, kernel, stride, padding, op, header.dilation))
     if size[-3] != cin or found != expected or (len(size) == 4 and size[0] != found[0]):
         raise BadArgument(
             f"{op}: an input {list(size)} and the gradient {list(found)} do not fit the packed "
             f"convolution of {cin} to {cout} channels, {kernel}x{kernel}, stride {stride}, "
-            f"padding {padding}."
+            f"padding {padding}, dilation {header.dilation}."
         )
 
 
-def bottleneck(x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_pool: int) -> None:
+def bottleneck(
+    x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_pool: int, stride: int
+) -> None:
     """Check the arguments of ``sparse_bottleneck``; c1 ... down: (structure, values, bias)."""
     op = "sparse_bottleneck"
     h1, h2, h3 = (_weight(op, x, *part) for part in (c1, c2, c3))
@@ -223,11 +277,13 @@ def bottleneck(x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_poo
         if down[1] is None:
             raise BadArgument(f"{op}: the downsample has a structure but no values.")
         hd = _weight(op, x, *down)
-    pointwise = all(h[2:5] == (1, 1, 0) for h in (h1, h3, hd) if h is not None)
-    if not pointwise or h2[2:5] != (3, 1, 1):
+    _check_stride(op, stride, pool, hd is not None)
+    pointwise = h1[2:5] == h3[2:5] == (1, 1, 0) and (hd is None or hd[2:5] == (1, stride, 0))
+    if not pointwise or (*h2[2:5], h2.dilation) != (3, stride, 1, 1):
         raise BadArgument(
-            f"{op}: needs 1x1, 3x3 (stride 1, padding 1), 1x1 and a 1x1 shortcut; got (kernel, "
-            f"stride, padding) {h1[2:5]}, {h2[2:5]}, {h3[2:5]}, {None if hd is None else hd[2:5]}."
+            f"{op}: needs 1x1, 3x3 (stride {stride}, padding 1), 1x1 and a 1x1 shortcut of the "
+            f"same stride; got (kernel, stride, padding) {h1[2:5]}, {h2[2:5]}, {h3[2:5]}, "
+            f"{None if hd is None else hd[2:5]}."
         )
     size = _input(op, x, h1.cin)
     # Without a downsample the shortcut is x itself, whatever the block's output has.
@@ -238,10 +294,12 @@ def bottleneck(x: torch.Tensor, c1, c2, c3, down, cout: int, pool: int, down_poo
             f"{op}: channels do not chain: x has {size[1]}, the convolutions map {h1[:2]}, "
             f"{h2[:2]}, {h3[:2]}, the shortcut {shortcut}, and the output is to have {cout}."
         )
-    bottleneck_pools(size, pool, down_pool, hd is not None)
+    bottleneck_size(size, pool, down_pool, hd is not None, stride)
 
 
-def bottleneck_pools(size: Sequence[int], pool: int, down_pool: int, down: bool) -> tuple[int, int]:
+def bottleneck_size(
+    size: Sequence[int], pool: int, down_pool: int, down: bool, stride: int
+) -> tuple[int, int]:
     """Height and width of a block's output; ``size`` is ``[..., H, W]`` of its input."""
     op = "sparse_bottleneck"
     if down_pool != (pool if down else 1) or (pool != 1 and not down):
@@ -249,14 +307,29 @@ def bottleneck_pools(size: Sequence[int], pool: int, down_pool: int, down: bool)
             f"{op}: pool {pool} and down_pool {down_pool} give different output sizes; they must "
             "be equal with a downsample, and 1 without."
         )
-    return pooled_size(op, size, pool)
+    _check_stride(op, stride, pool, down)
+    return _block_size(op, size, pool, stride)
 
 
-def stage_sizes(size: Sequence[int], pools: Sequence[int]) -> list[tuple[int, int]]:
-    """Height and width of the output of each block of a stage."""
+def _check_stride(op: str, stride: int, pool: int, down: bool) -> None:
+    if stride != 1 and (stride != 2 or not down or pool != 1):
+        raise BadArgument(
+            f"{op}: stride {stride} must be 1, or 2 with a shortcut convolution and no pool."
+        )
+
+
+def _block_size(op: str, size: Sequence[int], pool: int, stride: int) -> tuple[int, int]:
+    height, width = pooled_size(op, size, pool)
+    return (height - 1) // stride + 1, (width - 1) // stride + 1
+
+
+def stage_sizes(
+    size: Sequence[int], pools: Sequence[int], strides: Sequence[int] = ()
+) -> list[tuple[int, int]]:
+    """Height and width of the output of each block of a stage; no strides: 1."""
     sizes: list[tuple[int, int]] = []
     now = size
-    for pool in pools:
-        now = pooled_size("sparse_stage", now, pool)
+    for pool, stride in zip(pools, strides or [1] * len(pools), strict=True):
+        now = _block_size("sparse_stage", now, pool, stride)
         sizes.append(now)
     return sizes

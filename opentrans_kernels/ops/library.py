@@ -43,9 +43,13 @@ _LINE = 16  # floats per cache line
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _HALF = (torch.bfloat16, torch.float16)
 
-# Implemented by the extension; without it neither may be called.
+# Implemented by the extension; without it none of these may be called.
 LIBRARY.define("scratch_bytes() -> int")
 LIBRARY.define("release_memory() -> ()")
+LIBRARY.define("record_units(int threads, bool units) -> ()")
+LIBRARY.define("recorded_units(Tensor like) -> Tensor")
+LIBRARY.define("deal_in_ranges(bool on) -> ()")
+LIBRARY.define("empty_region_seconds(int repeats) -> float")
 
 
 def scratch_bytes() -> int:

@@ -118,7 +118,8 @@ class SparseWeight:
         structure: int32 ``[words]``; where the nonzeros are (about 2 bytes per nonzero).
         values: float32 ``[nnz]`` in packed order; differentiable.
         bias: float32 ``[cout]``.
-        cin, cout: channels. kernel: side of the square window. stride, padding: in pixels.
+        cin, cout: channels. kernel: side of the square window. stride, padding, dilation: in
+            pixels.
 
     Raises:
         PlanError: the structure contradicts itself, the values, the bias or the attributes.
@@ -132,6 +133,7 @@ class SparseWeight:
     kernel: int
     stride: int
     padding: int
+    dilation: int = 1
 
     def __post_init__(self) -> None:
         if _readable(self.structure):
@@ -140,16 +142,19 @@ class SparseWeight:
     def __setstate__(self, state: Any) -> None:
         """Of a pickle or a copy, which may come from anywhere."""
         names = {field.name for field in fields(self)}
+        if isinstance(state, dict):
+            state = {"dilation": 1, **state}  # not among those of earlier versions
         if not isinstance(state, dict) or set(state) != names:
             raise damaged(f"its state must be a dict of {', '.join(sorted(names))}")
         self.__dict__.update(state)
         self.__post_init__()
 
     def _check_fit(self, header: Header) -> None:
-        own = (self.cin, self.cout, self.kernel, self.stride, self.padding)
-        if own != header[:5]:
+        own = (self.cin, self.cout, self.kernel, self.stride, self.padding, self.dilation)
+        packed = (*header[:5], header.dilation)
+        if own != packed:
             raise damaged(
-                f"it was packed for (cin, cout, kernel, stride, padding) {header[:5]}, the "
+                f"it was packed for (cin, cout, kernel, stride, padding, dilation) {packed}, the "
                 f"attributes say {own}"
             )
         parts = (("values", self.values, header.nnz), ("bias", self.bias, self.cout))
@@ -182,6 +187,7 @@ class SparseWeight:
         bias: torch.Tensor | None = None,
         stride: int = 1,
         padding: int = 0,
+        dilation: int = 1,
         *,
         chunk: int | None = None,
         row_block: int | None = None,
@@ -210,12 +216,16 @@ class SparseWeight:
                 f"weight of shape {tuple(weight.shape)}. Remove the layer, or keep one channel "
                 "whose weights are zero."
             )
-        if stride < 1 or padding < 0:
-            raise PlanError(f"stride {stride} must be >= 1 and padding {padding} >= 0.")
-        if max(stride, padding) > LARGEST_STEP:
+        if min(stride, dilation) < 1 or padding < 0:
             raise PlanError(
-                f"stride {stride} and padding {padding} must be at most {LARGEST_STEP}. Crop or "
-                "pad the image before the convolution."
+                f"stride {stride} must be >= 1 and padding {padding} >= 0, dilation {dilation} >= 1."
+            )
+        if weight.shape[2] == 1:
+            dilation = 1  # of one tap
+        if max(stride, padding, dilation) > LARGEST_STEP:
+            raise PlanError(
+                f"stride {stride}, padding {padding} and dilation {dilation} must be at most "
+                f"{LARGEST_STEP}. Crop or pad the image before the convolution."
             )
         dense = weight.detach().to("cpu", torch.float32).contiguous().numpy()
         if not np.isfinite(dense).all():
@@ -224,7 +234,7 @@ class SparseWeight:
                 "Repair the checkpoint first."
             )
         cout, cin, kernel, _ = dense.shape
-        words, values = assemble(dense, kernel, stride, padding, chunk, row_block)
+        words, values = assemble(dense, kernel, stride, padding, chunk, row_block, dilation)
         if bias is None:
             packed_bias = torch.zeros(cout)
         else:
@@ -235,7 +245,7 @@ class SparseWeight:
         _CHECKED[structure] = (version_of(structure), read_header(words))
         return cls(
             structure, torch.from_numpy(values.astype(np.float32)), packed_bias,
-            cin, cout, kernel, stride, padding,
+            cin, cout, kernel, stride, padding, dilation,
         )  # fmt: skip
 
     def indices(self) -> torch.Tensor:
@@ -266,19 +276,22 @@ class SparseWeight:
 
 def transposed_structure(structure: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The structure that maps output gradients to input gradients (stride 1), and the order of
-    the values in it: channels swapped, taps mirrored, padding ``k - 1 - padding``.
+    the values in it: channels swapped, taps mirrored, padding ``span - 1 - padding``.
 
     Returns:
         (structure, order): ``values[order]`` are the transposed pack's values.
     """
-    cin, cout, kernel, _, padding = checked_header(structure)[:5]
+    header = checked_header(structure)
+    cin, cout, kernel, _, padding = header[:5]
     index = indices(_words(structure))
     taps = kernel * kernel
     # Number the nonzeros, scatter the numbers, transpose them, and read where each one went.
     number = np.zeros(cout * cin * taps, np.float64)
     number[index] = np.arange(1, len(index) + 1)
     flipped = number.reshape(cout, cin, kernel, kernel)[:, :, ::-1, ::-1].transpose(1, 0, 2, 3)
-    parts, order = assemble(flipped, kernel, 1, max(kernel - 1 - padding, 0), None, None)
+    parts, order = assemble(
+        flipped, kernel, 1, max(header.span - 1 - padding, 0), None, None, header.dilation
+    )
     return torch.from_numpy(parts), torch.from_numpy(order.astype(np.int64) - 1)
 
 

@@ -21,7 +21,7 @@ __all__ = [
     "read_header",
 ]
 
-#: Of stride and padding: coordinates are 32 bits wide in the kernels.
+#: Of stride, padding and dilation: coordinates are 32 bits wide in the kernels.
 LARGEST_STEP = 1 << 15
 
 _MAGIC, _VERSION = 0x4B544F50, 1
@@ -32,7 +32,7 @@ _MAX_COUNT = 0x3FFF  # nonzeros of one (row, chunk)
 # By taps: channels per chunk from each density on. A chunk's tile should stay in L1 (that of a 3x3
 # holds three shifted copies), but rows of a few nonzeros cost more in loop starts and partial sums
 # than a wider chunk does in cache misses.
-_CHUNK = {1: ((0.08, 64), (0.0, 128)), 9: ((0.06, 16), (0.03, 24), (0.0, 48))}
+_CHUNK = {1: ((0.12, 64), (0.0, 128)), 9: ((0.06, 16), (0.03, 24), (0.0, 48))}
 _CHUNK_OTHER = ((0.0, 64),)
 # Codes of a chunk, 64 channels of a 3x3. Wider windows get fewer channels: their tiles are larger,
 # and shorter sums between two roundings of a partial sum are more accurate.
@@ -55,6 +55,12 @@ class Header(NamedTuple):
     n_row_blocks: int
     nnz: int
     n_entries: int
+    dilation: int = 1
+
+    @property
+    def span(self) -> int:
+        """Pixels from the first tap of the window to its last, both included."""
+        return (self.kernel - 1) * self.dilation + 1
 
 
 def damaged(what: str) -> PlanError:
@@ -75,6 +81,8 @@ def read_header(words: np.ndarray) -> Header:
             "structure was not made by this version of SparseWeight; pack the weight again."
         )
     header = Header(*map(int, words[2:_HEADER]))
+    # The dilation less one is the upper half of the stride's word.
+    header = header._replace(stride=header.stride & 0xFFFF, dilation=(header.stride >> 16) + 1)
     blocks = 2 * (header.n_chunks * header.n_row_blocks + 1)
     size = _HEADER + blocks + header.n_entries + (header.nnz + 1) // 2
     if min(header) < 0 or words.size != size:
@@ -84,7 +92,7 @@ def read_header(words: np.ndarray) -> Header:
 
 def assemble(
     dense: np.ndarray, kernel: int, stride: int, padding: int,
-    chunk: int | None, row_block: int | None,
+    chunk: int | None, row_block: int | None, dilation: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Choose chunks and row blocks, and pack ``[cout, cin, k, k]``. Returns (words, values)."""
     cout, cin = dense.shape[:2]
@@ -108,7 +116,8 @@ def assemble(
         )
     (blocks, entries, codes), values = _pack(flat, taps, chunk, row_block)
     header = [
-        _MAGIC, _VERSION, cin, cout, kernel, stride, padding, chunk, row_block,
+        _MAGIC, _VERSION, cin, cout, kernel, (dilation - 1) << 16 | stride, padding, chunk,
+        row_block,
         n_chunks, -(-cout // row_block), len(values), entries.size,
     ]  # fmt: skip
     words = np.concatenate([np.asarray(header, np.int32), blocks, entries.view(np.int32), codes])
@@ -215,6 +224,7 @@ def check_content(words: np.ndarray, header: Header) -> None:
     taps = kernel * kernel
     if not (
         min(cin, cout, kernel, stride) >= 1 and max(stride, padding) <= LARGEST_STEP
+        and 1 <= header.dilation <= (LARGEST_STEP if kernel > 1 else 1)
         and 1 <= chunk <= cin and chunk * taps <= _MAX_COUNT and n_chunks == -(-cin // chunk)
         and 1 <= row_block <= min(cout, 0xFFFF) and n_row_blocks == -(-cout // row_block)
     ):  # fmt: skip

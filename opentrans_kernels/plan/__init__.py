@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from .. import native
-from ..audit import predicted_speedup
 from ..errors import PlanError
 from ..flops import effective_macs, executed_macs, nominal_macs
 from ..topology import ConvShape
 from .arguments import checked_batch, device_of, thread_count
 from .build import Builder
-from .choose import Choice, Chooser
+from .choose import Choice, Chooser, predicted_layer_speedup
 from .layers import PRUNED, Layer, LinearUnit, other_zeros
 from .records import Plan, PlanRow, PlanUnit, totals_of
 from .subject import Masks, PlanSubject, Unit, prepare
@@ -149,7 +148,7 @@ def _row(
     if choice.built is not None and choice.kind == "sparse":
         kept = choice.built.nnz[name]
         executed = executed_macs(kept, height, width, kernel=kernel, lanes=_LANES.get(isa, 4))
-        predicted = dense_ms / predicted_speedup(kernel, nnz / max(1, layer.numel))
+        predicted = dense_ms / predicted_layer_speedup(layer, nnz)
     elif choice.built is not None:
         cout, cin = choice.built.widths[name]
         executed = nominal * cout * cin // max(1, layer.shape[0] * layer.shape[1])

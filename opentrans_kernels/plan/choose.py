@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ..audit import predicted_speedup
 from ..ops.library import plane_padded
+from ..topology.blocks import is_depthwise
 from .build import Builder, Built, check_replaceable, dense_call
 from .clock import interleaved_ms, undisturbed
-from .layers import LinearUnit
+from .layers import Layer, LinearUnit
 from .subject import PlanSubject, Unit
 
 MARGIN = 0.97  # a form replaces the dense one if it takes at most this share of its time
 CROSSOVER = 0.85  # above this density the sparse form of a large layer is not even tried
+DEPTHWISE = 1.5  # speed of its kernel, which skips no zero, over dense; see docs/design.md
 SMALL = 1 << 16  # weights of a layer so small that trying costs nothing
 
 
@@ -100,7 +103,9 @@ class Chooser:
 
     def _how(self, unit: Unit | LinearUnit, kind: str, why_not_sparse: str) -> str:
         if kind == "sparse":
-            return "sparse: "
+            alone = isinstance(unit, Unit) and unit.block is None
+            one = alone and is_depthwise(unit.convs[0].conv)
+            return "sparse (depthwise, every weight): " if one else "sparse: "
         if self.builder.shrinks(unit):
             sets = list(self.builder.compact.summaries[unit.name].channels.values())[:-1]
             after, before = sum(s.after for s in sets), sum(s.before for s in sets)
@@ -133,7 +138,8 @@ class Chooser:
         kinds, why_not_sparse = self._forms(unit)
         speed = predicted_unit_speedup(unit, self.subject)
         if "sparse" in kinds and speed > 1 / MARGIN:
-            reason = f"sparse: density {unit.density:.2f}, predicted {speed:.1f}x"
+            how = self._how(unit, "sparse", "")
+            reason = f"{how}density {unit.density:.2f}, predicted {speed:.1f}x"
             return Choice("sparse", reason, self.builder.build(unit, "sparse"))
         why = why_not_sparse or f"density {unit.density:.2f}, sparse predicted {speed:.2f}x"
         if unit.must_mask or self.builder.shrinks(unit):
@@ -148,10 +154,16 @@ def predicted_unit_speedup(unit: Unit | LinearUnit, subject: PlanSubject) -> flo
     for layer in unit.layers:
         shape = subject.shapes.get(layer.name)
         work = layer.numel * (shape.pixels if shape else 1)
-        density = unit.nnz[layer.name] / max(1, layer.numel)
         dense += work
-        sparse += work / predicted_speedup(layer.shape[2], density)
+        sparse += work / predicted_layer_speedup(layer, unit.nnz[layer.name])
     return dense / max(sparse, 1e-9)
+
+
+def predicted_layer_speedup(layer: Layer, nnz: int) -> float:
+    """Predicted time of a dense layer over that of its kernel here."""
+    if isinstance(layer.module, nn.Conv2d) and is_depthwise(layer.module):
+        return DEPTHWISE
+    return predicted_speedup(layer.shape[2], nnz / max(1, layer.numel))
 
 
 def _bind(call, x):  # type: ignore[no-untyped-def]

@@ -38,12 +38,33 @@ def interleaved_ms(
         lap = sum(first[n] * repeats[n] for n in running)
         count = max(rounds[0], min(rounds[1], int(budget_s / max(lap, 1e-6))))
         samples |= {n: [] for n in running}
-        for index in range(count):
-            order = list(running)
-            shift = index % len(order)
-            for name in order[shift:] + order[:shift]:
-                samples[name].append(_time(running[name], clock, repeats[name]) * 1e3)
+        _rounds(running, samples, clock, repeats, count)
+        # Its calls lay side by side, so one disturbance may have met them all: it is asked again
+        # now, and measured in turns after all if it is not that slow.
+        best_ms = min(min(samples[n]) for n in running)
+        again = {}
+        for name in (n for n in calls if n not in running):
+            samples[name].append(_time(calls[name], clock, 1) * 1e3)
+            if samples[name][-1] <= HOPELESS * best_ms:
+                again[name] = calls[name]
+        if again:
+            _rounds(again, samples, clock, dict.fromkeys(again, 1), count)
     return samples
+
+
+def _rounds(
+    calls: Mapping[str, Callable[[], object]],
+    samples: Mapping[str, list[float]],
+    clock: Callable[[], float],
+    repeats: Mapping[str, int],
+    count: int,
+) -> None:
+    """Add ``count`` samples of each, in an order that rotates from round to round."""
+    for index in range(count):
+        order = list(calls)
+        shift = index % len(order)
+        for name in order[shift:] + order[:shift]:
+            samples[name].append(_time(calls[name], clock, repeats[name]) * 1e3)
 
 
 def _time(call: Callable[[], object], clock: Callable[[], float], repeats: int) -> float:

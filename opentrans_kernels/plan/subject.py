@@ -39,6 +39,11 @@ _IMAGE_SIZES = ("image_size", "patch_embed.img_size", "config.image_size")
 Masks = MaskSet | Mapping[str, torch.Tensor] | str | os.PathLike[str] | None
 
 
+#: Grouped convolutions are packed from a weight that has zeros between its groups: in float64, the
+#: largest takes 128 MB meanwhile.
+LARGEST_GROUPED = 1 << 24
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is accelerated as one: a residual block, or a single convolution with its norm.
@@ -81,7 +86,12 @@ class Unit:
         if self.block is not None:
             return None  # recognised blocks hold plain convolutions only
         conv = self.convs[0].conv
-        return None if is_depthwise(conv) else plain_conv(conv)
+        if is_depthwise(conv):
+            return None
+        whole = conv.weight.numel() * conv.groups
+        if conv.groups > 1 and whole > LARGEST_GROUPED:
+            return f"has groups={conv.groups} and would have {whole} weights without"
+        return plain_conv(conv, grouped=True)
 
     @property
     def changed(self) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..bench.compare import Change, Comparison, run_label
-from ..bench.derive import kind_of_layer, trunk_work
+from ..bench.derive import agreeing, beside, kind_of_layer, trunk_work
 from .page import Page
 from .svg import Series, bar_chart
 
@@ -19,21 +19,23 @@ def trunks(page: Page, results: Sequence[Result]) -> None:
     """One row per trunk run."""
     page.heading("Trunk: fastest dense PyTorch against ours")
     page.paragraph(
-        "Stem to layer4. Median wall time of interleaved rounds; the speed-up is the median of the "
-        "ratios within a round, with its quartiles. Errors are relative to the largest output of "
-        "the masked network in float64.",
+        "Stem to layer4. The speed-up is the median of the ratios within a round, with its "
+        "quartiles; the wall times are those of that round (with ~: what the ratio makes of ours, "
+        "where rounds were not kept). Errors are relative to the largest output of the masked "
+        "network in float64.",
         "soft",
     )
     rows, css = [], []
     for r in results:
         spread = r["speedup_spread"]
         ratio = f"{r['speedup']:.2f}x" if r["exact"] else NO_SPEED
+        shown = beside(r["baseline"], r["accelerated"], {**spread, "median": r["speedup"]})
         rows.append(
             [
                 run_label(dict(r)),
                 r["baseline"]["name"],
-                f"{r['baseline']['ms']:.1f}",
-                f"{r['accelerated']['ms']:.1f}",
+                shown.slow(),
+                f"{shown.fast_ms:.1f}",
                 ratio,
                 f"{spread['q1']:.2f} - {spread['q3']:.2f}" if r["exact"] else "",
                 f"{r['max_rel_err']:.1e}",
@@ -105,11 +107,13 @@ def peers(page: Page, results: Sequence[Result]) -> None:
                 css.append("")
                 continue
             spread = peer["speedup_of_ours"]
+            ours = peer.get("ours_ms", r["accelerated"]["ms"])
+            shown = agreeing(peer["ms"], ours, spread)
             rows.append(
                 [
                     *label,
-                    f"{peer['ms']:.1f}",
-                    f"{peer.get('ours_ms', r['accelerated']['ms']):.1f}",
+                    shown.slow(),
+                    f"{shown.fast_ms:.1f}",
                     f"{spread['median']:.2f}x" if r["exact"] else NO_SPEED,
                     f"{spread['q1']:.2f} - {spread['q3']:.2f}" if r["exact"] else "",
                     "" if peer["max_rel_err"] is None else f"{peer['max_rel_err']:.1e}",
@@ -149,7 +153,7 @@ def layers(page: Page, r: Result) -> None:
                 f"{row['cin']}->{row['cout']}",
                 f"{row['h_out']}x{row['w_out']}",
                 f"{row['density']:.3f}",
-                f"{row['dense_ms']:.3f}",
+                agreeing(row["dense_ms"], row["sparse_ms"], {"median": row["speedup"]}).slow(3),
                 f"{row['sparse_ms']:.3f}",
                 f"{row['speedup']:.2f}x" if row["exact"] else NO_SPEED,
                 f"{flops / row['sparse_ms'] / 1e6:.1f}",
@@ -172,6 +176,13 @@ def layers(page: Page, r: Result) -> None:
     )
 
 
+def _dense_ms(row: Mapping[str, Any], digits: int) -> str:
+    """Dense milliseconds that agree with the row's speed-up, if it has one."""
+    if row["speedup"] is None:
+        return f"{row['dense_ms']:.{digits}f}"
+    return agreeing(row["dense_ms"], row["ms"], row["speedup"]).slow(digits)
+
+
 def ops(page: Page, r: Result) -> None:
     """All rows of an op run."""
     rows, css = [], []
@@ -185,7 +196,7 @@ def ops(page: Page, r: Result) -> None:
                 row["kind"],
                 str(row["batch"]),
                 f"{row['density']:.3f}",
-                f"{row['dense_ms']:.3f}",
+                _dense_ms(row, 3),
                 f"{row['ms']:.3f}",
                 ratio,
                 f"{2 * row['macs']['effective'] / row['ms'] / 1e6:.1f}",
@@ -221,7 +232,7 @@ def model(page: Page, r: Result) -> None:
                 str(row["batch"]),
                 str(row["threads"]),
                 row["dense_kind"],
-                f"{row['dense_ms']:.1f}",
+                _dense_ms(row, 1),
                 f"{row['ms']:.1f}",
                 f"{spread['median']:.2f}x" if spread else NO_SPEED,
                 f"{1e3 * row['batch'] / row['ms']:.1f}",

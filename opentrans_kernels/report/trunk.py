@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..bench.derive import timed_variants
+from ..bench.derive import beside, timed_variants
 from .page import Page
 from .svg import Series, bar_chart
 
@@ -66,8 +66,9 @@ def _variants(page: Page, result: Mapping[str, Any]) -> None:
     timed = timed_variants(result)
     page.heading("Every way to run it")
     page.paragraph(
-        f"Median wall time of {result['rounds']} interleaved rounds. The speed-up is the median "
-        f"of the ratios within a round; the baseline is the fastest of the {len(timed)} dense "
+        f"Wall time of {result['rounds']} interleaved rounds, with its quartiles. The speed-up is "
+        "the median of the ratios within a round, and a variant's time and ours beside it are "
+        f"those of that round; the baseline is the fastest of the {len(timed)} dense "
         f"variants that were timed: {', '.join(timed)}.",
         "soft",
     )
@@ -88,16 +89,14 @@ def _variants(page: Page, result: Mapping[str, Any]) -> None:
     rows = []
     for name, entry in entries:
         wall, ratio = entry["wall"], entry.get("speedup_of_accelerated")
-        rows.append(
-            [
-                name,
-                f"{wall['median']:.2f}",
-                f"{wall['q1']:.2f} - {wall['q3']:.2f}",
-                f"{entry['cpu_ms']:.2f}",
-                f"{ratio['median']:.2f}x" if ratio else "",
-            ]
-        )
-    page.table(("variant", "wall ms", "quartiles", "CPU ms", "speed-up of accelerated"), rows)
+        times = [f"{wall['median']:.2f}", "", ""]
+        if ratio:
+            shown = beside(entry, result["accelerated"], ratio)
+            times = [shown.slow(2), f"{shown.fast_ms:.2f}", f"{ratio['median']:.2f}x"]
+        quartiles = f"{wall['q1']:.2f} - {wall['q3']:.2f}"
+        rows.append([name, times[0], quartiles, f"{entry['cpu_ms']:.2f}", *times[1:]])
+    columns = ("variant", "wall ms", "quartiles", "CPU ms", "accelerated ms beside it")
+    page.table((*columns, "speed-up of accelerated"), rows)
     for name, entry in result["variants"].items():
         if not entry["available"]:
             page.paragraph(f"{name} could not be run: {entry['error']}", "soft")

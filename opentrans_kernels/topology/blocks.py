@@ -39,15 +39,23 @@ def plain_conv(module: nn.Module | None, grouped: bool = False) -> str | None:
     own = type(module)
     if own.forward is not nn.Conv2d.forward or own._conv_forward is not nn.Conv2d._conv_forward:
         return f"is a {own.__name__} with its own forward"
+    return unusual_window(module, grouped)
+
+
+def unusual_window(module: nn.Conv2d, grouped: bool = False) -> str | None:
+    """What about a convolution's numbers the kernels cannot express, whatever its class."""
     if module.groups != 1 and not grouped:
         return f"has groups={module.groups}"
-    if module.dilation != (1, 1):
-        return f"has dilation={module.dilation}"
+    if module.dilation != (1, 1) and grouped:
+        return f"has groups={module.groups} and dilation={module.dilation}"
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         return f"has padding={module.padding!r} ({module.padding_mode})"
     kernel, stride, padding = module.kernel_size, module.stride, module.padding
-    if any(len(set(pair)) != 1 for pair in (kernel, stride, padding)):
-        return f"is not square (kernel {kernel}, stride {stride}, padding {padding})"
+    if any(len(set(pair)) != 1 for pair in (kernel, stride, padding, module.dilation)):
+        return (
+            f"is not square (kernel {kernel}, stride {stride}, padding {padding}, dilation "
+            f"{module.dilation})"
+        )
     return None
 
 

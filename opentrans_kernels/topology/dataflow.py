@@ -283,12 +283,7 @@ class _Reading:
             readers, passed = self._readers(call)
             if len(readers) != 1:
                 folds = any(self._could_fold(node) for node in readers)
-                why = (
-                    "the value is read at several places, so nothing is folded in"
-                    if folds
-                    else None
-                )
-                return _Reader(why=why)
+                return _Reader(why=_SEVERAL if folds else None)
             (node,) = readers
             if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
                 functional = node.target in _FUNCTIONAL
@@ -358,4 +353,5 @@ _STAYS = (
     "the activation that follows is a function, not a module, and cannot be exchanged, so it stays "
     "a pass of its own"
 )
+_SEVERAL = "the value is read at several places, so nothing is folded in"
 _SHARED = "the module that follows is called elsewhere as well and stays a pass of its own"

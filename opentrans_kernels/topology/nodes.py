@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -51,6 +51,11 @@ class ConvNode:
     def follows(self) -> bool:
         """Whether a replacement computes more than the convolution."""
         return self.bn is not None or self.act is not None
+
+    @property
+    def plain_bn(self) -> nn.Module | None:
+        """The norm, if scale and shift are all that it applies."""
+        return None if self.activation and self.act is None else self.bn
 
     def folded(self) -> Iterator[tuple[str, nn.Module]]:
         """(path, module) of the convolution and of what a replacement of it computes as well."""
@@ -148,6 +153,12 @@ class Trunk:
         for block in self.blocks:
             yield from block.all_convs
         yield from self.loose
+
+    def pools_between(self, planar: Set[str]) -> Iterator[PoolNode]:
+        """Pools that read and are read by loose convolutions of these names alone."""
+        for pool in self.pools:
+            if planar >= {*pool.before, *pool.after}:
+                yield pool
 
     def conv(self, name: str) -> ConvNode:
         """The convolution called ``name``; KeyError if the trunk has none."""

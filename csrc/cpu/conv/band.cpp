@@ -6,6 +6,7 @@
 
 #include "pool_plane.h"
 #include "run.h"
+#include "subsample.h"
 
 namespace otk {
 namespace {
@@ -52,10 +53,10 @@ int Band::rows() const {
 
 // conv1's planes have a row above and below the band, and start at a whole cache line of x.
 int64_t Band::c1_channel(int out_rows) const {
-  return plane_stride(15 + int64_t{conv_rows(out_rows) + 2} * x.w);
+  return plane_stride(15 + int64_t{c1_rows(out_rows)} * x.w);
 }
 int64_t Band::mid_channel(int out_rows) const {
-  return plane_stride(int64_t{conv_rows(out_rows)} * x.w);
+  return plane_stride(int64_t{mid_rows(out_rows)} * mid_width());
 }
 int64_t Band::pooled_channel(int out_rows) const { return plane_stride(int64_t{out_rows} * out.w); }
 
@@ -63,26 +64,28 @@ int64_t Band::floats(int rows) const {
   int64_t total = Arena::rounded(c1_channel(rows) * block.c1.cout) +
                   Arena::rounded(mid_channel(rows) * block.c2.cout);
   if (block.pool > 1) total += Arena::rounded(pooled_channel(rows) * block.c2.cout);
-  if (block.down_pool > 1) total += Arena::rounded(pooled_channel(rows) * x.c);
+  if (shrinks()) total += Arena::rounded(pooled_channel(rows) * x.c);
   return total;
 }
 
 int64_t Band::carry_floats() const { return Arena::rounded(int64_t{2} * x.w * block.c1.cout); }
 
 void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) const {
-  const int width = x.w, rows = conv_rows(o1 - o0), r0 = o0 * block.pool, r1 = r0 + rows;
+  const int width = x.w, stride = block.c2.stride;
+  const int rows = mid_rows(o1 - o0), r0 = o0 * block.pool, r1 = r0 + rows;
   const int64_t c1_plane = c1_channel(o1 - o0), mid_plane = mid_channel(o1 - o0);
   float* c1_out = arena.take(c1_plane * block.c1.cout);
   float* mid = arena.take(mid_plane * block.c2.cout);
   const bool carries = carry && carry->rows;
 
-  // conv1 on the band and one row above and below, those inside the image; whole vectors from an
-  // aligned start. Rows the band above left are copied.
-  const int first = std::max(0, r0 - 1), last = std::min(x.h, r1 + 1);
+  // conv1 on the rows of the band's windows that are inside the image; whole vectors from an aligned
+  // start. Rows the band above left are copied.
+  const int first = std::max(0, r0 * stride - 1), last = std::min(x.h, (r1 - 1) * stride + 2);
+  const int next = r1 * stride - 1;  // of the band below
   const int64_t begin = int64_t{first} * width / 16 * 16, skip = int64_t{first} * width - begin;
   int row = first;
   if (carries && r0 > 0 && carry->first == first) {
-    row = std::min(first + 2, last);
+    row = std::min(first + 3 - stride, last);
     const int64_t kept = int64_t{row - first} * width;
     each(block.c1.cout, par, [&](int64_t c) {
       std::memcpy(c1_out + c * c1_plane + skip, carry->rows + c * 2 * width, sizeof(float) * kept);
@@ -101,9 +104,9 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
     execute(run, isa, par);
   }
   if (carries) {
-    carry->first = r1 - 1;
-    const float* from = c1_out + skip + int64_t{r1 - 1 - first} * width;
-    const int64_t kept = int64_t{last - (r1 - 1)} * width;
+    carry->first = next;
+    const float* from = c1_out + skip + int64_t{next - first} * width;
+    const int64_t kept = int64_t{std::max(0, last - next)} * width;
     each(block.c1.cout, par, [&](int64_t c) {
       std::memcpy(carry->rows + c * 2 * width, from + c * c1_plane, sizeof(float) * kept);
     });
@@ -124,7 +127,7 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
   run.act.kind = kRelu;
   execute(run, isa, par);
 
-  const int64_t mid_pixels = int64_t{rows} * width;
+  const int64_t mid_pixels = int64_t{rows} * mid_width();
   if (mid_pixels % 16)
     each(block.c2.cout, par, [&](int64_t c) { clear_tail(mid + c * mid_plane, mid_pixels); });
 
@@ -134,7 +137,7 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
   if (block.pool > 1) {
     float* pooled = arena.take(pooled_plane * block.c2.cout);
     each(block.c2.cout, par, [&](int64_t c) {
-      pool_plane(mid + c * mid_plane, width, pooled + c * pooled_plane, o1 - o0, out.w, block.pool,
+      pool_plane(mid + c * mid_plane, mid_width(), pooled + c * pooled_plane, o1 - o0, out.w, block.pool,
                  isa);
       clear_tail(pooled + c * pooled_plane, int64_t{o1 - o0} * out.w);
     });
@@ -149,14 +152,18 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
     run.w = &block.down;
     run.x = x.data + offset;
     run.x_channel = x.plane_stride;
-    if (block.down_pool > 1) {
-      float* pooled = arena.take(pooled_plane * x.c);
+    if (shrinks()) {
+      float* smaller = arena.take(pooled_plane * x.c);
       each(x.c, par, [&](int64_t c) {
-        pool_plane(x.data + c * x.plane_stride + int64_t{o0} * block.down_pool * width, width,
-                   pooled + c * pooled_plane, o1 - o0, out.w, block.down_pool, isa);
-        clear_tail(pooled + c * pooled_plane, int64_t{o1 - o0} * out.w);
+        const float* from = x.data + c * x.plane_stride + int64_t{o0} * block.step() * width;
+        float* to = smaller + c * pooled_plane;
+        if (block.down_pool > 1)
+          pool_plane(from, width, to, o1 - o0, out.w, block.down_pool, isa);
+        else
+          subsample_plane(from, width, width, 1, to, o1 - o0, out.w, stride, isa);
+        clear_tail(to, pixels);
       });
-      run.x = pooled;
+      run.x = smaller;
       run.x_channel = pooled_plane;
     }
     run.positions = pixels;

@@ -1,10 +1,11 @@
-// A convolution on its own: 1x1 with stride 1 reads the planes where they are, everything else goes
-// through windows.
+// A convolution on its own: 1x1 with stride 1 reads the planes where they are, with another stride
+// a copy of the pixels it needs; everything else goes through windows.
 #include <algorithm>
 
 #include "../support/scratch.h"
 #include "isa.h"
 #include "run.h"
+#include "subsample.h"
 
 namespace otk {
 namespace {
@@ -33,19 +34,18 @@ void pointwise(const SparseWeight& w, const Planes& x, const Planes& out, const 
   for (int n = 0; n < x.n; ++n) {
     const float* planes = x.data + n * x.batch_stride;
     int64_t channel = x.plane_stride;
-    if (!readable_in_place(x, n, isa)) {
+    if (w.stride > 1 || !readable_in_place(x, n, isa)) {
       Arena& shared = thread_scratch().shared;
-      channel = plane_stride(int64_t{x.h} * x.w);
+      channel = plane_stride(int64_t{out.h} * out.w);
       shared.reset(channel * x.c);
       float* copy = shared.take(channel * x.c);
       parallel_for(par, x.c, [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
           float* plane = copy + c * channel;
-          for (int h = 0; h < x.h; ++h)
-            for (int i = 0; i < x.w; ++i)
-              *plane++ = planes[c * x.plane_stride + h * x.row_stride + i * x.col_stride];
+          subsample_plane(planes + c * x.plane_stride, x.w, x.row_stride, x.col_stride, plane,
+                          out.h, out.w, w.stride, isa);
           // Left-over bits behind the pixels could be denormal, which is slow.
-          std::fill(plane, copy + (c + 1) * channel, 0.f);
+          std::fill(plane + int64_t{out.h} * out.w, plane + channel, 0.f);
         }
       });
       planes = copy;
@@ -73,7 +73,7 @@ void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
                    const Planes* residual, const Activation& act, const Parallel& par) {
   const Isa& isa = active_isa();
   if (x.n == 0 || out.h <= 0 || out.w <= 0 || w.cout == 0) return;
-  if (w.kernel == 1 && w.stride == 1 && w.padding == 0) {
+  if (w.kernel == 1 && w.padding == 0) {
     pointwise(w, x, out, residual, act, par, isa);
     return;
   }

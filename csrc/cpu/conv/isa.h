@@ -38,7 +38,7 @@ struct StageArgs {
   const float *readable, *readable_end;
   int32_t y0, y1, w;
   int32_t iy, ix;  // input pixel of the tile's first tap
-  int32_t kernel, stride, phases;
+  int32_t kernel, stride, dilation, phases;
   int32_t vectors;  // per run
   int32_t pitch;    // vectors between runs
   int32_t piece;
@@ -61,6 +61,11 @@ struct DepthwiseArgs {
   int64_t band;    // output rows whose input is copied together
   int64_t pitch;   // floats of a copied row's phase: those of the taps, and whole vectors
   float* scratch;  // [input rows of a band][phases][pitch]
+  // Kernels of 3, 5 and 7 with kernel / 2 pixels of padding, else null: for each kx, [mask_pitch]
+  // bit masks of the columns whose pixel lies inside, begun again from 0 at the end of a row.
+  const float* masks;
+  int64_t mask_pitch;
+  float* row;  // w floats, where there is a stride
 };
 
 // Gradient of the nonzeros of one (row block, chunk) over one sub-tile.
@@ -107,6 +112,12 @@ struct Isa {
                     float* dst, int64_t dst_stride, const float* residual,
                     int64_t residual_stride);
   void (*activate)(float* p, int64_t rows, int64_t stride, int64_t len, const Activation& act);
+  // dst[i] = the largest, or the sum, of rows[0][i] ... rows[count - 1][i]. Of equal numbers the
+  // first is taken, of NaNs the last.
+  void (*max_rows)(const float* const* rows, int count, float* dst, int64_t n);
+  void (*sum_rows)(const float* const* rows, int count, float* dst, int64_t n);
+  // even[i] = src[2 i] and odd[i] = src[2 i + 1], of n numbers; odd may be null.
+  void (*split)(const float* src, int64_t n, float* even, float* odd);
 };
 
 #if defined(__x86_64__)

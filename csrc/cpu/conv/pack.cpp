@@ -14,7 +14,7 @@ enum Header {
   kCin,
   kCout,
   kKernel,
-  kStride,
+  kStride,  // and the dilation less one, in the upper half
   kPadding,
   kChunk,
   kRowBlock,
@@ -35,6 +35,7 @@ bool possible(const SparseWeight& w, int64_t entries) {
   const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
   return w.cin >= 1 && w.cout >= 1 && within(w.kernel, 1, kMaxKernel) &&
          within(w.stride, 1, kMaxStep) && within(w.padding, 0, kMaxStep) &&
+         within(w.dilation, 1, w.kernel > 1 ? kMaxStep : 1) &&
          within(w.chunk, 1, std::min<int>(w.cin, kEntryCountMask / (w.kernel * w.kernel))) &&
          within(w.row_block, 1, std::min<int>(w.cout, kEntryRowMask)) &&
          w.n_chunks == parts(w.cin, w.chunk) && w.n_row_blocks == parts(w.cout, w.row_block) &&
@@ -64,7 +65,8 @@ const char* read_pack(const int32_t* structure, int64_t words, SparseWeight* out
   w.cin = h[kCin];
   w.cout = h[kCout];
   w.kernel = h[kKernel];
-  w.stride = h[kStride];
+  w.stride = h[kStride] & 0xffff;
+  w.dilation = (h[kStride] >> 16) + 1;
   w.padding = h[kPadding];
   w.chunk = h[kChunk];
   w.row_block = h[kRowBlock];

@@ -267,8 +267,12 @@ void run_parallel(const Run& run, const Isa& isa, const Parallel& par) {
     // Row blocks first: they share no weights. Not more than are wanted: each copies its input.
     blocks = std::clamp<int64_t>(w.n_row_blocks, 1, want);
     cuts = std::clamp<int64_t>((want + blocks - 1) / blocks, 1, largest);
+    // Narrower tiles read a block's nonzeros once more each, which beats a thread without work.
+    if (!run.window && cuts * blocks < par.threads)
+      cuts = std::min(units, (par.threads + blocks - 1) / blocks);
   }
-  parallel_for(par, cuts * blocks, [&](int64_t begin, int64_t end) {
+  // Row blocks differ in nonzeros, and cuts in vectors.
+  deal(par, cuts * blocks, [&](int64_t begin, int64_t end) {
     Arena& local = thread_scratch().local;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t cut = i % cuts, b = i / cuts;

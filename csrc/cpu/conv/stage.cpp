@@ -31,8 +31,8 @@ class Pipeline {
         made = {};
         made.n = 1;
         made.c = blocks[b].c3.cout;
-        made.h = in.h / blocks[b].pool;
-        made.w = in.w / blocks[b].pool;
+        made.h = static_cast<int>(blocks[b].size(in.h));
+        made.w = static_cast<int>(blocks[b].size(in.w));
         made.row_stride = made.w;
         made.col_stride = 1;
       }
@@ -49,9 +49,9 @@ class Pipeline {
     for (int b = count - 2; b >= 0; --b) {
       const Link& next = links_[b + 1];
       Link& link = links_[b];
-      const int pool = next.block->pool, h = link.made.h;
-      link.begin = std::max(0, next.begin * pool - 1) / link.align * link.align;
-      const int end = next.end == next.made.h ? h : next.end * pool + 1;
+      const int step = next.block->step(), h = link.made.h;
+      link.begin = std::max(0, next.begin * step - 1) / link.align * link.align;
+      const int end = next.end == next.made.h ? h : next.end * step + 1;
       link.end = std::min(h, (end + link.align - 1) / link.align * link.align);
     }
     schedule([&](int b, int, int o1, int keep) {
@@ -138,7 +138,7 @@ class Pipeline {
     // Its first band also reads the row above; later ones carry that row.
     const int above = next.done == next.begin ? 1 : 0;
     return std::max(link.begin,
-                    std::max(0, next.done * next.block->pool - above) / link.align * link.align);
+                    std::max(0, next.done * next.block->step() - above) / link.align * link.align);
   }
 
   // Calls visit(block, first row, end row, first row kept) in an order in which every band finds
@@ -151,7 +151,7 @@ class Pipeline {
         Link& link = links_[b];
         int can = link.end;
         if (b && links_[b - 1].done < links_[b - 1].end) {
-          const int rows = std::max(0, (links_[b - 1].done - 1) / link.block->pool);
+          const int rows = std::max(0, (links_[b - 1].done - 1) / link.block->step());
           can = std::min(can, rows / link.align * link.align);
         }
         const int o0 = link.done, o1 = std::min(can, o0 + link.step);

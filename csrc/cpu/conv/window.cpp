@@ -20,6 +20,7 @@ Window::Window(const SparseWeight& weight, int h, int w_, int first, int last, c
     : kernel(weight.kernel),
       stride(weight.stride),
       padding(weight.padding),
+      dilation(weight.dilation),
       lanes(isa.lanes),
       w(w_),
       row0(first),
@@ -31,9 +32,10 @@ Window::Window(const SparseWeight& weight, int h, int w_, int first, int last, c
       readable(nullptr),
       readable_end(nullptr),
       out_row(0) {
-  out_w = (w + 2 * padding - kernel) / stride + 1;
-  reach = (kernel - 1) / stride;
-  phases = std::min(kernel, stride);
+  const int last_tap = (kernel - 1) * dilation;
+  out_w = (w + 2 * padding - last_tap - 1) / stride + 1;
+  reach = last_tap / stride;
+  phases = std::min(last_tap + 1, stride);
   out_row = out_w;
   // Shorter pieces waste fewer lanes on narrow images, but take more moves: they must save a tenth.
   const int rows = row1 - row0;
@@ -62,8 +64,9 @@ void Window::tap_bytes(int chunk, uint32_t* table) const {
   for (int c = 0; c < chunk; ++c)
     for (int ky = 0; ky < kernel; ++ky)
       for (int kx = 0; kx < kernel; ++kx) {
-        const int64_t run = int64_t{c} * kernel * phases + kx * phases + ky % stride;
-        *table++ = static_cast<uint32_t>(4 * lanes * (run * (pitch + reach) + ky / stride));
+        const int y = ky * dilation;
+        const int64_t run = int64_t{c} * kernel * phases + kx * phases + y % stride;
+        *table++ = static_cast<uint32_t>(4 * lanes * (run * (pitch + reach) + y / stride));
       }
 }
 
@@ -84,6 +87,7 @@ void Window::stage(const Isa& isa, const Tile& t, const float* x, int64_t x_chan
   a.ix = t.col * stride - padding;
   a.kernel = kernel;
   a.stride = stride;
+  a.dilation = dilation;
   a.phases = phases;
   a.vectors = t.vectors + reach;
   a.pitch = pitch + reach;

@@ -3,7 +3,7 @@
 // tile of T vectors holds output rows t, T + t, ... of the tile. For each kx the input columns a
 // tile reads are copied once, shifted by kx, as one run of vectors: tap (ky, kx) then starts ky
 // vectors into run kx, and all T of its vectors follow. Strides split a run into `phases` runs, one
-// per ky % stride.
+// per ky % stride. With a dilation d read kx d and ky d for kx and ky.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +32,10 @@ struct Window {
   void stage(const Isa& isa, const Tile& tile, const float* x, int64_t x_channel, int channels,
              float* dst) const;
 
-  int kernel, stride, padding, lanes;
+  int kernel, stride, padding, dilation, lanes;
   int w, out_w;
   int row0, row1;
-  int reach;   // (kernel - 1) / stride: vectors of a run beyond the tile's own
+  int reach;   // vectors of a run beyond the tile's own: the last tap's distance over the stride
   int phases;  // of ky that some tap has
   int piece, pieces, strips, row_tiles;
   int pitch;  // vectors of the tallest tile

@@ -60,8 +60,15 @@ void run_group(const Chain& chain, int64_t t0, int64_t t1, int b0, int b1, const
   local.reset(scratch_of(chain, tokens, isa));
   const auto planes_of = [&](int64_t channels) { return local.take(channels * plane); };
   float* x = planes_of(chain.x.width);
-  isa.to_planes(chain.x.data + t0 * chain.x.stride, chain.x.stride, tokens, chain.x.width, x,
-                plane);
+  const float* from = chain.x.data + t0 * chain.x.stride;
+  if (chain.x.channel == 1) {
+    isa.to_planes(from, chain.x.stride, tokens, chain.x.width, x, plane);
+  } else {
+    for (int64_t c = 0; c < chain.x.width; ++c, from += chain.x.channel) {
+      std::copy(from, from + tokens, x + c * plane);
+      std::fill(x + c * plane + tokens, x + c * plane + vectors * isa.lanes, 0.f);
+    }
+  }
   if (chain.first) {
     const SparseWeight& first = *chain.first;
     float* hidden = planes_of(first.cout);

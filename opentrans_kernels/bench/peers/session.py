@@ -18,7 +18,7 @@ from ...errors import OpenTransError
 from ..environment import isa_environment
 from ..rows import matched
 from ..subject import Subject
-from ..timing import Spread, Timing
+from ..timing import Timing, median_pair
 from ..variants import relative_error
 from .environments import absent, python_of
 from .graph import write_graph
@@ -222,12 +222,13 @@ def _entry(
         return entry
     description = dict(known.get("description", {}))
     notes = [note for note in (description.pop("note", ""), turn.note) if note]
-    ratio = Spread.of(a / b for a, b in zip(turn.timing.wall_ms, ours.timing.wall_ms, strict=False))
+    pair = median_pair(turn.timing.wall_ms, ours.timing.wall_ms)
     return {
         "available": True,
         **turn.timing.to_dict(),
-        "ours_ms": ours.timing.wall.median,
-        "speedup_of_ours": ratio.to_dict(),
+        "ms": pair.slow_ms,
+        "ours_ms": pair.fast_ms,
+        "speedup_of_ours": pair.ratios.to_dict(),
         "max_rel_err": turn.rel_err,
         "match": None if turn.rel_err is None else matched(turn.rel_err, allowed),
         "note": "; ".join(notes),

@@ -1,7 +1,7 @@
 """``sparse_conv2d``: a convolution that visits the nonzeros of its weight only.
 
-``out = act(conv2d(x, W, stride, padding) + bias + residual)`` where ``W`` is zero outside the
-packed nonzeros and ``act`` one of :mod:`opentrans_kernels.activations`. float32, accumulated in
+``out = act(conv2d(x, W, ...) + bias + residual)`` where ``W`` is zero outside the packed nonzeros
+and ``act`` is one of :mod:`opentrans_kernels.activations`. float32, accumulated in
 float32 in a fixed order: results do not depend on the number of threads or on the batch. A product
 with a dropped zero is not computed, so a NaN or Inf activation does not spread through it (dense
 arithmetic would give ``0 * Inf = NaN``).
@@ -22,17 +22,20 @@ __all__ = ["sparse_conv2d"]
 
 def _fake(
     x, structure, values, bias, residual, cout, kernel, stride, padding, relu,
-    activation=0, slope=0.0,
+    activation=0, slope=0.0, dilation=1,
 ):  # fmt: skip
     size = image("sparse_conv2d", x)
-    return plane_padded(x, size[0], cout, *conv_size(size, kernel, stride, padding))
+    size_out = conv_size(size, kernel, stride, padding, dilation=dilation)
+    return plane_padded(x, size[0], cout, *size_out)
 
 
 def _setup(ctx, inputs, output) -> None:
     x, structure, values, bias, residual, cout, kernel, ctx.stride, ctx.padding, *act = inputs
+    *act, dilation = act
     ctx.act = checked_activation("sparse_conv2d", *act)
     # A ReLU's result says where it clamped. What others were applied to is computed again.
-    ctx.again = (cout, kernel, ctx.stride, ctx.padding, False) if ctx.act.kind > Kind.RELU else None
+    again = (cout, kernel, ctx.stride, ctx.padding, False, 0, 0.0, dilation)
+    ctx.again = again if ctx.act.kind > Kind.RELU else None
     more = (bias, residual) if ctx.again else (output if ctx.act else None,)
     ctx.save_for_backward(x, structure, values, *more)
 
@@ -53,13 +56,14 @@ def _backward(ctx, grad: torch.Tensor):
         grad_values = ops.sparse_conv2d_wgrad(x, grad, structure, values)
     grad_bias = grad.sum((0, 2, 3)) if need_bias else None
     grad_residual = grad if need_residual else None
-    return grad_x, None, grad_values, grad_bias, grad_residual, *(None,) * 7
+    return grad_x, None, grad_values, grad_bias, grad_residual, *(None,) * 8
 
 
 OP = define(
     "sparse_conv2d",
     "(Tensor x, Tensor structure, Tensor values, Tensor? bias, Tensor? residual, int cout, "
-    "int kernel, int stride, int padding, bool relu, int activation=0, float slope=0.0) -> Tensor",
+    "int kernel, int stride, int padding, bool relu, int activation=0, float slope=0.0, "
+    "int dilation=1) -> Tensor",
     fake=_fake,
     fallback=f"{__name__}.reference:sparse_conv2d",
     backward=_backward,
@@ -101,5 +105,5 @@ def sparse_conv2d(
     return kernel_for("sparse_conv2d", x)(
         x, weight.structure, weight.values, weight.bias, residual,
         weight.cout, weight.kernel, weight.stride, weight.padding, relu,
-        activation.kind, activation.slope,
+        activation.kind, activation.slope, weight.dilation,
     )  # fmt: skip

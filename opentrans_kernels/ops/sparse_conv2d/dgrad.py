@@ -26,7 +26,7 @@ def dgrad(grad, structure, values, cin, h, w, stride, padding):
     """Gradient ``[N, cin, h, w]`` of the input of a packed convolution."""
     header = packed_header("sparse_conv2d_dgrad", structure)
     gradient("sparse_conv2d_dgrad", header, grad, (cin, h, w))
-    kernel, stride, padding = header[2:5]
+    span, stride, padding = header.span, header.stride, header.padding
     entry, version = _TRANSPOSED.get(structure), version_of(structure)
     if entry is None or entry[0] != version:
         entry = _TRANSPOSED[structure] = (version, transposed_structure(structure))
@@ -36,12 +36,13 @@ def dgrad(grad, structure, values, cin, h, w, stride, padding):
         return plane_padded(grad, n, cin, h, w)
     # A stride spreads the gradient over the input's grid; rows and columns of the input that no
     # window reached are the padding on the right.
-    spread = grad.new_zeros(n, cout, h + 2 * padding - kernel + 1, w + 2 * padding - kernel + 1)
+    spread = grad.new_zeros(n, cout, h + 2 * padding - span + 1, w + 2 * padding - span + 1)
     spread[:, :, : (gh - 1) * stride + 1 : stride, : (gw - 1) * stride + 1 : stride] = grad
-    inner = kernel - 1 - padding
+    inner = span - 1 - padding
     out = torch.ops.opentrans_kernels.sparse_conv2d(
-        spread, mirrored, values[order], None, None, cin, kernel, 1, max(inner, 0), False
-    )
+        spread, mirrored, values[order], None, None, cin, header.kernel, 1, max(inner, 0),
+        False, dilation=header.dilation,
+    )  # fmt: skip
     if inner < 0:  # padding beyond the window: its border saw zeros only
         inside = out[:, :, -inner : h - inner, -inner : w - inner]
         out = plane_padded(out, n, cin, h, w).copy_(inside)

@@ -23,9 +23,9 @@ __all__ = ["sparse_stage"]
 Block = tuple[SparseWeight, SparseWeight, SparseWeight, SparseWeight | None]
 
 
-def _fake(x, weights, cout, pool, down):
+def _fake(x, weights, cout, pool, down, stride=()):
     size = image("sparse_stage", x)
-    out = stage_sizes(size, pool)[-1]
+    out = stage_sizes(size, pool, stride)[-1]
     return plane_padded(x, size[0], cout[-1], *out)
 
 
@@ -38,7 +38,7 @@ def _no_backward(ctx, grad):
 
 OP = define(
     "sparse_stage",
-    "(Tensor x, Tensor[] weights, int[] cout, int[] pool, int[] down) -> Tensor",
+    "(Tensor x, Tensor[] weights, int[] cout, int[] pool, int[] down, int[] stride=[]) -> Tensor",
     fake=_fake,
     fallback=f"{__name__}.reference:sparse_stage",
     backward=_no_backward,
@@ -72,10 +72,11 @@ def sparse_stage(x: torch.Tensor, blocks: Sequence[Block], pools: Sequence[int])
             "and one pool window for each."
         )
     run = kernel_for("sparse_stage", x)
-    stage_sizes(image("sparse_stage", x), pools)
+    strides = [block[1].stride for block in blocks]
+    stage_sizes(image("sparse_stage", x), pools, strides)
     tensors = [
         t for block in blocks for w in block if w is not None
         for t in (w.structure, w.values, w.bias)
     ]  # fmt: skip
     downs = [int(block[3] is not None) for block in blocks]
-    return run(x, tensors, [block[2].cout for block in blocks], list(pools), downs)
+    return run(x, tensors, [block[2].cout for block in blocks], list(pools), downs, strides)

@@ -10,10 +10,13 @@ __all__ = ["sparse_stage"]
 
 
 @in_float32
-def sparse_stage(x, weights, cout, pool, down):
+def sparse_stage(x, weights, cout, pool, down, stride=()):
     """See :func:`opentrans_kernels.ops.sparse_stage`; arguments in schema order."""
-    if not cout or not len(cout) == len(pool) == len(down):
-        raise BadArgument("sparse_stage: cout, pool and down must have one element per block.")
+    stride = stride or [1] * len(cout)
+    if not cout or not len(cout) == len(pool) == len(down) == len(stride):
+        raise BadArgument(
+            "sparse_stage: cout, pool, down and stride must have one element per block."
+        )
     expected = sum(12 if has_down else 9 for has_down in down)
     if len(weights) != expected:
         raise BadArgument(
@@ -21,9 +24,9 @@ def sparse_stage(x, weights, cout, pool, down):
             f"convolution), got {len(weights)}."
         )
     at = 0
-    for channels, size, has_down in zip(cout, pool, down, strict=True):
+    for channels, size, has_down, step in zip(cout, pool, down, stride, strict=True):
         parts = list(weights[at : at + (12 if has_down else 9)])
         at += len(parts)
         parts += [None] * (12 - len(parts))
-        x = sparse_bottleneck(x, *parts, channels, size, size if has_down else 1)
+        x = sparse_bottleneck(x, *parts, channels, size, size if has_down else 1, step)
     return x

@@ -1,0 +1,77 @@
+"""The form of what ``opentrans bench tokens`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import OpenTransError
+from .schema import (
+    COUNT,
+    ENVELOPE,
+    NUMBER,
+    POSITIVE,
+    SHARE,
+    SPREAD,
+    TEXT,
+    VERSION,
+    Each,
+    Maybe,
+    kind_of,
+    problems,
+)
+
+__all__ = ["KIND", "check_tokens"]
+
+KIND = "tokens"
+ROW = {
+    "name": TEXT,
+    "kind": TEXT,
+    "ms": POSITIVE,
+    "cpu_ms": POSITIVE,
+    "wall": SPREAD,
+    "contended_share": SHARE,
+    "speedup": SPREAD,
+    "over_eager": SPREAD,
+    "macs": Maybe(COUNT),
+    "work": Maybe(NUMBER),
+    "difference": NUMBER,
+    "same_class": SHARE,
+    "peak_bytes": Maybe(COUNT),
+}
+FORM = {
+    **ENVELOPE,
+    "command": [TEXT],
+    "failed_checks": [TEXT],
+    "system": TEXT,
+    "decoder": TEXT,
+    "weights": TEXT,
+    "classes": COUNT,
+    "height": COUNT,
+    "width": COUNT,
+    "plan": {"method": TEXT},
+    "rounds": COUNT,
+    "baseline": TEXT,
+    "smaller": Maybe([COUNT]),
+    "unavailable": Each(TEXT),
+    "rows": [ROW],
+    "parts": [{"part": TEXT, "cpu_ms": POSITIVE, "share": SHARE}],
+}
+
+
+def check_tokens(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The result, if it has the form. Raises OpenTransError with the first three faults.
+
+    name: of its file, for messages.
+    """
+    found = list(problems(result, FORM))
+    if (kind := kind_of(result)) != (KIND, VERSION):
+        found.insert(0, f"kind and version are {kind}, expected {(KIND, VERSION)}")
+    if not found and not any(row["name"] == result["baseline"] for row in result["rows"]):
+        found.append(f"baseline is {result['baseline']!r}, which is no row")
+    if found:
+        raise OpenTransError(
+            f"{name} is no valid result of 'opentrans bench tokens': {'; '.join(found[:3])}. "
+            f"Measure it again with --json {name}."
+        )
+    return result

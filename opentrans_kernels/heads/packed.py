@@ -1,0 +1,86 @@
+"""Layers of a head most of whose weights are zero: packed beside the dense weight, which stays.
+
+A packed copy serves inference in float32 on the CPU. When the weight is not what it was any more,
+the layer computes densely with what it is now, and says so once.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from ..finite import count_non_finite
+from ..freshness import Freshness
+from ..pack import SparseWeight
+from ..topology.blocks import unusual_window
+
+__all__ = ["DENSEST", "Packed", "packed"]
+
+#: Largest share of nonzero weights that is packed. A 1x1 wins up to 0.7 and more, which depends on
+#: the machine and on the size; here nothing is timed.
+DENSEST = 0.4
+#: Weights of a layer that is worth it.
+_FEWEST = 1024
+
+_log = logging.getLogger(__name__)
+
+
+class Packed:
+    """The packed weight of a linear layer or a convolution, and whether it still is that weight."""
+
+    def __init__(self, path: str, layer: nn.Linear | nn.Conv2d) -> None:
+        weight, stride, padding, dilation = layer.weight.detach(), 1, 0, 1
+        if isinstance(layer, nn.Conv2d):
+            stride, padding = layer.stride[0], int(layer.padding[0])
+            dilation = layer.dilation[0]
+        else:
+            weight = weight[:, :, None, None]
+        self.weight = SparseWeight.from_dense(weight, layer.bias, stride, padding, dilation)
+        self.path, self.told = path, False
+        self.fresh = Freshness({path: _Tensors(layer)})
+
+    @property
+    def density(self) -> float:
+        return self.weight.density
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether the packed weight may be used for ``x``."""
+        if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
+            return False
+        changed = self.fresh.asked()
+        if changed and not self.told:
+            self.told = True
+            _log.warning(
+                "%s was written to or replaced since it was packed: the layer runs densely with "
+                "what it holds now. Call restore_heads(model) and accelerate_heads(model) to pack "
+                "it again.", changed,
+            )  # fmt: skip
+        return not changed
+
+
+class _Tensors(nn.Module):
+    """Weight and bias of a layer, in its own dictionaries, without its children."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._parameters, self._buffers = layer._parameters, layer._buffers
+
+
+def packed(path: str, layer: nn.Module) -> Packed | None:
+    """The packed form of a layer that has one and is sparse enough for it, otherwise None."""
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return None
+    if weight.numel() < _FEWEST or not _expressible(layer):
+        return None
+    if int(torch.count_nonzero(weight.detach())) > DENSEST * weight.numel():
+        return None
+    return None if count_non_finite(weight) else Packed(path, layer)
+
+
+def _expressible(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return unusual_window(layer) is None
+    return isinstance(layer, nn.Linear)
