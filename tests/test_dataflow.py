@@ -353,9 +353,9 @@ def test_pools_between_convolutions() -> None:
     assert [(p.name, p.before, p.after) for p in found] == [
         ("3", ("0",), ("4",)), ("6", ("4",), ("7",))
     ]  # fmt: skip
-    assert [
-        p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools_behind({"4", "7"})
-    ] == ["6"]
+    assert [p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools_behind({"4", "7"})] == [
+        "6"
+    ]
     model = nets.randomise(nn.Sequential(*layers))
     masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 33, 30)
     dense, before = nets.masked(model, masks), nets.snapshot(model)
