@@ -117,7 +117,8 @@ def test_numbers_that_are_none_stay_so(row: dispatch.Row, act: Activation) -> No
     packed = SparseWeight.from_dense(torch.ones(1, 1, 1, 1))
     for width in (10, 3, 37):
         x = SPECIAL.repeat(8)[: 2 * width].view(1, 1, 2, width)
-        expected = torch_own(act, x.double()).float()
+        exact = row.backend != "reference"  # which is as exact as torch is
+        expected = torch_own(act, x.double()).float() if exact else torch_own(act, x)
         found = ops.sparse_conv2d(x, packed, activation=act)
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-5, atol=1e-30)
         found = ops.depthwise_conv2d(x, torch.ones(1, 1, 1, 1), activation=act)
