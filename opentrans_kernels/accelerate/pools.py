@@ -10,7 +10,7 @@ from torch import nn
 from ..ops.library import plane_padded
 from ..plan.choose import MARGIN, Choice
 from ..plan.clock import interleaved_ms, undisturbed
-from ..plan.subject import PlanSubject
+from ..plan.subject import PlanSubject, Unit
 from ..pools import PlanarPool, planar_pool
 from ..topology import ConvNode
 from ..topology.find import walk_modules
@@ -71,7 +71,8 @@ def _candidates(
         if all(sparse(name) for name in pool.before):
             seen.add(pool.name)
             yield pool.name, subject.trunk.conv(pool.before[0]), True
-    nodes = {unit.convs[0].name: unit.convs[0] for unit in subject.units if unit.block is None}
+    alone = (u for u in subject.units if isinstance(u, Unit) and u.block is None)
+    nodes = {unit.convs[0].name: unit.convs[0] for unit in alone}
     for path, module in walk_modules(subject.model):
         if type(module) is not nn.Sequential or "forward" in vars(module):
             continue
