@@ -263,8 +263,8 @@ def synthetic_masks(model: nn.Module, spec: str | MaskSpec) -> MaskSet:
         weight = layer.weight.detach()
         if count_non_finite(weight):
             raise MaskError(
-                f"the weight of {kind_of(layer)} {name!r} holds NaN or infinity, so magnitudes cannot be "
-                "ranked. Load finite weights first."
+                f"the weight of {kind_of(layer)} {name!r} holds NaN or infinity, so magnitudes "
+                "cannot be ranked. Load finite weights first."
             )
         magnitudes[name] = weight.abs().float().cpu().reshape(-1).numpy()
     if spec.allocation == "global":
