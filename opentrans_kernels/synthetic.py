@@ -21,6 +21,7 @@ from opentrans_kernels.clip_resnet import ModifiedResNet, arch_of
 from opentrans_kernels.errors import MaskError, OpenTransError
 from opentrans_kernels.finite import count_non_finite
 from opentrans_kernels.topology import block_linears
+from opentrans_kernels.topology.linears import kind_of
 
 if TYPE_CHECKING:
     from opentrans_kernels.masks import MaskSet
@@ -262,8 +263,8 @@ def synthetic_masks(model: nn.Module, spec: str | MaskSpec) -> MaskSet:
         weight = layer.weight.detach()
         if count_non_finite(weight):
             raise MaskError(
-                f"the weight of {name!r} holds NaN or infinity, so magnitudes cannot be "
-                "ranked. Load finite weights first."
+                f"the weight of {kind_of(layer)} {name!r} holds NaN or infinity, so magnitudes "
+                "cannot be ranked. Load finite weights first."
             )
         magnitudes[name] = weight.abs().float().cpu().reshape(-1).numpy()
     if spec.allocation == "global":

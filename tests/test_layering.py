@@ -271,7 +271,8 @@ def test_native_folders_share_only_what_supports_them() -> None:
     assert not any(re.search(r'#include ".*(cuda|torch)/', text) for text in files.values())
     arrows = native_arrows(files)
     assert ("conv", "support") in arrows, "the walk found nothing, so it proves nothing"
-    assert {target for _, target in arrows} == {"support"}
+    # Linear layers are packed 1x1 convolutions of tokens that were turned into planes.
+    assert {target for _, target in arrows - {("linear", "conv")}} == {"support"}
     assert native_arrows({"spectrum/a.cpp": '#include "../conv/run.h"'}) == {("spectrum", "conv")}
 
 

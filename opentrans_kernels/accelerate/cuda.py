@@ -245,7 +245,8 @@ def _changed(subject: PlanSubject) -> str | None:
     for path in inside:
         if extra := added_behaviour(subject.model.get_submodule(path)):
             return f"{path} {extra}"
-    return next((u.changed for u in subject.units if u.role != "loose" and u.changed), None)
+    inside = (unit for unit in subject.units if unit.role in ("stem", "block"))
+    return next((unit.changed for unit in inside if unit.changed), None)
 
 
 def _channels(subject: PlanSubject) -> int:

@@ -37,6 +37,7 @@ from opentrans_kernels.masks.readers import READERS, read_masks
 from opentrans_kernels.masks.readers.checks import collect_masks, zeros_as_masks
 from opentrans_kernels.masks.readers.state import fold_masks, holds_masks, read_state_dict
 from opentrans_kernels.topology import pruned_linears
+from opentrans_kernels.topology.linears import kind_of
 
 __all__ = [
     "READERS",
@@ -169,9 +170,9 @@ class MaskSet:
         for name in match.masks:
             if "weight" not in dict(layers[name].named_parameters(recurse=False)):
                 raise MaskError(
-                    f"the weight of {name!r} is not a parameter but computed (pruned or "
-                    "parametrized), so zeros written to it would not last. Make it permanent "
-                    f"first: {make_permanent(layers[name])}."
+                    f"the weight of {kind_of(layers[name])} {name!r} is not a parameter but "
+                    "computed (pruned or parametrized), so zeros written to it would not last. "
+                    f"Make it permanent first: {make_permanent(layers[name])}."
                 )
         pairs = self._paired(model, match)
         with torch.no_grad():
@@ -187,8 +188,8 @@ class MaskSet:
         for name in match.masks:
             if count_non_finite(layers[name].weight):
                 raise MaskError(
-                    f"the weight of {name!r} holds NaN or infinity; masking would hide a "
-                    "broken model. Load finite weights first."
+                    f"the weight of {kind_of(layers[name])} {name!r} holds NaN or infinity; "
+                    "masking would hide a broken model. Load finite weights first."
                 )
         return {name: (layers[name].weight, mask) for name, mask in match.masks.items()}
 

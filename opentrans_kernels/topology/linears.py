@@ -30,6 +30,7 @@ __all__ = [
     "block_linears",
     "find_linears",
     "is_pruned",
+    "kind_of",
     "linear_modules",
     "proved_activation",
     "pruned_linears",
@@ -117,6 +118,11 @@ def is_pruned(weight: torch.Tensor) -> bool:
     """Whether at least a hundredth of the weights is zero."""
     zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
     return zeros >= max(1, PRUNED * weight.numel())
+
+
+def kind_of(module: nn.Module) -> str:
+    """What messages call a layer."""
+    return "conv" if isinstance(module, nn.Conv2d) else "linear layer"
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -126,8 +126,9 @@ def zeros_as_masks(weights: Mapping[str, torch.Tensor], origin: str) -> Masks:
     for name, weight in weights.items():
         bad = count_non_finite(weight)
         if bad:
+            kind = "conv" if weight.ndim == 4 else "linear layer"
             raise MaskError(
-                f"the weight of {name!r} of {origin} has {bad} values that are NaN or "
+                f"the weight of {kind} {name!r} of {origin} has {bad} values that are NaN or "
                 "infinite; the training that wrote it diverged. Use an earlier checkpoint."
             )
         masks[name] = (weight.detach() != 0).cpu().contiguous()
