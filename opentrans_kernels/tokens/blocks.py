@@ -63,7 +63,7 @@ class ReducedBlock(_Over):
             out, tupled = None, False
             y = _between(self, state, index, anatomy, x)
         if index == state.depth - 1 and plan.expand or index in plan.taps:
-            whole = state.expand(y)
+            whole = state.whole(y, state.prefix)
             # The next block gets the same tensor again, and goes on with the reduced one.
             y, reduced = whole.transpose(0, 1) if turned else whole, y
             run.tapped = (y, reduced) if index < state.depth - 1 else None
