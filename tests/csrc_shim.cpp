@@ -68,9 +68,9 @@ int64_t conv(const Pack* pack, const float* x, const float* residual, float* out
   });
 }
 
-// Dense rows of the given width.
+// Dense rows of `width` floats.
 Tokens tokens(const float* data, int64_t count, int64_t width) {
-  return {const_cast<float*>(data), count, width, width};
+  return {const_cast<float*>(data), count, width, width, 1};
 }
 
 int64_t linear(const Pack* pack, const float* x, const float* residual, float* out, int64_t count,

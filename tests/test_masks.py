@@ -84,13 +84,15 @@ def test_masks_of_a_deeper_network_are_refused_with_names(tower):
 def test_wrong_shapes_and_other_modules_give_the_reason(tower):
     masks = random_masks(tower)
     masks["layer1.0.conv2"] = torch.ones(3, 3, 1, 1, dtype=torch.bool)
-    masks["head"] = torch.ones(7, 24, dtype=torch.bool)
+    masks["head"] = torch.ones(8, 24, dtype=torch.bool)
     masks["layer1.0.downsample.1"] = torch.ones(12, 8, 1, 1, dtype=torch.bool)
     match = MaskSet(masks).match(tower)
     assert match.unmatched_masks == ["layer1.0.conv2", "head", "layer1.0.downsample.1"]
     assert "(3, 3, 1, 1)" in match.reasons["layer1.0.conv2"]
     assert "(3, 3, 3, 3)" in match.reasons["layer1.0.conv2"]
-    assert "Linear" in match.reasons["head"]
+    assert "linear layer 'head' has a weight of shape (7, 24)" in match.reasons["head"]
+    fits = MaskSet({**masks, "head": torch.ones(7, 24, dtype=torch.bool)}).match(tower)
+    assert "head" in fits.masks and len(fits.unmatched_masks) == 2
     assert "BatchNorm2d" in match.reasons["layer1.0.downsample.1"]
     assert "layer1.0.conv2" in match.unmasked_convs
     with pytest.raises(MaskError, match="do not fit"):
