@@ -70,7 +70,8 @@ neon: .venv/.built
 	  apt-get update -q && apt-get install -y -q $(NEON_PACKAGES); \
 	else echo "A cross compiler and an emulator are missing. On Debian or Ubuntu:" \
 	  "sudo apt-get install $(NEON_PACKAGES)" >&2; exit 1; fi
-	$(BIN)/python -m pytest -q -rs -k neon tests/test_csrc.py tests/test_csrc_ops.py tests/test_csrc_sizes.py
+	$(BIN)/python -m pytest -q -rs -k neon tests/test_csrc.py tests/test_csrc_ops.py tests/test_csrc_planes.py \
+	  tests/test_csrc_sizes.py
 
 test-torch:
 	$(PYTHON) tests/run_torch.py $(VERSION) $(filter-out tests,$(TESTS))

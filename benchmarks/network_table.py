@@ -117,7 +117,8 @@ def _where(r: Result) -> tuple[str, str]:
 
 
 def _mask(r: Result) -> str:
-    return r["mask"]["label"].removesuffix(" (synthetic mask)")
+    label = r["mask"]["label"].removesuffix(" (synthetic mask)")
+    return f"{label}, head {r['head_mask']['label']}" if "head_mask" in r else label
 
 
 def _isa(r: Result) -> str:

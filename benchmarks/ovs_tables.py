@@ -180,7 +180,8 @@ def _origin(result: Result) -> str:
         result["machine"]["cpu"],
         threads,
         f"torch {result['versions']['torch']}",
-        f"synthetic mask {result['mask']['label']}",
+        f"synthetic mask {result['mask']['label']}"
+        + (f", head {result['head_mask']['label']}" if "head_mask" in result else ""),
         f"median of {result['rounds']} rounds",
         f"commit {str(source.get('commit'))[:12]}",
         f"uncommitted changes: {source.get('dirty')}",

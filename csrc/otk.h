@@ -7,8 +7,8 @@
 
 namespace otk {
 
-// `run` calls body(ctx, begin, end) over [0, n), possibly on several threads at once. `deal` does so
-// unit by unit, in order, on whichever thread is free; null: a counter on top of `run`.
+// `run` calls body(ctx, begin, end) over [0, n), possibly on several threads at once. `deal` does
+// so unit by unit, in order, on whichever thread is free; null: a counter on top of `run`.
 using RangeBody = void (*)(void* ctx, int64_t begin, int64_t end);
 struct Parallel {
   void (*run)(int64_t n, void* ctx, RangeBody body);
@@ -33,7 +33,7 @@ struct SparseWeight {
   const float* bias;  // [cout] or null
   int64_t nnz;
   int cin, cout, kernel, stride, padding;
-  int dilation;  // pixels between neighbouring taps
+  int dilation;   // pixels between neighbouring taps
   int chunk;      // input channels per chunk
   int row_block;  // output rows per block
   int n_chunks, n_row_blocks;
@@ -102,8 +102,8 @@ struct Activation {
 void sparse_conv2d(const SparseWeight& w, const Planes& x, const Planes& out,
                    const Planes* residual, const Activation& act, const Parallel& par);
 
-// Tokens of `width` channels: channel c of token t at data[t * stride + c * channel]. One of the two
-// strides is 1; outputs and residuals have dense channels.
+// Tokens of `width` channels: channel c of token t at data[t * stride + c * channel]. One of the
+// two strides is 1; outputs and residuals have dense channels.
 struct Tokens {
   float* data;
   int64_t count, width, stride, channel;
@@ -161,15 +161,15 @@ struct Depthwise {
 void depthwise_conv2d(const Depthwise& conv, const Planes& x, const Planes& out,
                       const Parallel& par);
 
-// Windows of kernel[0] x kernel[1] pixels, one every stride[0] rows and stride[1] columns, the first
-// one padding[0] rows above and padding[1] columns left of the image. Every window holds a pixel of
-// the image, so padding is at most half of kernel.
+// Windows of kernel[0] x kernel[1] pixels, one every stride[0] rows and stride[1] columns, the
+// first one padding[0] rows above and padding[1] columns left of the image. Every window holds a
+// pixel of the image, so padding is at most half of kernel.
 struct PoolWindow {
   int kernel[2], stride[2], padding[2];
 };
 
-// out[h, w] = the largest number of window (h, w); bits as torch's: of equals the first, of NaNs the
-// last. x.col_stride is 1. Both throw std::bad_alloc.
+// out[h, w] = the largest number of window (h, w); bits as torch's: of equals the first, of NaNs
+// the last. x.col_stride is 1. Both throw std::bad_alloc.
 void max_pool2d(const Planes& x, const Planes& out, const PoolWindow& window, const Parallel& par);
 
 // Sums of the windows over `divisor`; 0: over their sizes, with_padding: pixels of the padding

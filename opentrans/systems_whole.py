@@ -80,7 +80,7 @@ def _published(
         return model([{**record, "image": record["image"].to(dtype)}])[0]["sem_seg"]
 
     asked = cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES if system != "deeplab" else None
-    return Whole(system, model, tower.path, run, {"queries": asked})
+    return Whole(system, model, tower.path, run, {"queries": asked}, "sem_seg_head")
 
 
 def _own(

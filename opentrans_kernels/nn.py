@@ -10,6 +10,8 @@ Replacements are for inference. They compute gradients of their input, not of th
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -329,19 +331,38 @@ class FoldedActivation(_Folded):
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
         self.opentrans_activation = activation_of(original)
+        self._register()
+
+    def _register(self) -> None:
+        #: By which compilers know it: a string is a constant to them.
+        self.opentrans_number = str(next(_numbers))
+        _FOLDED[self.opentrans_number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"opentrans_activation": RELU, **state})
+        self._register()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        now = activation_of(self.opentrans_original)
-        if now != self.opentrans_activation:
+        if not _same_settings(self.opentrans_number):
             raise UnsupportedModelError(
                 f"the activation was {self.opentrans_activation} when it was folded into the "
                 f"convolution before it, and its settings were changed since. {_FIX}, and "
                 "accelerate again."
             )
         return super().forward(x)
+
+
+_numbers = itertools.count(1)
+_FOLDED: weakref.WeakValueDictionary[str, FoldedActivation] = weakref.WeakValueDictionary()
+
+
+def _same_settings(number: str) -> bool:
+    folded = _FOLDED[number]
+    return activation_of(folded.opentrans_original) == folded.opentrans_activation
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler, and triton.
+_same_settings._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def watch_together(

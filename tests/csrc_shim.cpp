@@ -90,8 +90,8 @@ int64_t mlp(const Pack* packs, const float* x, const float* residual, float* out
     const SparseWeight w1 = weight(packs[0]), w2 = weight(packs[1]);
     const Tokens extra = tokens(residual, count, w2.cout);
     sparse_mlp(w1, w2, tokens(x, count, w1.cin), tokens(out, count, w2.cout),
-               residual ? &extra : nullptr,
-               {static_cast<int32_t>(act), static_cast<float>(slope)}, parallel(threads));
+               residual ? &extra : nullptr, {static_cast<int32_t>(act), static_cast<float>(slope)},
+               parallel(threads));
   });
 }
 

@@ -26,7 +26,7 @@ FLAGS = "-O1 -g1 -std=c++20 -fPIC -fno-omit-frame-pointer -fsanitize=address,und
 FLAGS += "-fno-sanitize-recover=all -DTORCH_TARGET_VERSION=0x020b000000000000"
 CASES = 400  # of the fuzz, per instruction set
 #: Once per instruction set, and once in all.
-EVERY = ("test_csrc", "test_csrc_ops", "test_csrc_sizes")
+EVERY = ("test_csrc", "test_csrc_ops", "test_csrc_planes", "test_csrc_sizes")
 ONCE = (
     "test_ops_errors",
     "test_native_bounds",

@@ -349,7 +349,8 @@ def test_one_axis_is_varied_at_a_time() -> None:
     ]
 
 
-def test_a_model_row_is_exact_and_valid() -> None:
+@pytest.mark.parametrize("part", ["trunk", "tower"])
+def test_a_model_row_is_exact_and_valid(part: str) -> None:
     import torch
 
     from opentrans_kernels.bench.model import Setting, measure_setting
@@ -357,7 +358,7 @@ def test_a_model_row_is_exact_and_valid() -> None:
 
     before = torch.get_num_threads()
     row = measure_setting(
-        load_subject("uniform:0.80", arch=TINY), Setting("trunk", 2, 40, 48, 1), rounds=1,
+        load_subject("uniform:0.80", arch=TINY), Setting(part, 2, 40, 48, 1), rounds=1,
         warmup_s=0, variants=("folded",),
     )  # fmt: skip
     torch.set_num_threads(before)

@@ -16,7 +16,8 @@ import opentrans_kernels as otk
 from opentrans_kernels.activations import Kind
 from opentrans_kernels.bench.variants import fold_batch_norms_
 from opentrans_kernels.errors import UnsupportedModelError
-from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm, PlanarAvgPool2d
+from opentrans_kernels.nn import FoldedActivation, FoldedBatchNorm
+from opentrans_kernels.pools import PlanarAvgPool2d, PlanarMaxPool2d
 from opentrans_kernels.topology import find_trunk
 from opentrans_kernels.topology.dataflow import dataflow
 
@@ -261,8 +262,8 @@ def test_settings_of_a_folded_activation_are_watched() -> None:
 ACTS = [
     (nn.ReLU(), Kind.RELU), (nn.ReLU(True), Kind.RELU), (nn.ReLU6(), Kind.RELU6),
     (nn.Hardtanh(0, 6), Kind.RELU6), (nn.Hardtanh(), None), (nn.LeakyReLU(0.1), Kind.LEAKY_RELU),
-    (nn.SiLU(), Kind.SILU), (nn.Hardswish(True), Kind.HARD_SWISH), (nn.GELU(), None),
-    (nn.Sigmoid(), None),
+    (nn.SiLU(), Kind.SILU), (nn.Hardswish(True), Kind.HARD_SWISH), (nn.GELU(), Kind.GELU),
+    (nn.GELU("tanh"), Kind.GELU_TANH), (nn.Sigmoid(), None), (nn.Tanh(), None),
 ]  # fmt: skip
 
 
@@ -322,7 +323,7 @@ def norm_only(m: Net, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_norm_with_its_own_activation() -> None:
-    for act, kind in ((nn.SiLU(), Kind.SILU), (nn.Identity(), Kind.NONE), (nn.GELU(), None)):
+    for act, kind in ((nn.SiLU(), Kind.SILU), (nn.Identity(), Kind.NONE), (nn.Tanh(), None)):
         model = nets.randomise(Plain(norm_only, bn=NormAct(8, act)))
         (node, _) = find_trunk(model).loose
         assert (node.bn_name is None) == (kind is None)
@@ -352,14 +353,14 @@ def test_pools_between_convolutions() -> None:
     assert [(p.name, p.before, p.after) for p in found] == [
         ("3", ("0",), ("4",)), ("6", ("4",), ("7",))
     ]  # fmt: skip
-    assert [
-        p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools_between({"4", "7"})
-    ] == ["6"]
+    assert [p.name for p in find_trunk(nn.Sequential(*layers).eval()).pools_behind({"4", "7"})] == [
+        "6"
+    ]
     model = nets.randomise(nn.Sequential(*layers))
     masks, x = nets.random_masks(model, 0.3), torch.randn(2, 3, 33, 30)
     dense, before = nets.masked(model, masks), nets.snapshot(model)
     otk.accelerate(model, masks, measure=False, input_size=(33, 30))
-    assert type(model[6]) is PlanarAvgPool2d
+    assert type(model[3]) is PlanarMaxPool2d and type(model[6]) is PlanarAvgPool2d
     nets.check_exact(model, dense, x)
     otk.restore(model)
     nets.check_unchanged(model, before)

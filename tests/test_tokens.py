@@ -222,6 +222,19 @@ def test_outputs_of_taps_are_whole_and_change_nothing(model):
     assert seen == [37, 37, 37, 37] and state.tokens == 12
 
 
+def test_a_count_that_could_be_either_is_what_the_model_gives(model):
+    x = images()  # 36 tokens and a class token: 35 + 1 is 36, too
+    state = reduce_tokens(model, TokenPlan("tome", alpha=3, r=1))
+    whole = run(model, x)
+    assert state.tokens == 35 and whole.shape[1] == 37
+    assert state.expand(whole) is whole and state.expand(whole[:, 1:]).shape[1] == 36
+    assert torch.equal(state.expand(whole[:, 1:]), whole[:, 1:])
+    restore_tokens(model)
+    state = reduce_tokens(model, TokenPlan("tome", alpha=3, r=1, expand=False))
+    reduced = run(model, x)
+    assert reduced.shape[1] == 36 and torch.equal(state.expand(reduced), whole)
+
+
 def test_every_thread_has_its_own_forward(model):
     small, large = images(), images(72, 72)
     state = reduce_tokens(model, TokenPlan(alpha=2, grid=(3, 4), expand=False))

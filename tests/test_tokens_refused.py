@@ -123,7 +123,12 @@ def two_stacks(model: Vit) -> None:
     model.more = copy.deepcopy(model.blocks)
 
 
+def rotary(model: Vit) -> None:
+    model.rope_embeddings = nn.Identity()
+
+
 BAD_MODELS = {
+    "rotary": (rotary, "rope_embeddings turns queries and keys"),
     "hooks": (hooked, "blocks.2.mlp.0 has hooks"),
     "own forward": (with_own_forward, "blocks.3 has a forward of its own"),
     "tied": (tied, "blocks.1 is tied: .* 2 places"),

@@ -31,8 +31,8 @@ otk::Bottleneck read_block(const char* op, const std::array<otk::SparseWeight, 4
   STD_TORCH_CHECK(stride == 1 || (stride == 2 && has_down && pool == 1), op, ": stride ", stride,
                   " must be 1, or 2 with a shortcut convolution and no pool");
   STD_TORCH_CHECK(pointwise(block.c1, 1) && pointwise(block.c3, 1) && block.c2.kernel == 3 &&
-                      block.c2.stride == stride && block.c2.padding == 1 && block.c2.dilation == 1 &&
-                      (!has_down || pointwise(block.down, stride)),
+                      block.c2.stride == stride && block.c2.padding == 1 &&
+                      block.c2.dilation == 1 && (!has_down || pointwise(block.down, stride)),
                   op, ": needs 1x1, 3x3 (stride ", stride,
                   ", padding 1), 1x1 and a 1x1 shortcut of the same stride");
   STD_TORCH_CHECK(block.c1.cin == in && block.c2.cin == block.c1.cout &&
@@ -112,9 +112,8 @@ Tensor sparse_stage(const Tensor& x, std::vector<Tensor> weights, std::vector<in
     std::array<otk::SparseWeight, 4> packs{};
     for (size_t i = 0; i < (down[b] ? 4 : 3); ++i, at += 3)
       packs[i] = read_weight(op, weights[at], weights[at + 1], weights[at + 2]);
-    blocks.push_back(
-        read_block(op, packs, down[b] != 0, c, h, w, cout[b], pool[b], down[b] ? pool[b] : 1,
-                   stride[b]));
+    blocks.push_back(read_block(op, packs, down[b] != 0, c, h, w, cout[b], pool[b],
+                                down[b] ? pool[b] : 1, stride[b]));
     c = cout[b];
     h = blocks.back().size(h);
     w = blocks.back().size(w);

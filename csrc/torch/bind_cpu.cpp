@@ -45,10 +45,10 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& val
   check_isa();
   const otk::Activation act = activation_of(op, relu, activation, slope);
   const otk::SparseWeight w = read_weight(op, structure, values, bias);
-  STD_TORCH_CHECK(
-      w.cout == cout && w.kernel == kernel && w.stride == stride && w.padding == padding &&
-          w.dilation == dilation,
-      op, ": cout, kernel, stride, padding, dilation do not match the packed structure");
+  STD_TORCH_CHECK(w.cout == cout && w.kernel == kernel && w.stride == stride &&
+                      w.padding == padding && w.dilation == dilation,
+                  op,
+                  ": cout, kernel, stride, padding, dilation do not match the packed structure");
   std::optional<Tensor> packed;
   const ConvInput input = conv_input(op, x, w, packed);
   const otk::Planes& in = input.planes;
@@ -105,8 +105,8 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->scalar_type() == ScalarType::Float &&
                             bias->is_contiguous() && bias->numel() == in.c),
                   op, ": bias must be a contiguous float32 CPU tensor of ", in.c, " elements");
-  STD_TORCH_CHECK(stride >= 1 && stride <= otk::kMaxStep && padding >= 0 && padding <= otk::kMaxStep &&
-                      weight.size(2) <= otk::kMaxStep,
+  STD_TORCH_CHECK(stride >= 1 && stride <= otk::kMaxStep && padding >= 0 &&
+                      padding <= otk::kMaxStep && weight.size(2) <= otk::kMaxStep,
                   op, ": kernel and stride must be from 1, padding from 0, each to ", otk::kMaxStep,
                   "; got ", weight.size(2), ", ", stride, ", ", padding);
   conv.kernel = static_cast<int>(weight.size(2));

@@ -39,8 +39,8 @@ std::optional<int64_t> even_stride(const Tensor& t) {
   return step.value_or(t.size(last));
 }
 
-// The tokens of `t` or, where they do not lie evenly, of a copy. planes: dense tokens of each channel
-// will do, too.
+// The tokens of `t` or, where they do not lie evenly, of a copy. planes: dense tokens of each
+// channel will do, too.
 otk::Tokens tokens(const char* op, const char* name, const Tensor& t, int64_t width, bool planes,
                    std::optional<Tensor>& copy) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() >= 1, op, ": ",

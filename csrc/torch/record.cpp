@@ -58,8 +58,12 @@ void time_region(bool dealt, int64_t n, void* ctx, otk::RangeBody body) {
 void record_units(int64_t threads, bool units) {
   STD_TORCH_CHECK(threads >= 0 && threads <= 4096, "record_units: threads must be 0 to 4096, got ",
                   threads);
-  record.loops.run = [](int64_t n, void* c, otk::RangeBody body) { time_region(false, n, c, body); };
-  record.loops.deal = [](int64_t n, void* c, otk::RangeBody body) { time_region(true, n, c, body); };
+  record.loops.run = [](int64_t n, void* c, otk::RangeBody body) {
+    time_region(false, n, c, body);
+  };
+  record.loops.deal = [](int64_t n, void* c, otk::RangeBody body) {
+    time_region(true, n, c, body);
+  };
   record.loops.threads = static_cast<int>(threads);
   record.units = units;
   record.regions.clear();

@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "deeplab); a detectron2 beside it is used where none is installed",
     )  # fmt: skip
     group.add_argument(
+        "--head-mask", metavar="MASK", help="recipe for the head's convolutions and linear layers "
+        "(uniform:0.90); default: none",
+    )  # fmt: skip
+    group.add_argument(
         "--no-compile", action="store_true", help="leave the dense sides of torch.compile out"
     )
 
@@ -40,7 +44,7 @@ def refuse_without_system(options: argparse.Namespace) -> None:
     """Raise for options that mean something only with ``--system``."""
     from opentrans_kernels.errors import OpenTransError
 
-    for key in ("size", "size_w", "queries", "classes", "tree", "no_compile"):
+    for key in ("size", "size_w", "queries", "classes", "tree", "head_mask", "no_compile"):
         if getattr(options, key):
             word = "--" + key.replace("_", "-")
             raise OpenTransError(
@@ -93,6 +97,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
             rounds=options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS),
             threads=options.threads,
             compiling=not (options.no_compile or options.quick),
+            head_mask=options.head_mask,
             step=step,
         )
     show(session.result, out)
@@ -113,7 +118,10 @@ def failures(result: dict[str, Any]) -> list[str]:
 def show(result: dict[str, Any], out: Output) -> None:
     """Sides, what could not be timed, and times by part."""
     size = f"{result['height']}x{result['width']}"
-    out.heading(f"{result['system']} {size}, {result['mask']['label']} (synthetic weights)")
+    masks = result["mask"]["label"]
+    if "head_mask" in result:
+        masks += f", head {result['head_mask']['label']}"
+    out.heading(f"{result['system']} {size}, {masks} (synthetic weights)")
     rows = [
         [
             row["name"] + (" (fastest dense)" if row["name"] == result["baseline"] else ""),

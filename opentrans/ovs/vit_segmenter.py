@@ -192,7 +192,7 @@ class Segmenter(nn.Module):
         """[B, 3, H, W], sides multiples of the patch -> logits [B, H W / patch^2, K]."""
         logits = self.decoder(self.encoder(image)[:, self.encoder.prefix :])
         state = token_state(self.encoder)
-        return logits if state is None else state.expand(logits)
+        return logits if state is None or state.plan.expand else state.expand(logits)
 
     def reduce(self, plan: TokenPlan) -> TokenState:
         """:func:`~opentrans_kernels.tokens.reduce_tokens` of the encoder. With ``expand=False`` the

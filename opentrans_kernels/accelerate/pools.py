@@ -67,11 +67,11 @@ def _candidates(
         if sparse(last.name) or (blocks and sparse(blocks[0].name)):
             yield stem.pool_name, last, sparse(last.name)
     seen = set()
-    for pool in subject.trunk.pools:  # proved by tracing, whatever calls them
-        if all(sparse(name) for name in pool.before):
-            seen.add(pool.name)
-            yield pool.name, subject.trunk.conv(pool.before[0]), True
-    alone = (u for u in subject.units if isinstance(u, Unit) and u.block is None)
+    planar = {name for name in choices if sparse(name)}
+    for pool in subject.trunk.pools_behind(planar):  # proved by tracing, whatever calls them
+        seen.add(pool.name)
+        yield pool.name, subject.trunk.conv(pool.before[0]), True
+    alone = [u for u in subject.units if isinstance(u, Unit) and u.block is None]
     nodes = {unit.convs[0].name: unit.convs[0] for unit in alone}
     for path, module in walk_modules(subject.model):
         if type(module) is not nn.Sequential or "forward" in vars(module):

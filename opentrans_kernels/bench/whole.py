@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from ..accelerate import accelerate
-from ..errors import OpenTransError
+from ..errors import MaskError, OpenTransError
 from ..heads import HeadReport, accelerate_heads
 from ..heads.parts import head_parts
 from ..plan.models import accelerated_parts
-from ..synthetic import synthetic_masks
+from ..synthetic import parse_mask_spec, synthetic_masks
 from .model import peak_bytes
 from .parts import Toggle, time_parts, trunk_path
 from .rows import matched
@@ -46,8 +46,9 @@ Call = Callable[[], torch.Tensor]
 class Whole:
     """A dense model in eval mode, and how to run it.
 
-    tower: path of its ResNet. run: the model and a dtype to scores ``[K, H, W]``; it may raise for
-    float64, where the model's code makes float32 tensors.
+    tower: path of its ResNet. head: path of what ``head_mask`` covers, the tower left out. run: the
+    model and a dtype to scores ``[K, H, W]``; it may raise for float64, where the model's code
+    makes float32 tensors.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Whole:
     tower: str
     run: Callable[[nn.Module, torch.dtype], torch.Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
+    head: str = ""
 
 
 class _Sides:
@@ -193,11 +195,13 @@ def measure_whole(
     rounds: int = 5,
     threads: int = 1,
     compiling: bool = True,
+    head_mask: str | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """One result: errors first, then all sides interleaved, memory, and times by part.
 
-    mask: recipe for the tower's weights. size: (height, width) in pixels.
+    mask: recipe for the tower's weights. head_mask: "uniform:SHARE" for the head's convolutions and
+    linear layers, None leaves them as they are. size: (height, width) in pixels.
 
     Raises:
         OpenTransError: the model cannot be accelerated.
@@ -206,6 +210,7 @@ def measure_whole(
     model = whole.model.eval()
     masks = synthetic_masks(model.get_submodule(whole.tower), mask)
     masks.apply_(model.get_submodule(whole.tower))
+    head = {} if head_mask is None else {"head_mask": _mask_head(whole, head_mask)}
     step("reference")
     sides = _Sides(whole, compiling)
     reference, kind = _reference(whole, sides)
@@ -242,6 +247,7 @@ def measure_whole(
     return {
         "system": whole.name,
         **whole.facts,
+        **head,
         "height": size[0],
         "width": size[1],
         "rounds": rounds,
@@ -257,6 +263,31 @@ def measure_whole(
             "left": [f"{part.path}: {part.reason}" for part in heads.left],
         },
     }
+
+
+@torch.no_grad()
+def _mask_head(whole: Whole, recipe: str) -> dict[str, Any]:
+    """Set the smallest weights of each layer of the head to zero, in place.
+
+    Raises MaskError for another recipe than a uniform one.
+    """
+    spec = parse_mask_spec(recipe)
+    if spec.allocation != "uniform":
+        raise MaskError(
+            f"the head's mask {recipe!r} must be a uniform one, since its layers have scales of "
+            "their own. Write for instance uniform:0.90."
+        )
+    kept = numel = layers = 0
+    for name, layer in whole.model.get_submodule(whole.head).named_modules(prefix=whole.head):
+        inside = f"{name}.".startswith(f"{whole.tower}.")
+        if inside or not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        weight = layer.weight
+        if remove := round(spec.sparsity * weight.numel()):
+            weight.view(-1)[weight.abs().flatten().argsort()[:remove]] = 0
+        kept, numel = kept + int(torch.count_nonzero(weight)), numel + weight.numel()
+        layers += 1
+    return {"label": recipe, "layers": layers, "density": kept / max(1, numel)}
 
 
 def _reference(whole: Whole, sides: _Sides) -> tuple[torch.Tensor, str]:

@@ -218,7 +218,8 @@ class SparseWeight:
             )
         if min(stride, dilation) < 1 or padding < 0:
             raise PlanError(
-                f"stride {stride} must be >= 1 and padding {padding} >= 0, dilation {dilation} >= 1."
+                f"stride {stride} must be >= 1 and padding {padding} >= 0, and dilation "
+                f"{dilation} >= 1."
             )
         if weight.shape[2] == 1:
             dilation = 1  # of one tap

@@ -63,7 +63,7 @@ class ReducedBlock(_Over):
             out, tupled = None, False
             y = _between(self, state, index, anatomy, x)
         if index == state.depth - 1 and plan.expand or index in plan.taps:
-            whole = state.expand(y)
+            whole = state.whole(y, state.prefix)
             # The next block gets the same tensor again, and goes on with the reduced one.
             y, reduced = whole.transpose(0, 1) if turned else whole, y
             run.tapped = (y, reduced) if index < state.depth - 1 else None
@@ -102,18 +102,18 @@ def _between(
     block: nn.Module, state: TokenState, index: int, anatomy: Anatomy, x: torch.Tensor
 ) -> torch.Tensor:
     """A block of "tome", "evit" or "act": x [B, p + n, C] -> [B, p + n', C]."""
-    for name, module in (("it", block), ("its attention", attention_of(block))):
-        if module is not block and module is not None and (why := added_behaviour(module)):
-            raise UnsupportedModelError(
-                f"block {index}: {name} {why}, but is not called: the {state.plan.method} "
-                "reduction computes attention itself. Remove it, or call restore_tokens(model)."
-            )
+    attention = attention_of(block)
+    if attention is not None and (why := added_behaviour(attention)):
+        raise UnsupportedModelError(
+            f"block {index}: its attention {why}, but is not called: the {state.plan.method} "
+            "reduction computes attention itself. Remove it, or call restore_tokens(model)."
+        )
     plan, p, run = state.plan, state.prefix, state.run
     q, k, v = anatomy.queries(block, x)
     drop = anatomy.dropout(block)
     if plan.method == "act":
         y = clustered_attention(
-            q, k, v, prefix=p, scale=anatomy.scale,
+            q, k, v, prefix=p, scale=anatomy.scale, dropout=drop,
             projections=plan.projections, cell=plan.cell, seed=plan.seed,
         )  # fmt: skip
         return anatomy.fed(block, anatomy.attended(block, x, y))

@@ -32,8 +32,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 @dataclass(frozen=True)
 class Trunk:
-    """Patch convolution and blocks, by path in the model."""
+    """Patch convolution and blocks, by path in the model; owner: the part that holds both."""
 
+    owner: nn.Module
     patches: tuple[str, nn.Module]
     blocks: tuple[tuple[str, nn.Module], ...]
     prefix: int
@@ -73,13 +74,13 @@ def find_trunk(model: nn.Module) -> Trunk:
             + ("Pass the part that holds one." if found else "Convolutional models have no tokens.")
         )
     ((stack, (patches, owner)),) = found.items()
-    prefix, has_class = _prefix(model.get_submodule(owner), stack[len(owner) :].strip("."))
+    holder = model.get_submodule(owner)
+    prefix, has_class = _prefix(holder, stack[len(owner) :].strip("."))
     blocks = tuple((f"{stack}.{n}", block) for n, block in stacks[stack]._modules.items() if block)
     attention = attention_of(blocks[0][1])
     turned = isinstance(attention, nn.MultiheadAttention) and not attention.batch_first
-    return Trunk(
-        (patches, model.get_submodule(patches)), blocks, prefix, has_class, length_first=turned
-    )
+    found_patches = (patches, model.get_submodule(patches))
+    return Trunk(holder, found_patches, blocks, prefix, has_class, length_first=turned)
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -125,6 +126,12 @@ def check_blocks(model: nn.Module, trunk: Trunk, numbers: tuple[int, ...], metho
             raise UnsupportedModelError(
                 f"{path or 'the model'} is compiled already, and would keep running what it was "
                 "compiled from. Reduce the tokens of the module in its _orig_mod, then compile."
+            )
+    for path, _ in trunk.owner.named_modules():
+        if numbers and "rope" in path.rpartition(".")[2].lower():
+            raise UnsupportedModelError(
+                f"{path} turns queries and keys by their place on the map (rotary positions), "
+                "which reduced tokens do not have. Such models cannot be reduced."
             )
     uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
     parts = [trunk.patches, *(trunk.blocks[i] for i in numbers)]

@@ -58,6 +58,7 @@ def clustered_attention(
     projections: int,
     cell: float,
     seed: int,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attention [B, heads, n, d] in which all but the first ``prefix`` queries go by clusters."""
     own, rest = q[:, :, :prefix], q[:, :, prefix:]
@@ -70,5 +71,6 @@ def clustered_attention(
         2, number.unsqueeze(-1), torch.ones_like(rest[..., :1])
     )
     means = sums / members.clamp_min(1)
-    out = F.scaled_dot_product_attention(torch.cat([own, means], 2), k, v, scale=scale)
+    queries = torch.cat([own, means], 2)
+    out = F.scaled_dot_product_attention(queries, k, v, dropout_p=dropout, scale=scale)
     return torch.cat([out[:, :, :prefix], out[:, :, prefix:].gather(2, index)], 2)

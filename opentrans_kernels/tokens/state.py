@@ -93,6 +93,8 @@ class TokenState:
         x: [B, n, C], with the prefix tokens in front or without, or a map [B, C, h, w] of the grid
         ("cluster", "pool"). Returns [B, N, C] with the same prefix, or [B, C, H, W]. Gradients flow
         through x and, for "cluster", through the weights. What has full size is returned as it is.
+        A count that could be either is taken for what the model gives: full with ``plan.expand``,
+        else reduced.
 
         Raises:
             PlanError: another number of tokens, or another batch than the last forward's.
@@ -117,14 +119,21 @@ class TokenState:
                 )
             rows = run.reduction.expand(x.flatten(2).transpose(1, 2))
             return rows.transpose(1, 2).unflatten(2, run.size)
-        prefix = x.shape[1] - self.tokens
-        if prefix in (0, self.prefix):
-            if run.reduction is None:
-                return x
-            return torch.cat([x[:, :prefix], run.reduction.expand(x[:, prefix:])], 1)
-        if x.shape[1] - full in (0, self.prefix):
-            return x
+        spare = {"full": x.shape[1] - full, "reduced": x.shape[1] - self.tokens}
+        for kind in ("full", "reduced") if self.plan.expand else ("reduced", "full"):
+            prefix = spare[kind]
+            if prefix in (0, self.prefix):
+                if kind == "full" or run.reduction is None:
+                    return x
+                return self.whole(x, prefix)
         raise PlanError(
             f"expand: {x.shape[1]} tokens were given, but the last forward left {self.tokens} of "
             f"{full} (and {self.prefix} before them). Pass what belongs to that forward."
         )
+
+    def whole(self, x: torch.Tensor, prefix: int) -> torch.Tensor:
+        """[B, prefix + reduced, C] -> [B, prefix + N, C]."""
+        reduction = self.run.reduction
+        if reduction is None:
+            return x
+        return torch.cat([x[:, :prefix], reduction.expand(x[:, prefix:])], 1)

@@ -46,7 +46,7 @@ def unusual_window(module: nn.Conv2d, grouped: bool = False) -> str | None:
     """What about a convolution's numbers the kernels cannot express, whatever its class."""
     if module.groups != 1 and not grouped:
         return f"has groups={module.groups}"
-    if module.dilation != (1, 1) and grouped:
+    if module.groups != 1 and module.dilation != (1, 1):
         return f"has groups={module.groups} and dilation={module.dilation}"
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         return f"has padding={module.padding!r} ({module.padding_mode})"

@@ -154,10 +154,10 @@ class Trunk:
             yield from block.all_convs
         yield from self.loose
 
-    def pools_between(self, planar: Set[str]) -> Iterator[PoolNode]:
-        """Pools that read and are read by loose convolutions of these names alone."""
+    def pools_behind(self, planar: Set[str]) -> Iterator[PoolNode]:
+        """Pools that read loose convolutions of these names alone."""
         for pool in self.pools:
-            if planar >= {*pool.before, *pool.after}:
+            if planar >= {*pool.before}:
                 yield pool
 
     def conv(self, name: str) -> ConvNode:

@@ -78,8 +78,8 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
   float* mid = arena.take(mid_plane * block.c2.cout);
   const bool carries = carry && carry->rows;
 
-  // conv1 on the rows of the band's windows that are inside the image; whole vectors from an aligned
-  // start. Rows the band above left are copied.
+  // conv1 on the rows of the band's windows that are inside the image; whole vectors from an
+  // aligned start. Rows the band above left are copied.
   const int first = std::max(0, r0 * stride - 1), last = std::min(x.h, (r1 - 1) * stride + 2);
   const int next = r1 * stride - 1;  // of the band below
   const int64_t begin = int64_t{first} * width / 16 * 16, skip = int64_t{first} * width - begin;
@@ -137,8 +137,8 @@ void Band::run(int o0, int o1, Arena& arena, Carry* carry, const Parallel* par) 
   if (block.pool > 1) {
     float* pooled = arena.take(pooled_plane * block.c2.cout);
     each(block.c2.cout, par, [&](int64_t c) {
-      pool_plane(mid + c * mid_plane, mid_width(), pooled + c * pooled_plane, o1 - o0, out.w, block.pool,
-                 isa);
+      pool_plane(mid + c * mid_plane, mid_width(), pooled + c * pooled_plane, o1 - o0, out.w,
+                 block.pool, isa);
       clear_tail(pooled + c * pooled_plane, int64_t{o1 - o0} * out.w);
     });
     c3_in = pooled;

@@ -36,9 +36,7 @@ struct Band {
   int mid_width() const { return block.c2.stride > 1 ? out.w : x.w; }
   int c1_rows(int out_rows) const { return (mid_rows(out_rows) - 1) * block.c2.stride + 3; }
   // Whether the shortcut's convolution reads a smaller image than x.
-  bool shrinks() const {
-    return block.has_down && (block.down_pool > 1 || block.down.stride > 1);
-  }
+  bool shrinks() const { return block.has_down && (block.down_pool > 1 || block.down.stride > 1); }
   int64_t c1_channel(int out_rows) const;
   int64_t mid_channel(int out_rows) const;
   int64_t pooled_channel(int out_rows) const;

@@ -109,8 +109,7 @@ struct Isa {
   void (*to_planes)(const float* src, int64_t src_stride, int64_t tokens, int64_t channels,
                     float* dst, int64_t dst_stride);
   void (*to_tokens)(const float* src, int64_t src_stride, int64_t tokens, int64_t channels,
-                    float* dst, int64_t dst_stride, const float* residual,
-                    int64_t residual_stride);
+                    float* dst, int64_t dst_stride, const float* residual, int64_t residual_stride);
   void (*activate)(float* p, int64_t rows, int64_t stride, int64_t len, const Activation& act);
   // dst[i] = the largest, or the sum, of rows[0][i] ... rows[count - 1][i]. Of equal numbers the
   // first is taken, of NaNs the last.

@@ -1,5 +1,5 @@
-// Pooling of any windows, plane by plane: the rows of the image are folded along their windows, each
-// once, and the results of a window's rows are folded into its own.
+// Pooling of any windows, plane by plane: the rows of the image are folded along their windows,
+// each once, and the results of a window's rows are folded into its own.
 #include <algorithm>
 #include <vector>
 
@@ -40,8 +40,7 @@ class PlaneRows {
     split_ = arena->take(phase_ * phases_);
     folded_ = arena->take(row_ * kept_);
     std::fill(split_, split_ + phase_ * phases_, outside);
-    for (int k = 0; k < kernel_; ++k)
-      taps_.push_back(split_ + k % stride_ * phase_ + k / stride_);
+    for (int k = 0; k < kernel_; ++k) taps_.push_back(split_ + k % stride_ * phase_ + k / stride_);
   }
 
   void start(const float* plane) {

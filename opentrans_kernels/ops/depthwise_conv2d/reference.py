@@ -16,4 +16,4 @@ def depthwise_conv2d(x, weight, bias, stride, padding, activation=0, slope=0.0):
     act = arguments.activation("depthwise_conv2d", False, activation, slope)
     arguments.depthwise(x, weight, bias, stride, padding)
     y = F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1])
-    return act.apply_(plane_padded(y, *y.shape).copy_(y))
+    return plane_padded(y, *y.shape).copy_(act.apply_(y))

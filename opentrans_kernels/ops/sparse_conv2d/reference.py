@@ -29,7 +29,7 @@ def sparse_conv2d(
     y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation)
     if residual is not None:
         y = y + residual
-    return act.apply_(plane_padded(y, *y.shape).copy_(y))
+    return plane_padded(y, *y.shape).copy_(act.apply_(y))
 
 
 @in_float32

@@ -1,12 +1,11 @@
 // Linear layers of tokens: a group of tokens is turned into planes, goes through one or two packed
 // 1x1 convolutions while it is in cache, and is turned back.
 #include <algorithm>
-#include <initializer_list>
 
-#include "../conv/isa.h"
-#include "../conv/run.h"
 #include "../support/parallel.h"
 #include "../support/scratch.h"
+#include "isa.h"
+#include "run.h"
 
 namespace otk {
 namespace {
