@@ -103,7 +103,8 @@ def test_masks_with_wrong_shapes_values_and_names() -> None:
     _refused({**good, "conv1": good["conv1"] * 0.5}, "conv1")
     _refused({**good, "conv1": good["conv1"] * float("nan")}, "conv1")
     _refused({**good, "layer9.0.conv1": torch.ones(4, 3, 1, 1)}, r"layer9\.0\.conv1")
-    _refused({**good, "attnpool.c_proj": torch.ones(64, 256)}, "attnpool")
+    reads = torch.ones(64, 256).triu()  # the pool reads this layer's weight without calling it
+    _refused({**good, "attnpool.c_proj": reads}, "attnpool.*does not call that layer")
     _refused({}, "at least one")
 
 
