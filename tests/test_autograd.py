@@ -266,3 +266,14 @@ def test_other_derivatives_are_refused_not_zero(extension: None) -> None:
         ):
             call(torch.autograd.forward_ad.make_dual(x, x))
         assert call(x).isfinite().all()
+
+
+def test_an_activation_may_follow_in_place(extension: None) -> None:
+    weight = torch.randn(6, 5, 3, 3) * (torch.rand(6, 5, 3, 3) < 0.4)
+    packed = SparseWeight.from_dense(weight, None, 1, 1)
+    x = torch.randn(1, 5, 9, 9, requires_grad=True)
+    own = x.detach().clone().requires_grad_()
+    F.relu(ops.sparse_conv2d(x, packed), inplace=True).sum().backward()
+    F.conv2d(own, weight, None, 1, 1).relu().sum().backward()
+    torch.testing.assert_close(x.grad, own.grad, rtol=1e-4, atol=1e-5)
+    assert not ops.sparse_conv2d(x.detach(), packed)._is_view()

@@ -93,19 +93,18 @@ Tensor new_planes(const char* op, const Tensor& like, int64_t n, int64_t c, int6
                   op, ": a result [", n, ", ", c, ", ", h, ", ", w,
                   "] is larger than memory can be; split the input into parts");
   // One cache line more than the planes: the last vector of the last plane is written whole.
-  // Four dimensions, because the shim's as_strided takes as many as its input has.
-  const std::array<int64_t, 4> size{1, 1, 1, floats + 16};
-  const int64_t bytes = size[3] * 4;
-  Tensor flat =
-      bytes < kPoolBytes
-          ? torch::stable::new_empty(like, size)
-          : torch::stable::from_blob(pool_memory(op, bytes), size, {size[3], size[3], size[3], 1},
-                                     torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                     ScalarType::Float, &otk::pool_give);
+  const std::array<int64_t, 1> size{floats + 16};
+  const int64_t bytes = size[0] * 4;
+  Tensor flat = bytes < kPoolBytes ? torch::stable::new_empty(like, size)
+                                   : torch::stable::from_blob(
+                                         pool_memory(op, bytes), size, {1},
+                                         torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                         ScalarType::Float, &otk::pool_give);
   const std::array<int64_t, 4> sizes{n, c, h, w}, strides{c * plane, plane, w, 1};
+  // The same storage, but no view to autograd, which would refuse to write to it in place.
   AtenTensorHandle view = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_as_strided(flat.get(), sizes.data(), strides.data(), &view));
+      aoti_torch__reinterpret_tensor(flat.get(), 4, sizes.data(), strides.data(), 0, &view));
   // The lanes behind a plane are read with its last vector. What they hold does not reach a pixel,
   // but left-over bits that happen to be denormal cost 100 cycles per multiply-add.
   const int64_t pixels = h * w, whole = (pixels + 15) / 16 * 16;
