@@ -198,7 +198,7 @@ def one_linear_layer(rng: random.Random) -> None:
     rest = (act.kind, act.slope)
     torch.set_num_threads(rng.choice((1, 1, 3)))
     try:
-        valid = SparseWeight(structure, values, bias, cin, cout, 1)
+        valid = SparseWeight(structure, values, bias, cin, cout, 1, 1, 0)
     except PlanError:
         valid = None
     out = attempt(lambda: OPS.sparse_linear(x, structure, values, bias, residual, cout, *rest))

@@ -357,6 +357,7 @@ def test_the_audit_has_a_row_per_masked_linear_layer() -> None:
     model = vit()
     report = audit(synthetic_masks(model, "uniform:0.90"), model, SIZE)
     assert [row.name for row in report.rows] == ["patches", *PRUNED]
+    assert "1 convolutions and 8 linear layers, " in str(report)
     row = report.rows[1]
     assert (row.cin, row.cout, row.kernel, row.h_out, row.masked) == (32, 96, 1, 16, True)
     assert row.effective_macs == row.nnz * 16 and row.density == pytest.approx(0.1, abs=1e-3)

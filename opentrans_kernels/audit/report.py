@@ -78,10 +78,11 @@ class AuditReport:
             rest = (cell.rjust(size) for cell, size in zip(line[1:], widths[1:], strict=True))
             lines.append("  ".join([first, *rest]))
         t = self.totals
+        linear = f" and {t['linear_layers']} linear layers" if t["linear_layers"] else ""
         lines += [
             "",
-            f"{t['layers']} layers, {t['nnz']} of {t['numel']} weights kept "
-            f"({t['density']:.2%}); FLOP density {t['flop_density']:.2%} "
+            f"{t['layers'] - t['linear_layers']} convolutions{linear}, {t['nnz']} of {t['numel']} "
+            f"weights kept ({t['density']:.2%}); FLOP density {t['flop_density']:.2%} "
             f"({t['effective_macs'] / 1e6:.0f} of {t['nominal_macs'] / 1e6:.0f} MMAC per image)",
             f"channels: {t['dead']} dead, {t['constant']} constant, {t['unread']} unread; inner "
             f"widths {t['width_before']} -> {t['width_after']} (rounded up to 8: "
@@ -209,7 +210,11 @@ def audit(
         source=str(masks.source),
         constants_known=model is not None,
         rows=rows,
-        totals=_totals(rows, {name for _, path, _ in network.blocks for name in path[:-1]}),
+        totals=_totals(
+            rows,
+            {name for _, path, _ in network.blocks for name in path[:-1]},
+            set() if model is None else set(linear_modules(model)),
+        ),
         notes=network.notes,
     )
 
@@ -316,8 +321,11 @@ def _from_masks(network: Network, given: Mapping[str, torch.Tensor]) -> _Channel
     return channels
 
 
-def _totals(rows: tuple[AuditRow, ...], inner: set[str]) -> dict[str, Any]:
-    """Sums over all layers; widths over the inner channels of residual blocks."""
+def _totals(rows: tuple[AuditRow, ...], inner: set[str], linear: set[str]) -> dict[str, Any]:
+    """Sums over all layers; widths over ``inner``, the inner channels of residual blocks.
+
+    linear: names of linear layers.
+    """
     nominal = sum(r.nominal_macs for r in rows)
     effective = sum(r.effective_macs for r in rows)
     nnz, numel = sum(r.nnz for r in rows), sum(r.numel for r in rows)
@@ -328,6 +336,7 @@ def _totals(rows: tuple[AuditRow, ...], inner: set[str]) -> dict[str, Any]:
     by_flops = predicted_rate(flop_density) / max(flop_density, 1e-9)
     return {
         "layers": len(rows),
+        "linear_layers": sum(row.name in linear for row in rows),
         "masked_layers": sum(r.masked for r in rows),
         "nnz": nnz,
         "numel": numel,
