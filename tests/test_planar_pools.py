@@ -71,7 +71,8 @@ def test_exact_and_the_same_objects_come_back(
     dense, modules = nets.masked(model, masks), dict(model.named_modules())
     report = accelerate(model, masks, input_size=(64, 64), measure=measure)
     if not replaced(model):
-        assert measure and "left as it was" in " ".join(report.notes)
+        said = " ".join(report.notes)
+        assert measure and ("it was left as it was" in said or "it runs densely" in said)
         pytest.skip("the narrow network is faster dense on this machine")
     expected = {"maxpool": PlanarMaxPool2d} if make is stem else {
         "2": PlanarMaxPool2d, "5": PlanarWindowAvgPool2d, "8": PlanarMaxPool2d,
