@@ -80,7 +80,10 @@ def _model_rows(r: Result) -> Iterator[Row]:
     for row in r["rows"]:
         if row["part"] != "tower" and row is not largest and row is not batched:
             continue
-        name = f"{r['subject']['arch']} {row['part']}, {_size(row['height'], row['width'])}"
+        arch = r["subject"]["arch"]
+        whole = row["part"] == "tower" and ":" in arch  # another library's, with its classifier
+        name = f"{arch} {'to logits' if whole else row['part']}, "
+        name += _size(row["height"], row["width"])
         name += f", batch {row['batch']}" * (row["batch"] > 1)
         where = _mask(r), f"{row['threads']}, {_isa(r)}"
         sides = row.get("dense_variants_ms", ())  # older results lack it
