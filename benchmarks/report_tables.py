@@ -151,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = load_results(options.results)
         trunks = [r for r in results if kind_of(r)[0] == "trunk"]
+        # Pages that do not name the network are about CLIP's.
+        own = [r for r in trunks if ":" not in r["subject"]["arch"]]
         ops = [r for r in results if kind_of(r)[0] == "op"]
         models = [r for r in results if kind_of(r)[0] == "model"]
         rows = [(f"`{r.name}`", r.when, r.default, r.choices, r.doc) for r in settings.table({})]
@@ -158,11 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         pages = {
             options.readme: {"networks": network_table.networks_table(trunks, models, systems)},
             options.performance: {
-                "trunk": trunk_table(trunks),
-                "layers": layers_table(trunks),
-                "limits": performance_tables.limits_table(trunks),
+                "trunk": trunk_table(own),
+                "layers": layers_table(own),
+                "limits": performance_tables.limits_table(own),
                 "crossover": performance_tables.crossover_table(ops),
-                "peers": performance_tables.peers_table(trunks),
+                "peers": performance_tables.peers_table(own),
             },
             options.install: {"settings": table(SETTINGS.split("|"), rows)},
         }
