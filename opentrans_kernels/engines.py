@@ -70,6 +70,8 @@ class SparseEngine(Engine):
     """A packed convolution on the sparse kernels."""
 
     OPERATORS = {"operator": "sparse_conv2d"}
+    #: Of those that were pickled by versions without it.
+    dilation = 1
 
     def __init__(self, weight: SparseWeight) -> None:
         super().__init__()

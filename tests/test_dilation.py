@@ -14,6 +14,7 @@ from torch import nn
 
 import opentrans_kernels as otk
 from opentrans_kernels.compact import fold_conv
+from opentrans_kernels.engines import SparseEngine
 from opentrans_kernels.errors import PlanError, UnsupportedModelError
 from opentrans_kernels.gpu.network import describe_network
 from opentrans_kernels.nn import AcceleratedConv2d, SparseConv2d
@@ -211,3 +212,13 @@ def test_a_gpu_plan_refuses_a_dilated_trunk() -> None:
     ).eval()
     with pytest.raises(UnsupportedModelError, match="layer4.1.conv2 is dilated"):
         describe_network(prepare(model, "uniform:0.90", (64, 64)))
+
+
+def test_an_engine_pickled_without_a_dilation_has_none(extension: None) -> None:
+    engine = SparseEngine(SparseWeight.from_dense(weight(5, 7, 3), None, 1, 1))
+    state = engine.__getstate__()
+    del state["dilation"]
+    old = SparseEngine.__new__(SparseEngine)
+    old.__setstate__(state)
+    x = torch.randn(1, 7, 9, 9)
+    assert torch.equal(old(x), engine(x))

@@ -16,7 +16,7 @@ from ..ops.sparse_linear import sparse_linear
 from .packed import Packed, packed
 from .parts import Found, HeadPart, prove
 
-__all__ = ["FusedLinear", "PackedLinear", "find_below", "has_kernel", "linear", "part_of"]
+__all__ = ["FusedLinear", "PackedLinear", "find_below", "has_kernel", "linear", "packed_part"]
 
 KIND = "linear layer"
 
@@ -61,13 +61,14 @@ class PackedLinear(FusedLinear):
         return sparse_linear(x, packed.weight) if packed.serves(x) else super().fast(x)
 
 
-def part_of(path: str, layer: nn.Linear) -> Found | None:
-    """A linear layer by the faster of both; None if neither is to be had."""
-    kind: Callable[[nn.Linear], HeadPart] = FusedLinear
-    if (found := packed(path, layer)) is not None:
-        kind = functools.partial(PackedLinear, packed=found)
-    elif not has_kernel() or layer.bias is None:
+def packed_part(path: str, layer: nn.Linear) -> Found | None:
+    """A linear layer, packed; None if it is not sparse enough for that."""
+    if (found := packed(path, layer)) is None:
         return None
+    return _proved(path, layer, functools.partial(PackedLinear, packed=found))
+
+
+def _proved(path: str, layer: nn.Linear, kind: Callable[[nn.Linear], HeadPart]) -> Found:
     return prove(
         path, KIND, layer, kind,
         lambda dtype: ((torch.randn(
@@ -78,5 +79,10 @@ def part_of(path: str, layer: nn.Linear) -> Found | None:
 def find_below(name: str, module: nn.Module) -> Iterator[Found]:
     """The linear layers that are children of ``module``."""
     for key, child in module._modules.items():
-        if type(child) is nn.Linear and (found := part_of(f"{name}.{key}".lstrip("."), child)):
+        if type(child) is not nn.Linear:
+            continue
+        path = f"{name}.{key}".lstrip(".")
+        if (found := packed_part(path, child)) is not None:
             yield found
+        elif has_kernel() and child.bias is not None:
+            yield _proved(path, child, FusedLinear)

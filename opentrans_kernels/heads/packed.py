@@ -38,7 +38,7 @@ class Packed:
         else:
             weight = weight[:, :, None, None]
         self.weight = SparseWeight.from_dense(weight, layer.bias, stride, padding, dilation)
-        self.path, self.told = path, False
+        self.told = False
         self.fresh = Freshness({path: _Tensors(layer)})
 
     @property

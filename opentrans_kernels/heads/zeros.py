@@ -16,7 +16,7 @@ from ..nn import Replacement
 from ..ops.sparse_conv2d import sparse_conv2d
 from ..topology.blocks import unusual_window
 from ..topology.naming import naming_of_root
-from .linear import part_of
+from .linear import packed_part
 from .packed import DENSEST, Packed, packed
 from .parts import Found, HeadPart, prove
 
@@ -52,7 +52,7 @@ def find(model: nn.Module) -> Iterator[Found]:
         if isinstance(module, Replacement) or naming_of_root(module) is not None:
             done.append(f"{name}." if name else "")  # what is in it is no part of a head
         elif type(module) is nn.Linear:
-            if name and packed(name, module) is not None and (found := part_of(name, module)):
+            if name and (found := packed_part(name, module)) is not None:
                 yield found
         elif isinstance(module, nn.Conv2d) and name:
             yield from _conv(name, module)
@@ -60,10 +60,9 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 def _conv(name: str, conv: nn.Conv2d) -> Iterator[Found]:
     weight = conv._parameters.get("weight")
-    if weight is None or int(torch.count_nonzero(weight.detach())) > DENSEST * weight.numel():
-        return
     if (why := unusual_window(conv)) is not None:
-        yield Found(name, KIND, None, f"most of its weights are zero, but it {why}: dense")
+        if weight is not None and int(torch.count_nonzero(weight)) <= DENSEST * weight.numel():
+            yield Found(name, KIND, None, f"most of its weights are zero, but it {why}: dense")
     elif (found := packed(name, conv)) is not None:
         kind = functools.partial(PackedConv, packed=found)
         yield prove(name, KIND, conv, kind, lambda dtype: _noise(conv, dtype))
