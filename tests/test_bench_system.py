@@ -36,7 +36,7 @@ from opentrans_kernels.bench.whole import (  # noqa: E402  # noqa: E402
     Whole,
     measure_whole,
 )
-from opentrans_kernels.errors import OpenTransError  # noqa: E402
+from opentrans_kernels.errors import MaskError, OpenTransError  # noqa: E402
 from opentrans_kernels.heads.parts import head_parts  # noqa: E402
 from opentrans_kernels.plan.models import accelerated_parts  # noqa: E402
 
@@ -83,6 +83,24 @@ def test_every_side_is_the_same_network() -> None:
     assert check_system(data, "x.json") is data
     assert failures(result) == []
     assert head_parts(whole.model) and accelerated_parts(whole.model.backbone)
+
+
+def test_a_mask_of_the_head_covers_what_is_not_the_tower() -> None:
+    whole, other = small(), small()
+    result = measured(whole, head_mask="uniform:0.75")
+    measured(other)
+    head = result["head_mask"]
+    assert head["label"] == "uniform:0.75" and head["layers"] > 0
+    assert head["density"] == pytest.approx(0.25, abs=0.01)
+    for (name, weight), (_, plain) in zip(
+        whole.model.named_parameters(), other.model.named_parameters(), strict=True
+    ):
+        if name.startswith(f"{whole.tower}."):
+            assert torch.equal(weight, plain), name
+    assert all(row["match"]["equal"] for row in result["rows"])
+    check_system(stored(result), "head.json")
+    with pytest.raises(MaskError, match="must be a uniform one"):
+        measured(head_mask="global:0.90")
 
 
 def test_the_sides_run_what_they_say() -> None:

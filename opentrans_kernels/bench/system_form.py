@@ -22,7 +22,7 @@ from .schema import (
     problems,
 )
 
-__all__ = ["KIND", "check_system"]
+__all__ = ["KIND", "check_sides", "check_system"]
 
 KIND = "system"
 SYSTEM_ROW = {
@@ -64,14 +64,24 @@ def check_system(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
     name: of its file, for messages.
     """
-    found = list(problems(result, FORM))
-    if (kind := kind_of(result)) != (KIND, VERSION):
-        found.insert(0, f"kind and version are {kind}, expected {(KIND, VERSION)}")
+    return check_sides(result, name, FORM, KIND, "opentrans bench model --system")
+
+
+def check_sides(
+    result: Mapping[str, Any], name: str, form: Any, kind: str, command: str
+) -> Mapping[str, Any]:
+    """A result of sides of which one is the baseline, if it has the form and is of the kind.
+
+    Raises OpenTransError with the first three faults; ``command`` measures it.
+    """
+    found = list(problems(result, form))
+    if (own := kind_of(result)) != (kind, VERSION):
+        found.insert(0, f"kind and version are {own}, expected {(kind, VERSION)}")
     if not found and not any(row["name"] == result["baseline"] for row in result["rows"]):
         found.append(f"baseline is {result['baseline']!r}, which is no row")
     if found:
         raise OpenTransError(
-            f"{name} is no valid result of 'opentrans bench model --system': "
-            f"{'; '.join(found[:3])}. Measure it again with --json {name}."
+            f"{name} is no valid result of '{command}': {'; '.join(found[:3])}. Measure it again "
+            f"with --json {name}."
         )
     return result

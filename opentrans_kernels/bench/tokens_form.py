@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import OpenTransError
 from .schema import (
     COUNT,
     ENVELOPE,
@@ -14,12 +13,10 @@ from .schema import (
     SHARE,
     SPREAD,
     TEXT,
-    VERSION,
     Each,
     Maybe,
-    kind_of,
-    problems,
 )
+from .system_form import check_sides
 
 __all__ = ["KIND", "check_tokens"]
 
@@ -64,14 +61,4 @@ def check_tokens(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
     name: of its file, for messages.
     """
-    found = list(problems(result, FORM))
-    if (kind := kind_of(result)) != (KIND, VERSION):
-        found.insert(0, f"kind and version are {kind}, expected {(KIND, VERSION)}")
-    if not found and not any(row["name"] == result["baseline"] for row in result["rows"]):
-        found.append(f"baseline is {result['baseline']!r}, which is no row")
-    if found:
-        raise OpenTransError(
-            f"{name} is no valid result of 'opentrans bench tokens': {'; '.join(found[:3])}. "
-            f"Measure it again with --json {name}."
-        )
-    return result
+    return check_sides(result, name, FORM, KIND, "opentrans bench tokens")

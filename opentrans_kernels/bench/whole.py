@@ -283,8 +283,10 @@ def _mask_head(whole: Whole, recipe: str) -> dict[str, Any]:
         if inside or not isinstance(layer, nn.Conv2d | nn.Linear):
             continue
         weight = layer.weight
-        if remove := round(spec.sparsity * weight.numel()):
-            weight.view(-1)[weight.abs().flatten().argsort()[:remove]] = 0
+        kept_here = torch.ones(weight.numel(), dtype=torch.bool)
+        smallest = weight.abs().flatten().argsort()[: round(spec.sparsity * weight.numel())]
+        kept_here[smallest] = False
+        weight.masked_fill_(~kept_here.view(weight.shape), 0)
         kept, numel = kept + int(torch.count_nonzero(weight)), numel + weight.numel()
         layers += 1
     return {"label": recipe, "layers": layers, "density": kept / max(1, numel)}
