@@ -18,7 +18,7 @@ PACKAGE = "opentrans_kernels"
 # A unit may import units of its own floor and of the floors below, and units form no cycle.
 FLOORS = (
     ("errors", "settings", "native", "lazy", "finite", "timing", "activations"),
-    ("masks", "clip_resnet", "synthetic", "topology", "towers"),
+    ("masks", "clip_resnet", "hed", "synthetic", "topology", "towers"),
     ("flops", "compact", "audit", "pack", "dispatch", "ops"),
     (
         "plan",
