@@ -115,7 +115,7 @@ def shares(masks: MaskSet, model: nn.Module, size: tuple[int, int]) -> dict[str,
     found = audit(masks, model, input_size=size)
     return {
         "density": masks.density(),
-        "macs_left": found.flop_density,
+        "macs_left": found.totals["flop_density"],
         "layers": {name: float(mask.float().mean()) for name, mask in masks.masks.items()},
     }
 

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from opentrans_kernels.errors import CheckpointError, OpenTransError
-from opentrans_kernels.masks import MaskSet, atomic_write
+from opentrans_kernels.errors import OpenTransError, PlanError
+from opentrans_kernels.masks import MaskSet, open_checkpoint
 
 from ..gradskip import restore_skipped, skip_frozen
 from ..imp import Progress, iterative_magnitude_pruning
+from ..saved import check_entries, count, mapping, tensors
+from ..state import check_parts, differences, load_optimizer, write_state
 from .bank import Bank
 from .objective import Objective
 
 __all__ = ["Recipe", "fine_tune", "prune_on_photographs"]
 
 SAVE_EVERY = 100  # steps of recovery
+WARM_UP = 20  # steps, in which Adam's second moments are still those of a few batches
 RECOVERY = "recovery.pt"
+Settings = dict[str, Any]
+ENTRIES = {"model": tensors, "optimizer": mapping, "steps": count, "settings": mapping}
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,11 @@ class Recipe:
     """Everything that decides the result.
 
     rounds, density: rounds of pruning, each taking the same share of what is left, down to
-        ``density``; one round is one-shot pruning. period: steps of training before each round.
-    recovery: steps after the last round, in which the rate falls to 0 along a cosine.
+        ``density``; one round is one-shot pruning. period: steps of training between rounds. The
+        first round comes after a single step: a student that equals the dense network has no
+        gradient, and Adam would make full steps of its noise.
+    recovery: steps after the last round, in which the rate falls from ``recovery_lr`` (None:
+        ``lr``) to 0 along a cosine.
     lr, batch: of Adam, in crops. allocation, strength, pattern: see ``docs/pruning.md``.
     sparse: train on the sparse kernels.
     """
@@ -49,6 +57,7 @@ class Recipe:
     period: int = 60
     recovery: int = 1000
     lr: float = 1e-4
+    recovery_lr: float | None = None
     batch: int = 1
     allocation: str = "global"
     strength: float = 0.5
@@ -58,7 +67,7 @@ class Recipe:
 
     def steps(self) -> int:
         """Of training, in all."""
-        return self.rounds * self.period + self.recovery
+        return 1 + (self.rounds - 1) * self.period + self.recovery
 
     def rate(self) -> float:
         """Share of the remaining weights that a round removes."""
@@ -102,13 +111,14 @@ def prune_on_photographs(
 
     result = iterative_magnitude_pruning(
         model, step, rounds=recipe.rounds, rate=recipe.rate(), target_density=recipe.density,
-        period=recipe.period, scope=scope, allocation=recipe.allocation, strength=recipe.strength,
-        pattern=recipe.pattern, optimizer=optimizer, out_dir=out_dir, input_size=input_size,
-        run_config=asdict(recipe), sparse=recipe.sparse, on_progress=show,
+        period=recipe.period, first_after=1, scope=scope, allocation=recipe.allocation,
+        strength=recipe.strength, pattern=recipe.pattern, optimizer=optimizer, out_dir=out_dir,
+        input_size=input_size, run_config=asdict(recipe), sparse=recipe.sparse, on_progress=show,
     )  # fmt: skip
     fine_tune(
-        model, objective, bank, prepare, result.masks, steps=recipe.recovery, lr=recipe.lr,
-        batch=recipe.batch, sparse=recipe.sparse, first=recipe.rounds * recipe.period,
+        model, objective, bank, prepare, result.masks, steps=recipe.recovery,
+        lr=recipe.lr if recipe.recovery_lr is None else recipe.recovery_lr, batch=recipe.batch,
+        sparse=recipe.sparse, first=recipe.steps() - recipe.recovery,
         path=None if out_dir is None else Path(out_dir) / RECOVERY,
         on_progress=None if on_progress is None else lambda *at: on_progress("recover", *at),
     )  # fmt: skip
@@ -149,7 +159,11 @@ def fine_tune(
             for name, mask in own.items()
             if (weight := model.get_parameter(f"{name}.weight")).requires_grad
         ]
-        start = _load(path, model, optimizer)
+        settings = {
+            "steps": steps, "lr": lr, "batch": batch, "first": first, "frozen": names,
+            "masks": masks.content_hash(),
+        }  # fmt: skip
+        start = _load(path, model, optimizer, settings)
         began = time.perf_counter()
         done = start
         try:
@@ -159,8 +173,9 @@ def fine_tune(
                     part = (time.perf_counter() - began) / seconds
                     if part >= 1:
                         return done
+                warm = min(1.0, (done + 1) / WARM_UP)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * part))
+                    group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * part))
                 loss = _step(model, objective, bank, prepare, batch, optimizer, first + done)
                 if not math.isfinite(loss.item()):
                     raise OpenTransError(
@@ -170,13 +185,13 @@ def fine_tune(
                 if on_progress is not None:
                     on_progress(done + 1, steps, loss.item())
                 if path is not None and (done + 1) % SAVE_EVERY == 0:
-                    _save(path, model, optimizer, done + 1)
+                    _save(path, model, optimizer, done + 1, settings)
             done = steps
         finally:
             for hook in hooks:
                 hook.remove()
     if path is not None and done > start:
-        _save(path, model, optimizer, done)
+        _save(path, model, optimizer, done, settings)
     return done
 
 
@@ -217,24 +232,32 @@ def _prepared(model: nn.Module, frozen: list[str], masks: MaskSet, sparse: bool)
             parameter.requires_grad_(flag)
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    import io
+def _save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, settings: Settings
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "steps": steps,
+        "settings": settings,
+    }
+    write_state(path, state)
 
-    buffer = io.BytesIO()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": steps}
-    torch.save(state, buffer)
-    atomic_write(path, buffer.getvalue())
 
-
-def _load(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _load(
+    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings
+) -> int:
+    """Steps done by the run that ``path`` holds, whose state is put back; 0 without a file."""
     if path is None or not path.exists():
         return 0
-    state: Mapping[str, Any] = torch.load(path, weights_only=True)
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["steps"])
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not the state of this run ({error}). Remove it, or name another folder."
-        ) from error
+    name, state = str(path), open_checkpoint(path).content
+    check_entries(name, state, ENTRIES)
+    if found := differences(state["settings"], settings):
+        raise PlanError(
+            f"{name} was written by a run with other settings: {'; '.join(found)}. Continue with "
+            "those, or name another folder."
+        )
+    check_parts(name, {**state, "extras": {}}, model, optimizer, {})
+    load_optimizer(name, optimizer, state["optimizer"])
+    model.load_state_dict(state["model"])
+    return int(state["steps"])
