@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import network_table  # noqa: E402
 import ovs_tables  # noqa: E402
 import performance_tables  # noqa: E402
+import trained_tables  # noqa: E402
 import training_tables  # noqa: E402
 from markdown_tables import EMPTY, origin, rewrite, table  # noqa: E402
 
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         if options.training_docs or options.results == ROOT / "benchmarks" / "results":
             docs = options.training_docs or ROOT / "docs"
-            made = training_tables.tables(options.results)
+            made = training_tables.tables(options.results) | trained_tables.tables(options.results)
             pages |= {docs / name: content for name, content in made.items()}
         changed = []
         for page, content in pages.items():
@@ -178,6 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             after = rewrite(before, content)
             if after != before:
                 changed.append((page, after))
+        for figure, drawn in trained_tables.figures(options.results).items():
+            pages[figure] = {}
+            if not figure.exists() or figure.read_text(encoding="utf-8") != drawn:
+                changed.append((figure, drawn))
         for page, after in () if options.check else changed:
             page.write_text(after, encoding="utf-8")
     except (OpenTransError, OSError) as error:

@@ -226,6 +226,11 @@ def keep(path: Path, model: nn.Module) -> None:
     atomic_write(path, save({k: v.contiguous() for k, v in model.state_dict().items()}))
 
 
+def folder_of(work: Path, network: str, cell: str) -> Path:
+    """Where the run of a cell is kept."""
+    return work / network / cell.replace("/", "_").replace(":", "of")
+
+
 def cells_of(name: str, quick: bool) -> dict[str, Any]:
     """Cell -> how to run it: a Recipe, or a tuple for the untrained and random ones."""
     found: dict[str, Any] = {}
@@ -317,7 +322,7 @@ def main() -> int:
             continue
         say(f"  {name}")
         if isinstance(cell, Recipe):
-            folder = options.work / options.network / name.replace("/", "_").replace(":", "of")
+            folder = folder_of(options.work, options.network, name)
             found = run_recipe(data, cell, folder, scope)
         elif len(cell) == 3:
             found = run_untrained(data, *cell, scope)

@@ -16,7 +16,7 @@ from .machines import machine_differences, machine_slug
 from .schema import Result, load_result
 
 #: Results of scripts in ``benchmarks/``, which have forms of their own.
-OTHER_FOLDERS = ("alpha", "training", "gpu", "ovs")
+OTHER_FOLDERS = ("alpha", "trained", "training", "gpu", "ovs")
 
 
 @dataclass(frozen=True)
