@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import nn
 
-from benchmarks.trained.study import SUBJECTS, Data, prepare_data, say, store
+from benchmarks.trained.study import Data, prepare_data, say, store
 from opentrans.freeze import FreezePlan, freeze_plan
 from opentrans.gradskip import restore_skipped, skip_frozen
 from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs
+from opentrans.trained.subjects import SUBJECTS
 from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.spectrum import estimate_alpha
-from opentrans_kernels.synthetic import maskable_convs
 
 SCHEMA = 1
 FIT = "xmin_peak"
@@ -136,7 +136,7 @@ def main() -> int:
         options.seeds, options.steps, options.seconds = 2, 3, 2.0
     data = prepare_data(options.network, options.work, options.quick)
     start = copy.deepcopy(data.dense)
-    scope = [n for n in maskable_convs(start) if n.startswith(data.subject.within)]
+    scope = data.subject.scope(start)
     masks = prune_on_photographs(
         start, data.subject.objective, data.bank, data.prepare,
         Recipe(rounds=1, period=1, recovery=0, lr=0.0), scope=scope, input_size=data.subject.size,

@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.trained.study import SUBJECTS, folder_of, say, store
+from benchmarks.trained.study import folder_of, say, store
 from opentrans.trained import load
+from opentrans.trained.subjects import SUBJECTS
 from opentrans_kernels import accelerate
 from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.bench.timing import interleave

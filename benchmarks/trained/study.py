@@ -14,7 +14,7 @@ import copy
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import nn
 
-from opentrans.trained import Crops, load, photographs, pixels
+from opentrans.trained import Crops, Loaded, load, photographs
 from opentrans.trained.bank import Bank
-from opentrans.trained.objective import EdgeMaps, Features, Objective
-from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs
+from opentrans.trained.judge import Unseen, holdout, judge
+from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs, save_weights
+from opentrans.trained.subjects import SUBJECTS, Subject
 from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.masks import MaskSet, atomic_write
-from opentrans_kernels.synthetic import maskable_convs
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A network of the study: how it is trained, judged, and at which size its work counts.
-
-    crop: side of training crops. longest: of hold-out photographs; None: crops of ``crop``.
-    size: (height, width) that ``macs`` weighs by. crops: how many different ones. within: where the
-    convolutions to prune are, the first one never.
-    """
-
-    objective: Objective
-    crop: int
-    longest: int | None
-    size: tuple[int, int]
-    crops: int
-    within: tuple[str, ...] = ("",)
-
-
-SUBJECTS = {
-    "hed": Subject(EdgeMaps(), 160, 480, (320, 480), 800, ("blocks.",)),
-    "resnet50-half": Subject(Features(), 224, None, (224, 224), 1200),
-}
 
 
 @dataclass
@@ -63,21 +40,21 @@ class Data:
 
     name: str
     subject: Subject
-    dense: nn.Module
-    prepare: Any
+    loaded: Loaded
     bank: Bank
-    holdout: list[tuple[str, torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
+    holdout: list[Unseen]
+
+    @property
+    def dense(self) -> nn.Module:
+        return self.loaded.module
+
+    @property
+    def prepare(self) -> Any:
+        return self.loaded.prepare
 
     def agreement(self, model: nn.Module) -> dict[str, Any]:
         """Means over the hold-out photographs, and the values of each."""
-        each: dict[str, dict[str, float]] = {}
-        with torch.no_grad():
-            for name, image, wanted in self.holdout:
-                outputs = self.subject.objective.outputs(model, self.prepare(image))
-                each[name] = self.subject.objective.agreement(outputs, wanted)
-        keys = next(iter(each.values()))
-        means = {key: sum(one[key] for one in each.values()) / len(each) for key in keys}
-        return {"mean": means, "photographs": each}
+        return judge(model, self.loaded, self.subject, self.holdout)
 
 
 def prepare_data(name: str, work: Path, quick: bool) -> Data:
@@ -91,18 +68,9 @@ def prepare_data(name: str, work: Path, quick: bool) -> Data:
         loaded.module, subject.objective, train, count, loaded.prepare,
         path=work / f"{name}-bank-{count}.safetensors",
     )  # fmt: skip
-    found = Data(name, subject, loaded.module, loaded.prepare, bank)
     photos = photographs("holdout")
-    with torch.no_grad():
-        for i, photo in enumerate(photos[:3] if quick else photos):
-            if subject.longest is not None:
-                image = pixels(photo, subject.longest)[None]
-            else:  # eight crops of every photograph
-                image = torch.cat([Crops([photo], subject.crop, 1, i).batch(s) for s in range(8)])
-            found.holdout.append(
-                (photo.name, image, subject.objective.outputs(found.dense, found.prepare(image)))
-            )
-    return found
+    unseen = holdout(loaded, subject, photos[:3] if quick else photos)
+    return Data(name, subject, loaded, bank, unseen)
 
 
 # --- cells -------------------------------------------------------------------------------------
@@ -131,7 +99,7 @@ def run_recipe(data: Data, recipe: Recipe, folder: Path | None, scope: list[str]
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     if folder is not None:
         masks.save(folder / "masks.safetensors")
-        keep(folder / "weights.safetensors", model)
+        save_weights(folder / "weights.safetensors", model)
     return {
         "recipe": recipe.__dict__ | {"steps": recipe.steps()},
         "seconds": seconds,
@@ -219,13 +187,6 @@ def speed_of_a_round(data: Data, masks: MaskSet, weights: nn.Module, steps: int)
     }
 
 
-def keep(path: Path, model: nn.Module) -> None:
-    """The weights, atomically."""
-    from safetensors.torch import save
-
-    atomic_write(path, save({k: v.contiguous() for k, v in model.state_dict().items()}))
-
-
 def folder_of(work: Path, network: str, cell: str) -> Path:
     """Where the run of a cell is kept."""
     return work / network / cell.replace("/", "_").replace(":", "of")
@@ -239,11 +200,11 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
     for allocation, strength in ways[:2] if quick else ways:
         for density in densities:
             found[f"untrained/{allocation}/{density:g}"] = (allocation, strength, density)
-    budget = {"hed": 300, "resnet50-half": 300}[name] if not quick else 6
-    batch, lr = {"hed": (1, 2e-4), "resnet50-half": (4, 2e-4)}[name]
+    budget = 6 if quick else 300
     rounds = 2 if quick else 11
     period = max(1, budget // 2 // rounds)
-    same = {"batch": batch, "lr": lr}
+    batch, lr = SUBJECTS[name].batch, SUBJECTS[name].lr
+    same = {"batch": batch, "lr": lr / 2, "recovery_lr": lr}
     trained = {
         "imp/global": Recipe(rounds, 0.1, period, budget - rounds * period, **same),
         "imp/uniform": Recipe(
@@ -313,8 +274,8 @@ def main() -> int:
     result = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA, "cells": {}}
     result |= {"network": options.network, "environment": environment_block()}
     data = prepare_data(options.network, options.work, options.quick)
-    result["holdout"] = [name for name, _, _ in data.holdout]
-    scope = [n for n in maskable_convs(data.dense) if n.startswith(data.subject.within)]
+    result["holdout"] = [one.name for one in data.holdout]
+    scope = data.subject.scope(data.dense)
     result["scope"] = scope
     wanted = tuple(options.cells.split(",")) if options.cells else ("",)
     for name, cell in cells_of(options.network, options.quick).items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from . import trained_prune
 from .options import add_json
 from .render import Output
 
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_json(fetched)
     fetched.set_defaults(packages=_packages)
+    pruned = tasks.add_parser("prune", help=trained_prune.SUMMARY)
+    trained_prune.add_arguments(pruned)
+    pruned.set_defaults(packages=_packages_of_photographs)
 
 
 def _packages(options: argparse.Namespace) -> dict[str, str]:
@@ -37,8 +41,16 @@ def _packages(options: argparse.Namespace) -> dict[str, str]:
     return NEEDS if {PHOTOGRAPHS, "all"} & set(options.names) else {}
 
 
+def _packages_of_photographs(options: argparse.Namespace) -> dict[str, str]:
+    from opentrans.trained.photograph_catalog import NEEDS
+
+    return NEEDS
+
+
 def run(options: argparse.Namespace, out: Output) -> int:
-    """List or fetch; always 0, since what fails is an error."""
+    """List, fetch or prune; always 0, since what fails is an error."""
+    if options.task == "prune":
+        return trained_prune.run(options, out)
     return _list(out) if options.task == "list" else _fetch(options, out)
 
 

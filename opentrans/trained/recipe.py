@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import OpenTransError, PlanError
-from opentrans_kernels.masks import MaskSet, open_checkpoint
+from opentrans_kernels.masks import MaskSet, atomic_write, open_checkpoint
 
 from ..gradskip import restore_skipped, skip_frozen
 from ..imp import Progress, iterative_magnitude_pruning
@@ -29,7 +29,7 @@ from ..state import check_parts, differences, load_optimizer, write_state
 from .bank import Bank
 from .objective import Objective
 
-__all__ = ["Recipe", "fine_tune", "prune_on_photographs"]
+__all__ = ["Recipe", "fine_tune", "prune_on_photographs", "save_weights"]
 
 SAVE_EVERY = 100  # steps of recovery
 WARM_UP = 20  # steps, in which Adam's second moments are still those of a few batches
@@ -123,6 +123,13 @@ def prune_on_photographs(
         on_progress=None if on_progress is None else lambda *at: on_progress("recover", *at),
     )  # fmt: skip
     return result.masks
+
+
+def save_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """The ``state_dict`` as a safetensors file, as a whole or not at all."""
+    from safetensors.torch import save
+
+    atomic_write(path, save({k: v.contiguous() for k, v in model.state_dict().items()}))
 
 
 def fine_tune(
