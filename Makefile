@@ -12,7 +12,7 @@ WORKERS     ?= auto
 PYTEST      := $(BIN)/python -m pytest -q -rs -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test test-all test-isa neon test-torch test-python demo bench bench-quick bench-all bench-ops peers readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
+.PHONY: help dev test test-all test-isa neon test-torch test-python demo bench bench-quick bench-all bench-ops peers trained trained-quick readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
 
 help:
 	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
@@ -27,6 +27,8 @@ help:
 	@echo "make bench-quick   a first look at this machine, < 3 minutes -> bench-results/"
 	@echo "make bench-all     the whole suite, < 30 minutes -> benchmarks/results/MACHINE/"
 	@echo "make peers         environments of the other engines, pinned (PEERS=onnxruntime ...)"
+	@echo "make trained       trained networks pruned on photographs: agreement, times, freezing; hours"
+	@echo "make trained-quick every step of that with a few crops and steps, minutes -> build/trained-quick"
 	@echo "make readme-tables rewrite the generated tables of README.md and docs/"
 	@echo "make gpu           check and time everything for a GPU, < 9 minutes; needs torch and triton only"
 	@echo "make sanitize      the native code under address and undefined-behaviour sanitizers, < 6 minutes"
@@ -99,6 +101,20 @@ bench-ops: .venv/.built
 
 peers: .venv/.built
 	$(BIN)/opentrans bench peers $(PEERS) --setup
+
+# Downloads weights and photographs once; every cell is stored when it is done, and not run again.
+STUDY := $(BIN)/python benchmarks/trained
+trained: .venv/.built
+	for network in hed resnet50-half; do \
+	  $(STUDY)/study.py --network $$network && $(STUDY)/latency.py --network $$network \
+	  && $(STUDY)/freezing.py --network $$network || exit 1; done
+	$(MAKE) readme-tables
+
+QUICK := --network hed --quick --out build/trained-quick --work build/trained-quick/work
+trained-quick: .venv/.built
+	$(STUDY)/study.py $(QUICK)
+	$(STUDY)/latency.py --rounds 2 --dense eager $(QUICK)
+	$(STUDY)/freezing.py $(QUICK)
 
 readme-tables: .venv/.built
 	$(BIN)/python benchmarks/report_tables.py

@@ -61,9 +61,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("build/trained"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dense", default=",".join(DENSE), help="dense variants")
+    parser.add_argument("--quick", action="store_true", help="of a quick study")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = options.out / f"{options.network}.json"
+    path = options.out / f"{options.network}{'-quick' if options.quick else ''}.json"
     result = json.loads(path.read_text())
     loaded = load(options.network)
     height, width = SUBJECTS[options.network].size

@@ -201,17 +201,17 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
         for density in densities:
             found[f"untrained/{allocation}/{density:g}"] = (allocation, strength, density)
     budget = 6 if quick else 300
-    rounds = 2 if quick else 11
-    period = max(1, budget // 2 // rounds)
+    rounds, period = (2, 1) if quick else (11, budget // 20)
     batch, lr = SUBJECTS[name].batch, SUBJECTS[name].lr
     same = {"batch": batch, "lr": lr / 2, "recovery_lr": lr}
+    recovery = budget - 1 - (rounds - 1) * period
     trained = {
-        "imp/global": Recipe(rounds, 0.1, period, budget - rounds * period, **same),
+        "imp/global": Recipe(rounds, 0.1, period, recovery, **same),
         "imp/uniform": Recipe(
-            rounds, 0.1, period, budget - rounds * period, allocation="uniform", **same
+            rounds, 0.1, period, recovery, allocation="uniform", **same
         ),
         "imp/macs-0.2": Recipe(
-            rounds, 0.1, period, budget - rounds * period, allocation="macs", strength=0.2, **same
+            rounds, 0.1, period, recovery, allocation="macs", strength=0.2, **same
         ),
         "one-shot/global": Recipe(1, 0.1, 1, budget - 1, **same),
         "one-shot/uniform": Recipe(1, 0.1, 1, budget - 1, allocation="uniform", **same),
@@ -219,11 +219,11 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
             1, 0.1, 1, budget - 1, allocation="macs", strength=0.2, **same
         ),
         "imp/channel": Recipe(
-            rounds, 0.5, period, budget - rounds * period, allocation="uniform",
+            rounds, 0.5, period, recovery, allocation="uniform",
             pattern="channel", **same,
         ),
         "imp/2:4": Recipe(
-            rounds, 0.5, period, budget - rounds * period, allocation="uniform", pattern="2:4",
+            rounds, 0.5, period, recovery, allocation="uniform", pattern="2:4",
             **same,
         ),
     }  # fmt: skip
@@ -233,9 +233,7 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
     if not quick:
         found["random"] = (0.1, budget, lr, batch)
         for density in (0.2, 0.05):
-            found[f"imp/global/{density:g}"] = Recipe(
-                rounds, density, period, budget - rounds * period, **same
-            )
+            found[f"imp/global/{density:g}"] = Recipe(rounds, density, period, recovery, **same)
     return found
 
 
