@@ -184,9 +184,6 @@ class Classifier(nn.Module):
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x).relu().mean((2, 3))
 
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        return self.fc(features)
-
 
 def test_a_classifier_is_judged_by_features_and_classes() -> None:
     model, objective = Classifier(), Features()

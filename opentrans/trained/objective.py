@@ -66,12 +66,12 @@ class Features:
     """Of a classifier: the pooled features and the logits.
 
     The loss is one minus the cosine of the features plus the Kullback-Leibler divergence of the
-    class probabilities. The model has ``features(x)`` [B, C] and ``classify(features)`` [B, K].
+    class probabilities. The model has ``features(x)`` [B, C] and ``fc(features)`` [B, K].
     """
 
     def outputs(self, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         features = model.features(x)  # type: ignore[operator]
-        return [features, model.classify(features)]  # type: ignore[operator]
+        return [features, model.fc(features)]  # type: ignore[operator]
 
     def loss(
         self, outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
