@@ -15,15 +15,20 @@ from opentrans_kernels.lazy import optional_module
 __all__ = ["load_hed"]
 
 
-def load_hed(path: str | os.PathLike[str]) -> Hed:
+def load_hed(path: str | os.PathLike[str], model: Hed | None = None) -> Hed:
     """The edge detector with the weights of a Keras ``.weights.h5`` file, eval mode, no gradients.
 
     Keras keeps convolutions as [height, width, in, out] and expects BGR; both are turned, so that
-    the module takes RGB. Raises CheckpointError if the file is not one of this network, and
-    OpenTransError if h5py is missing.
+    the module takes RGB.
+
+    Args:
+        model: another shape of the same network; by default the published one.
+
+    Raises CheckpointError if the file is not one of this network, and OpenTransError if h5py is
+    missing.
     """
     h5py = optional_module("h5py", "the weights are an HDF5 file")
-    model = Hed()
+    model = Hed() if model is None else model
     try:
         with h5py.File(os.fspath(path), "r") as file:
             for place, conv in _convolutions(model):
