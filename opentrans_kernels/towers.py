@@ -88,8 +88,8 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     """A tower without trained weights, eval mode, float32, no gradients.
 
     CLIP ResNets and HED get synthetic weights, or with ``empty`` uninitialised ones, for callers
-    that load a checkpoint; CLIP's other towers ("ViT-L-14", also "open_clip:ViT-L-14"), "torchvision:NAME"
-    and "timm:NAME" their library's random initialisation under ``seed``.
+    that load a checkpoint; CLIP's other towers ("ViT-L-14", also "open_clip:ViT-L-14"),
+    "torchvision:NAME" and "timm:NAME" their library's random initialisation under ``seed``.
 
     Raises:
         OpenTransError: the library is missing or does not know the name.
@@ -99,7 +99,9 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     if not colon and arch.startswith("ViT"):
         return _vision_transformer(arch, seed)
     if arch == HED:
-        return with_storage(empty_tower(arch)).requires_grad_(False) if empty else synthetic_hed(seed)
+        return (
+            with_storage(empty_tower(arch)).requires_grad_(False) if empty else synthetic_hed(seed)
+        )
     if not colon and empty:
         tower = with_storage(clip_resnet_on_meta(arch, clip_image_size(arch)))
         return tower.eval().requires_grad_(False)

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 #: Words after Python that start this command line again.
 AGAIN = ("-m", "opentrans")
-ARCH_HELP = (
-    "RN50, RN101, RN50x4, ViT-B-32 (CLIP), HED, torchvision:NAME, timm:NAME (default RN50)"
-)
+ARCH_HELP = "RN50, RN101, RN50x4, ViT-B-32 (CLIP), HED, torchvision:NAME, timm:NAME (default RN50)"
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
