@@ -12,7 +12,18 @@ import torch
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.lazy import optional_module
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "ImageFolder"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "SUFFIXES",
+    "ImageFolder",
+    "Passes",
+    "broken_image",
+    "images_below",
+    "open_image",
+    "pillow",
+    "square",
+]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # Of the images CLIP was trained on, per channel, values from 0 to 1.
@@ -48,7 +59,7 @@ class ImageFolder:
         if size < 1 or batch < 1:
             raise OpenTransError(f"size={size} and batch={batch} must be whole numbers from 1.")
         if isinstance(source, str | os.PathLike):
-            self.files = _images_below(Path(source))
+            self.files = images_below(Path(source))
         else:
             self.files = list(source)
         if not self.files:
@@ -56,7 +67,7 @@ class ImageFolder:
                 f"{source} holds no image. Name a folder with {', '.join(SUFFIXES)} files; "
                 "folders inside it are searched too."
             )
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._passes = Passes(len(self.files), seed)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -64,7 +75,7 @@ class ImageFolder:
     def check(self) -> None:
         """Read the header of every file. Raises OpenTransError naming the first that is broken."""
         for file in self.files:
-            _open(file).close()
+            open_image(file).close()
 
     def batch(self, step: int) -> torch.Tensor:
         """Batch number ``step``: float32 [batch, 3, size, size], normalised for CLIP.
@@ -81,27 +92,49 @@ class ImageFolder:
 
     def _image(self, number: int, generator: torch.Generator) -> torch.Tensor:
         """uint8 [size, size, 3] of the ``number``-th image of all passes."""
-        turn, place = divmod(number, len(self.files))
-        if self._order[0] != turn:
-            shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 - 1 - turn)
-            self._order = (turn, torch.randperm(len(self.files), generator=shuffle).tolist())
-        file = self.files[self._order[1][place]]
+        file = self.files[self._passes[number]]
         area, left, top, flip = torch.rand(4, generator=generator).tolist()
-        with _open(file) as image:
+        with open_image(file) as image:
             side = min(image.size) * (LEAST_AREA + (1 - LEAST_AREA) * area) ** 0.5
-            x, y = left * (image.width - side), top * (image.height - side)
-            box = (x, y, x + side, y + side)
             try:
                 rgb = image.convert("RGB")
-                cut = rgb.resize((self.size, self.size), pillow().Resampling.BICUBIC, box=box)
+                return square(rgb, side, left, top, flip < 0.5, self.size)
             except Exception as error:  # a decoder may raise anything on a broken file
-                raise _broken(file, error) from error
-        pixels = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(self.size, self.size, 3)
-        return pixels.flip(1) if flip < 0.5 else pixels
+                raise broken_image(file, error) from error
 
 
-def _images_below(folder: Path) -> list[Path]:
+class Passes:
+    """Indices of ``count`` things, each once per pass, in an order that differs from pass to pass.
+
+    ``passes[number]`` is the index at place ``number`` of all passes, the same in any process.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __getitem__(self, number: int) -> int:
+        turn, place = divmod(number, self.count)
+        if self._order[0] != turn:
+            shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 - 1 - turn)
+            self._order = (turn, torch.randperm(self.count, generator=shuffle).tolist())
+        return self._order[1][place]
+
+
+def square(image: Any, side: float, left: float, top: float, flip: bool, size: int) -> torch.Tensor:
+    """A square of an RGB image as uint8 [size, size, 3].
+
+    side: of the square in pixels of the image. left, top: where it lies, from 0 to 1.
+    """
+    x, y = left * (image.width - side), top * (image.height - side)
+    box = (x, y, x + side, y + side)
+    cut = image.resize((size, size), pillow().Resampling.BICUBIC, box=box)
+    pixels = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(size, size, 3)
+    return pixels.flip(1) if flip else pixels
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Files of the known kinds, hidden ones left out. Raises OpenTransError if it is no folder."""
     if not folder.is_dir():
         raise OpenTransError(
             f"{folder} is not a folder. Name one that holds images ({', '.join(SUFFIXES)})."
@@ -118,14 +151,16 @@ def pillow() -> Any:
     return optional_module("PIL.Image", "images are read and written by Pillow")
 
 
-def _open(file: Path) -> Any:
+def open_image(file: Path) -> Any:
+    """Pillow's image. Raises OpenTransError naming a file that is none."""
     try:
         return pillow().open(file)
     except Exception as error:  # not only OSError: parsers of single formats raise others
-        raise _broken(file, error) from error
+        raise broken_image(file, error) from error
 
 
-def _broken(file: Path, error: Exception) -> OpenTransError:
+def broken_image(file: Path, error: Exception) -> OpenTransError:
+    """The error for an image that cannot be read."""
     return OpenTransError(
         f"the image {file} cannot be read ({error}). Remove or replace it, then start the command "
         "again: it continues."

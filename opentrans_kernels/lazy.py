@@ -16,6 +16,9 @@ __all__ = ["lazy_exports", "optional_module", "require_packages"]
 #: Every optional package by the name it is imported under -> what pip installs.
 PIP_NAMES = {
     "PIL": "pillow",
+    "h5py": "h5py",
+    "imgviz": "imgviz",
+    "onnx": "onnx",
     "open_clip": "open_clip_torch",
     "ray": "'ray[data]'",
     "scipy": "scipy",

@@ -64,6 +64,12 @@ class Settings:
         "Writes log lines of this level and above to stderr. auto: leave logging to the "
         "application; Python then shows warnings only.",
     )
+    cache: str = _variable(
+        "OPENTRANS_CACHE",
+        "~/.cache/opentrans/trained",
+        (),
+        "The folder of fetched trained weights and photographs.",
+    )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -75,10 +81,11 @@ class Settings:
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             name, choices = field.metadata["name"], field.metadata["choices"]
-            text = environ.get(name, "").strip().lower()
+            given = environ.get(name, "").strip()
+            text = given.lower() if choices else given
             if not text:
                 continue
-            if text not in choices:
+            if choices and text not in choices:
                 raise OpenTransError(
                     f"{name}={environ[name]!r} is not a known value. "
                     f"Use one of {', '.join(choices)}, or unset {name}."
@@ -155,7 +162,7 @@ def table(environ: Mapping[str, str] | None = None) -> list[SettingRow]:
     settings = Settings.from_env(environ)
     rows = []
     for field in dataclasses.fields(Settings):
-        name, choices = field.metadata["name"], ", ".join(field.metadata["choices"])
+        name, choices = field.metadata["name"], ", ".join(field.metadata["choices"]) or "a path"
         value, default = _text(getattr(settings, field.name)), _text(field.default)
         doc = field.metadata["doc"]
         rows.append(SettingRow(name, value, default, _origin(name, environ), "run", choices, doc))

@@ -20,7 +20,7 @@ SUFFIXES = (".py", ".md", ".cpp", ".h", ".inc", ".cu", ".yaml", ".toml")
 #: Folders from which a page may name a file, as "masks/readers/families.py".
 BASES = ("", "opentrans_kernels", "opentrans", "csrc", "csrc/cpu", "opentrans/d2/configs", "docs")
 #: Named as a place for code to come; once it is there, it is no plan.
-PLANNED = {"opentrans/trained/"}
+PLANNED: set[str] = set()
 WRITTEN = {"dist/", "out/", "shapes/", "config.yaml"}  # by commands
 
 

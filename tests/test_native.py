@@ -46,6 +46,7 @@ def test_every_error_is_an_opentrans_error() -> None:
 def test_defaults_apply_to_an_empty_environment() -> None:
     assert settings.Settings.from_env({}) == settings.Settings("auto", False, "auto", "auto")
     assert settings.Settings.from_env({"OPENTRANS_BACKEND": ""}).backend == "auto"
+    assert settings.Settings.from_env({"OPENTRANS_CACHE": ""}).cache == settings.Settings().cache
 
 
 def test_values_are_read_and_typed() -> None:
@@ -53,6 +54,7 @@ def test_values_are_read_and_typed() -> None:
         {"OPENTRANS_BACKEND": " CPU ", "OPENTRANS_STRICT": "1", "OPENTRANS_LOG": "info"}
     )
     assert found == settings.Settings("cpu", True, "auto", "info")
+    assert settings.Settings.from_env({"OPENTRANS_CACHE": "/Some Where"}).cache == "/Some Where"
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.backend = "auto"  # type: ignore[misc]
 

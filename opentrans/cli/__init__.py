@@ -26,11 +26,12 @@ OK, FAILED_CHECK, BAD_INPUT, UNEXPECTED, INTERRUPTED = 0, 1, 2, 3, 130
 #: Commands in the order of first use; each is a module of this package.
 COMMANDS = (
     "info", "inspect", "plan", "accelerate", "alpha", "prune", "freeze", "flops", "segment",
-    "bench", "report", "demo",
+    "trained", "bench", "report", "demo",
 )  # fmt: skip
 
-#: These may start over in a process of their own, and speak when they have; report needs no torch.
-RESTARTING = ("bench", "demo", "report")
+#: These may start over in a process of their own, and speak when they have; the last two need no
+#: torch.
+RESTARTING = ("bench", "demo", "report", "trained")
 
 _EPILOG = """\
 MASK is a mask file or a recipe: global:0.90 prunes 90 % of all weights by magnitude, uniform:0.90

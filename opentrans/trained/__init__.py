@@ -1,7 +1,42 @@
-"""Trained networks that packages ship, as plain torch modules."""
+"""Trained networks that packages ship, as plain torch modules, and photographs to try them on.
+
+The public names are imported when they are first used: the catalog and the fetching need no torch.
+"""
 
 from __future__ import annotations
 
-from .hed import load_hed
+from typing import TYPE_CHECKING
 
-__all__ = ["load_hed"]
+from opentrans_kernels.lazy import lazy_exports
+
+# Public name -> the module of this package that defines it.
+_EXPORTS = {
+    "NETWORKS": "catalog",
+    "Network": "catalog",
+    "Crops": "crops",
+    "fetch": "fetch",
+    "load_hed": "hed",
+    "Loaded": "load",
+    "load": "load",
+    "Photograph": "photographs",
+    "folder_photographs": "photographs",
+    "photographs": "photographs",
+    "pixels": "crops",
+}
+
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:  # "as" marks a re-export for type checkers
+    from .catalog import NETWORKS as NETWORKS
+    from .catalog import Network as Network
+    from .crops import Crops as Crops
+    from .crops import pixels as pixels
+    from .fetch import fetch as fetch
+    from .hed import load_hed as load_hed
+    from .load import Loaded as Loaded
+    from .load import load as load
+    from .photographs import Photograph as Photograph
+    from .photographs import folder_photographs as folder_photographs
+    from .photographs import photographs as photographs
+
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

