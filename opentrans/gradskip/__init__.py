@@ -9,8 +9,8 @@ See ``docs/training.md`` for the rules and the measured memory.
 
 from __future__ import annotations
 
-from .apply import restore_skipped, skip_frozen
+from .apply import is_skipped, restore_skipped, skip_frozen
 from .explain import Explanation, Kept
 from .report import GradSkipReport
 
-__all__ = ["Explanation", "GradSkipReport", "Kept", "restore_skipped", "skip_frozen"]
+__all__ = ["Explanation", "GradSkipReport", "Kept", "is_skipped", "restore_skipped", "skip_frozen"]

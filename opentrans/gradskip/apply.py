@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from ..freeze import FreezePlan
 
-__all__ = ["restore_skipped", "skip_frozen"]
+__all__ = ["is_skipped", "restore_skipped", "skip_frozen"]
 
 _RECORD = "_opentrans_gradskip"
 log = logging.getLogger(__name__)
@@ -113,6 +113,11 @@ def skip_frozen(
     for note in report.notes:
         log.info("%s", note)
     return report
+
+
+def is_skipped(model: nn.Module) -> bool:
+    """Whether ``skip_frozen`` is in force on this very module."""
+    return _RECORD in vars(model)
 
 
 def restore_skipped(model: nn.Module) -> None:
@@ -224,7 +229,9 @@ def _replacements(
             else:
                 swaps[step.block] = SkipBlock(block, kept, batch, sparse)
     for node in trunk.loose:
-        if not any(p.requires_grad for p in node.conv.parameters()):
+        if node.name in sparse:
+            swaps.update(_loose_sparse(model, node, batch, sparse[node.name], untouched))
+        elif not any(p.requires_grad for p in node.conv.parameters()):
             swaps.update(_loose_conv(model, node, batch, untouched))
     return swaps
 
@@ -269,6 +276,32 @@ def _loose_conv(
     swaps: dict[str, Skipping] = {node.name: SkipConv2d(conv, bn, relu=False, bits=False)}
     if bn is not None:
         swaps[str(node.bn_name)] = SkipPassed(bn)
+        watch_together(model, swaps, {}, UNDO, node.through)
+    return swaps
+
+
+def _loose_sparse(
+    model: nn.Module, node: ConvNode, batch: bool, sparse: Sparse, untouched: dict[str, str]
+) -> dict[str, Skipping]:
+    """A pruned convolution outside a trunk, with the norm and ReLU that are proved to follow it.
+
+    Who reads the ReLU is unknown. Where the convolution trains, what follows it mostly does too and
+    stores that anyway; behind a frozen one a bit is kept.
+    """
+    if why := _why_not(node):
+        untouched[node.name] = why
+        return {}
+    bn = None if batch else node.plain_bn
+    relu = node.relu and node.act is not None and (bn is not None or node.bn is None)
+    bits = relu and not any(p.requires_grad for p in node.conv.parameters())
+    swaps: dict[str, Skipping] = {
+        node.name: SkipConv2d(node.conv, bn, relu=relu, bits=bits, sparse=sparse)
+    }
+    if bn is not None:
+        swaps[str(node.bn_name)] = SkipPassed(bn)
+    if relu:
+        swaps[str(node.act_name)] = SkipPassed(node.act)
+    if len(swaps) > 1:
         watch_together(model, swaps, {}, UNDO, node.through)
     return swaps
 

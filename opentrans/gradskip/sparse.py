@@ -13,6 +13,7 @@ from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.pack import SparseWeight
 from opentrans_kernels.plan import Plan
 from opentrans_kernels.topology import ConvNode, Trunk
+from opentrans_kernels.topology.blocks import plain_conv
 
 __all__ = ["Sparse", "choose_sparse"]
 
@@ -64,7 +65,7 @@ def choose_sparse(
     for name, mask in found.items():
         node = nodes.get(name)
         density = float(mask.float().mean())
-        if node is None or not _runs_sparsely(node):
+        if node is None or not _runs_sparsely(node, node in trunk.loose):
             continue
         kernel = node.conv.kernel_size[0] ** 2
         below = SPARSE_BELOW.get(kernel, 0.5)
@@ -85,12 +86,14 @@ def _planned(plan: Plan) -> set[str]:
     return {row.name for row in plan.rows if row.kind == "sparse"}
 
 
-def _runs_sparsely(node: ConvNode) -> bool:
+def _runs_sparsely(node: ConvNode, loose: bool) -> bool:
     conv = node.conv
+    if loose and (plain_conv(conv) is not None or conv.kernel_size[0] % 2 == 0):
+        return False  # inside recognised blocks neither is there
     return (
         conv.weight.dtype == torch.float32
         and conv.weight.device.type == "cpu"
-        and node.bn is not None  # part of the recognised structure
+        and (loose or node.bn is not None)
         and "weight" in conv._parameters
         and conv.dilation == (1, 1)
     )

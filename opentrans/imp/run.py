@@ -14,6 +14,7 @@ from opentrans_kernels.errors import CheckpointError
 from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.plan import Plan
 
+from ..gradskip import is_skipped, restore_skipped, skip_frozen
 from .allocation import Allocation
 from .config import ImpConfig
 from .folder import STATE, RunFolder
@@ -86,6 +87,7 @@ def iterative_magnitude_pruning(
     input_size: tuple[int, int] = (224, 224),
     plan: Plan | None = None,
     synthetic: bool = False,
+    sparse: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ImpResult:
     """Train, remove the smallest weights, repeat (Han et al., arXiv 2404.07448, algorithm 1).
@@ -120,6 +122,9 @@ def iterative_magnitude_pruning(
             False: there must be none.
         run_config: further settings that must agree when the run is continued (plain values).
         synthetic: the weights are not trained ones; the masks then say so.
+        sparse: between rounds, run convolutions that are sparse enough on the sparse kernels in
+            forward and backward (``skip_frozen`` with nothing frozen; float32 on a CPU). Batch
+            norms then keep their statistics and train scale and shift.
         on_progress: called after every step.
 
     Returns:
@@ -144,6 +149,8 @@ def iterative_magnitude_pruning(
     )
     try:
         folder = None if out_dir is None else _folder(out_dir, pruner, extras, resume)
+        if sparse and pruner.round:
+            skip_frozen(model, (), bn="affine", masks=pruner.masks)
         for iteration in range(pruner.steps, pruner.total_steps):
             if pruner.finished:
                 break
@@ -158,6 +165,8 @@ def iterative_magnitude_pruning(
                 check_same_masks(pruner)
                 if folder is not None and is_first():
                     folder.save()
+                if sparse:
+                    skip_frozen(model, (), bn="affine", masks=pruner.masks)
             if on_progress is not None:
                 on_progress(
                     Progress(
@@ -167,6 +176,8 @@ def iterative_magnitude_pruning(
                 )  # fmt: skip
     finally:
         pruner.close()
+        if sparse and is_skipped(model):
+            restore_skipped(model)
     return ImpResult(
         pruner.masks, tuple(pruner.records), None if folder is None else str(folder.path)
     )

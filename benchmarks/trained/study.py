@@ -1,0 +1,334 @@
+"""What pruning does to the answers of trained networks, on photographs nobody trained on.
+
+    python benchmarks/trained/study.py --network hed --out benchmarks/results/trained   # hours
+    python benchmarks/trained/study.py --network hed --quick --out /tmp/quick           # minutes
+
+Every cell is one way of pruning under one budget. A cell that is in the JSON already is not run
+again, and a run that was stopped within a cell continues there (``--work``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import nn
+
+from opentrans.trained import Crops, load, photographs, pixels
+from opentrans.trained.bank import Bank
+from opentrans.trained.objective import EdgeMaps, Features, Objective
+from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs
+from opentrans_kernels.bench.environment import environment_block
+from opentrans_kernels.masks import MaskSet, atomic_write
+from opentrans_kernels.synthetic import maskable_convs
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network of the study: how it is trained, judged, and at which size its work counts.
+
+    crop: side of training crops. longest: of hold-out photographs; None: crops of ``crop``.
+    size: (height, width) that ``macs`` weighs by. crops: how many different ones. within: where the
+    convolutions to prune are, the first one never.
+    """
+
+    objective: Objective
+    crop: int
+    longest: int | None
+    size: tuple[int, int]
+    crops: int
+    within: tuple[str, ...] = ("",)
+
+
+SUBJECTS = {
+    "hed": Subject(EdgeMaps(), 160, 480, (320, 480), 800, ("blocks.",)),
+    "resnet50-half": Subject(Features(), 224, None, (224, 224), 1200),
+}
+
+
+@dataclass
+class Data:
+    """Loaded once: dense network, crops with its answers, hold-out with its answers."""
+
+    name: str
+    subject: Subject
+    dense: nn.Module
+    prepare: Any
+    bank: Bank
+    holdout: list[tuple[str, torch.Tensor, list[torch.Tensor]]] = field(default_factory=list)
+
+    def agreement(self, model: nn.Module) -> dict[str, Any]:
+        """Means over the hold-out photographs, and the values of each."""
+        each: dict[str, dict[str, float]] = {}
+        with torch.no_grad():
+            for name, image, wanted in self.holdout:
+                outputs = self.subject.objective.outputs(model, self.prepare(image))
+                each[name] = self.subject.objective.agreement(outputs, wanted)
+        keys = next(iter(each.values()))
+        means = {key: sum(one[key] for one in each.values()) / len(each) for key in keys}
+        return {"mean": means, "photographs": each}
+
+
+def prepare_data(name: str, work: Path, quick: bool) -> Data:
+    """Network, bank and hold-out; the bank is kept in ``work``."""
+    subject = SUBJECTS[name]
+    loaded = load(name)
+    train = Crops(photographs("train"), subject.crop, 1, seed=0)
+    count = 40 if quick else subject.crops
+    say(f"{name}: the dense network's answers for {count} crops")
+    bank = Bank.build(
+        loaded.module, subject.objective, train, count, loaded.prepare,
+        path=work / f"{name}-bank-{count}.safetensors",
+    )  # fmt: skip
+    found = Data(name, subject, loaded.module, loaded.prepare, bank)
+    photos = photographs("holdout")
+    with torch.no_grad():
+        for i, photo in enumerate(photos[:3] if quick else photos):
+            if subject.longest is not None:
+                image = pixels(photo, subject.longest)[None]
+            else:  # eight crops of every photograph
+                image = torch.cat([Crops([photo], subject.crop, 1, i).batch(s) for s in range(8)])
+            found.holdout.append(
+                (photo.name, image, subject.objective.outputs(found.dense, found.prepare(image)))
+            )
+    return found
+
+
+# --- cells -------------------------------------------------------------------------------------
+
+
+def shares(masks: MaskSet, model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """Density, share of multiply-adds left (all convolutions), density layer by layer."""
+    from opentrans_kernels.audit import audit
+
+    found = audit(masks, model, input_size=size)
+    return {
+        "density": masks.density(),
+        "macs_left": found.flop_density,
+        "layers": {name: float(mask.float().mean()) for name, mask in masks.masks.items()},
+    }
+
+
+def run_recipe(data: Data, recipe: Recipe, folder: Path | None, scope: list[str]) -> dict[str, Any]:
+    """One pruning run: agreement, what is left, seconds of training."""
+    model = copy.deepcopy(data.dense)
+    began, cpu = time.perf_counter(), time.process_time()
+    masks = prune_on_photographs(
+        model, data.subject.objective, data.bank, data.prepare, recipe, scope=scope,
+        input_size=data.subject.size, out_dir=folder, on_progress=_progress(),
+    )  # fmt: skip
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    if folder is not None:
+        masks.save(folder / "masks.safetensors")
+        keep(folder / "weights.safetensors", model)
+    return {
+        "recipe": recipe.__dict__ | {"steps": recipe.steps()},
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        **shares(masks, model, data.subject.size),
+        "agreement": data.agreement(model),
+    }
+
+
+def run_untrained(data: Data, allocation: str, strength: float, density: float, scope: list[str]):
+    """Pruned once, not trained at all."""
+    model = copy.deepcopy(data.dense)
+    if allocation == "random":
+        masks = random_masks(model, scope, density, 0)
+        masks.apply_(model)
+    else:
+        recipe = Recipe(
+            rounds=1, period=1, recovery=0, lr=0.0, density=density, allocation=allocation,
+            strength=strength,
+        )  # fmt: skip
+        masks = prune_on_photographs(
+            model, data.subject.objective, data.bank, data.prepare, recipe, scope=scope,
+            input_size=data.subject.size,
+        )  # fmt: skip
+    return {
+        **shares(masks, model, data.subject.size),
+        "agreement": data.agreement(model),
+        "seconds": 0.0,
+    }
+
+
+def run_random(data: Data, density: float, steps: int, lr: float, batch: int, scope: list[str]):
+    """Random zeros, trained as long as the others."""
+    model = copy.deepcopy(data.dense)
+    masks = random_masks(model, scope, density, 0)
+    began, cpu = time.perf_counter(), time.process_time()
+    fine_tune(
+        model, data.subject.objective, data.bank, data.prepare, masks, steps=steps, lr=lr,
+        batch=batch, on_progress=lambda *at: _progress()("recover", *at),
+    )  # fmt: skip
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "steps": steps,
+        **shares(masks, model, data.subject.size),
+        "agreement": data.agreement(model),
+    }
+
+
+def random_masks(model: nn.Module, scope: list[str], density: float, seed: int) -> MaskSet:
+    """The same density in every layer, at random places."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name in scope:
+        shape = model.get_submodule(name).weight.shape
+        order = torch.rand(shape.numel(), generator=generator).argsort()
+        mask = torch.zeros(shape.numel(), dtype=torch.bool)
+        mask[order[: round(density * shape.numel())]] = True
+        found[name] = mask.view(shape)
+    return MaskSet.from_tensors(found)
+
+
+def speed_of_a_round(data: Data, masks: MaskSet, weights: nn.Module, steps: int) -> dict[str, Any]:
+    """Seconds of a training step: plain PyTorch against sparse kernels, interleaved; medians."""
+    from statistics import median
+
+    times: dict[str, list[float]] = {"plain": [], "sparse": []}
+    models = {way: copy.deepcopy(weights) for way in times}
+    for turn in range(5):
+        for way, model in models.items():
+            began = time.process_time()
+            fine_tune(
+                model, data.subject.objective, data.bank, data.prepare, masks, steps=steps,
+                lr=1e-5, sparse=way == "sparse", first=turn * steps,
+            )  # fmt: skip
+            times[way].append((time.process_time() - began) / steps)
+    ratios = [p / s for p, s in zip(times["plain"], times["sparse"], strict=True)]
+    return {
+        "density": masks.density(),
+        "plain_seconds": median(times["plain"]),
+        "sparse_seconds": median(times["sparse"]),
+        "ratio": median(ratios),
+        "ratios": ratios,
+        "counted": "process CPU seconds per step, preparation included",
+    }
+
+
+def keep(path: Path, model: nn.Module) -> None:
+    """The weights, atomically."""
+    from safetensors.torch import save
+
+    atomic_write(path, save({k: v.contiguous() for k, v in model.state_dict().items()}))
+
+
+def cells_of(name: str, quick: bool) -> dict[str, Any]:
+    """Cell -> how to run it: a Recipe, or a tuple for the untrained and random ones."""
+    found: dict[str, Any] = {}
+    densities = (0.1,) if quick else (0.5, 0.3, 0.2, 0.15, 0.1, 0.05)
+    ways = (("global", 0.5), ("uniform", 0.5), ("macs", 0.2), ("random", 0.0))
+    for allocation, strength in ways[:2] if quick else ways:
+        for density in densities:
+            found[f"untrained/{allocation}/{density:g}"] = (allocation, strength, density)
+    budget = {"hed": 300, "resnet50-half": 300}[name] if not quick else 6
+    batch, lr = {"hed": (1, 2e-4), "resnet50-half": (4, 2e-4)}[name]
+    rounds = 2 if quick else 11
+    period = max(1, budget // 2 // rounds)
+    same = {"batch": batch, "lr": lr}
+    trained = {
+        "imp/global": Recipe(rounds, 0.1, period, budget - rounds * period, **same),
+        "imp/uniform": Recipe(
+            rounds, 0.1, period, budget - rounds * period, allocation="uniform", **same
+        ),
+        "imp/macs-0.2": Recipe(
+            rounds, 0.1, period, budget - rounds * period, allocation="macs", strength=0.2, **same
+        ),
+        "one-shot/global": Recipe(1, 0.1, 1, budget - 1, **same),
+        "one-shot/uniform": Recipe(1, 0.1, 1, budget - 1, allocation="uniform", **same),
+        "one-shot/macs-0.2": Recipe(
+            1, 0.1, 1, budget - 1, allocation="macs", strength=0.2, **same
+        ),
+        "imp/channel": Recipe(
+            rounds, 0.5, period, budget - rounds * period, allocation="uniform",
+            pattern="channel", **same,
+        ),
+        "imp/2:4": Recipe(
+            rounds, 0.5, period, budget - rounds * period, allocation="uniform", pattern="2:4",
+            **same,
+        ),
+    }  # fmt: skip
+    if quick:
+        trained = {key: trained[key] for key in ("imp/macs-0.2", "one-shot/global")}
+    found |= trained
+    if not quick:
+        found["random"] = (0.1, budget, lr, batch)
+        for density in (0.2, 0.05):
+            found[f"imp/global/{density:g}"] = Recipe(
+                rounds, density, period, budget - rounds * period, **same
+            )
+    return found
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _progress():
+    last = [0.0]
+
+    def show(phase: str, done: int, total: int, loss: float) -> None:
+        if time.perf_counter() - last[0] > 20 or done == total:
+            last[0] = time.perf_counter()
+            say(f"    {phase} {done}/{total} loss {loss:.4f}")
+
+    return show
+
+
+def store(path: Path, result: dict[str, Any]) -> None:
+    atomic_write(path, (json.dumps(result, indent=1, sort_keys=True) + "\n").encode())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", choices=sorted(SUBJECTS), required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/trained"))
+    parser.add_argument("--work", type=Path, default=Path("build/trained"), help="runs and banks")
+    parser.add_argument("--cells", help="only cells whose name begins so, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="minutes: a few steps, few crops")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.network}{'-quick' if options.quick else ''}.json"
+    result = json.loads(path.read_text()) if path.exists() else {"schema": SCHEMA, "cells": {}}
+    result |= {"network": options.network, "environment": environment_block()}
+    data = prepare_data(options.network, options.work, options.quick)
+    result["holdout"] = [name for name, _, _ in data.holdout]
+    scope = [n for n in maskable_convs(data.dense) if n.startswith(data.subject.within)]
+    result["scope"] = scope
+    wanted = tuple(options.cells.split(",")) if options.cells else ("",)
+    for name, cell in cells_of(options.network, options.quick).items():
+        if not name.startswith(wanted) or name in result["cells"]:
+            continue
+        say(f"  {name}")
+        if isinstance(cell, Recipe):
+            folder = options.work / options.network / name.replace("/", "_").replace(":", "of")
+            found = run_recipe(data, cell, folder, scope)
+        elif len(cell) == 3:
+            found = run_untrained(data, *cell, scope)
+        else:
+            found = run_random(data, *cell, scope)
+        say(f"    {found['agreement']['mean']}, multiply-adds left {found['macs_left']:.3f}")
+        result["cells"][name] = found
+        store(path, result)
+    say(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,240 @@
+"""Prune a trained network on photographs alone, round by round, and let it recover.
+
+Iterative magnitude pruning with distillation from the dense network, then training of what is left
+at a falling rate. Both run on the sparse kernels where layers are sparse enough, both continue
+where they were stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opentrans_kernels.errors import CheckpointError, OpenTransError
+from opentrans_kernels.masks import MaskSet, atomic_write
+
+from ..gradskip import restore_skipped, skip_frozen
+from ..imp import Progress, iterative_magnitude_pruning
+from .bank import Bank
+from .objective import Objective
+
+__all__ = ["Recipe", "fine_tune", "prune_on_photographs"]
+
+SAVE_EVERY = 100  # steps of recovery
+RECOVERY = "recovery.pt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result.
+
+    rounds, density: rounds of pruning, each taking the same share of what is left, down to
+        ``density``; one round is one-shot pruning. period: steps of training before each round.
+    recovery: steps after the last round, in which the rate falls to 0 along a cosine.
+    lr, batch: of Adam, in crops. allocation, strength, pattern: see ``docs/pruning.md``.
+    sparse: train on the sparse kernels.
+    """
+
+    rounds: int = 22
+    density: float = 0.1
+    period: int = 60
+    recovery: int = 1000
+    lr: float = 1e-4
+    batch: int = 1
+    allocation: str = "global"
+    strength: float = 0.5
+    pattern: str = "unstructured"
+    seed: int = 0
+    sparse: bool = True
+
+    def steps(self) -> int:
+        """Of training, in all."""
+        return self.rounds * self.period + self.recovery
+
+    def rate(self) -> float:
+        """Share of the remaining weights that a round removes."""
+        return 1 - self.density ** (1 / self.rounds)
+
+
+def prune_on_photographs(
+    model: nn.Module,
+    objective: Objective,
+    bank: Bank,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    recipe: Recipe,
+    *,
+    scope: Iterable[str] | None = None,
+    input_size: tuple[int, int] = (224, 224),
+    out_dir: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[str, int, int, float], None] | None = None,
+) -> MaskSet:
+    """Prune ``model`` in place by ``recipe``; returns its masks.
+
+    Args:
+        model: starts as the dense network whose answers ``bank`` holds.
+        prepare: uint8 images -> network input.
+        scope: names of the convolutions to prune; None: all but the first.
+        input_size: (height, width) in pixels that ``macs`` and ``latency`` weigh by.
+        out_dir: where the run is kept, to be continued by the same call.
+        on_progress: called with "prune" or "recover", steps done, steps in all, loss.
+
+    Raises the errors of ``iterative_magnitude_pruning``.
+    """
+    model.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
+    bank.seed = recipe.seed
+
+    def step(network: nn.Module, iteration: int) -> torch.Tensor:
+        return _step(network, objective, bank, prepare, recipe.batch, optimizer, iteration)
+
+    def show(progress: Progress) -> None:
+        if on_progress is not None:
+            on_progress("prune", progress.step, progress.steps, progress.loss or 0.0)
+
+    result = iterative_magnitude_pruning(
+        model, step, rounds=recipe.rounds, rate=recipe.rate(), target_density=recipe.density,
+        period=recipe.period, scope=scope, allocation=recipe.allocation, strength=recipe.strength,
+        pattern=recipe.pattern, optimizer=optimizer, out_dir=out_dir, input_size=input_size,
+        run_config=asdict(recipe), sparse=recipe.sparse, on_progress=show,
+    )  # fmt: skip
+    fine_tune(
+        model, objective, bank, prepare, result.masks, steps=recipe.recovery, lr=recipe.lr,
+        batch=recipe.batch, sparse=recipe.sparse, first=recipe.rounds * recipe.period,
+        path=None if out_dir is None else Path(out_dir) / RECOVERY,
+        on_progress=None if on_progress is None else lambda *at: on_progress("recover", *at),
+    )  # fmt: skip
+    return result.masks
+
+
+def fine_tune(
+    model: nn.Module,
+    objective: Objective,
+    bank: Bank,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    masks: MaskSet,
+    *,
+    steps: int,
+    lr: float,
+    batch: int = 1,
+    frozen: Iterable[str] = (),
+    sparse: bool = True,
+    first: int = 0,
+    seconds: float | None = None,
+    path: Path | None = None,
+    on_progress: Callable[[int, int, float], None] | None = None,
+) -> int:
+    """Train the live weights of a pruned model for ``steps`` steps; returns the steps done.
+
+    The learning rate falls from ``lr`` to 0 along half a cosine, over steps or, with ``seconds``,
+    over time: training then ends when they are over. Pruned weights stay zero. ``frozen`` layers
+    do not train. first: number of the first batch. path: continues from there, saved every 100
+    steps.
+    """
+    names = list(frozen)
+    with _prepared(model, names, masks, sparse):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
+        own = masks.match(model, strict=True).masks
+        hooks = [
+            weight.register_hook(lambda grad, dead=~mask: grad.masked_fill(dead, 0))
+            for name, mask in own.items()
+            if (weight := model.get_parameter(f"{name}.weight")).requires_grad
+        ]
+        start = _load(path, model, optimizer)
+        began = time.perf_counter()
+        done = start
+        try:
+            for done in range(start, steps):
+                part = done / steps
+                if seconds is not None:
+                    part = (time.perf_counter() - began) / seconds
+                    if part >= 1:
+                        return done
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * part))
+                loss = _step(model, objective, bank, prepare, batch, optimizer, first + done)
+                if not math.isfinite(loss.item()):
+                    raise OpenTransError(
+                        f"the loss is {loss.item()} after {done} steps of recovery. Use a lower "
+                        "learning rate."
+                    )
+                if on_progress is not None:
+                    on_progress(done + 1, steps, loss.item())
+                if path is not None and (done + 1) % SAVE_EVERY == 0:
+                    _save(path, model, optimizer, done + 1)
+            done = steps
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if path is not None and done > start:
+        _save(path, model, optimizer, done)
+    return done
+
+
+def _step(
+    model: nn.Module,
+    objective: Objective,
+    bank: Bank,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    batch: int,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+) -> torch.Tensor:
+    images, targets = bank.batch(iteration, batch)
+    optimizer.zero_grad()
+    loss = objective.loss(objective.outputs(model, prepare(images)), targets)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@contextlib.contextmanager
+def _prepared(model: nn.Module, frozen: list[str], masks: MaskSet, sparse: bool) -> Iterator[None]:
+    """Zeros, flags and kernels for training; undone at the end, but for the zeros."""
+    masks.apply_(model)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.requires_grad_(True)
+    try:
+        if sparse:
+            skip_frozen(model, frozen, bn="affine", masks=masks)
+        else:
+            for name in frozen:
+                model.get_submodule(name).requires_grad_(False)
+        yield
+    finally:
+        if sparse:
+            restore_skipped(model)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": steps}
+    torch.save(state, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def _load(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    if path is None or not path.exists():
+        return 0
+    state: Mapping[str, Any] = torch.load(path, weights_only=True)
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["steps"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the state of this run ({error}). Remove it, or name another folder."
+        ) from error
