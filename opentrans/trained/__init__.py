@@ -22,6 +22,7 @@ _EXPORTS = {
     "folder_photographs": "photographs",
     "photographs": "photographs",
     "pixels": "crops",
+    "shipped": "shipped",
 }
 
 __all__ = sorted(_EXPORTS)
@@ -38,5 +39,6 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .photographs import Photograph as Photograph
     from .photographs import folder_photographs as folder_photographs
     from .photographs import photographs as photographs
+    from .shipped import shipped as shipped
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
