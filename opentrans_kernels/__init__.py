@@ -35,6 +35,7 @@ _EXPORTS = {
     "restore": "accelerate",
     "load_accelerated": "checkpoint",
     "save_accelerated": "checkpoint",
+    "round_to_half": "half",
     "AlphaTable": "spectrum",
     "estimate_alpha": "spectrum",
     "TokenPlan": "tokens",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .errors import OpenTransError as OpenTransError
     from .errors import PlanError as PlanError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .half import round_to_half as round_to_half
     from .heads import accelerate_heads as accelerate_heads
     from .heads import install_ms_deform_attn as install_ms_deform_attn
     from .heads import lazy_masks as lazy_masks

@@ -1,4 +1,4 @@
-"""Synthetic CLIP ResNets and synthetic pruning masks, for demos, tests and benchmarks.
+"""Synthetic CLIP ResNets, edge detectors and pruning masks, for demos, tests and benchmarks.
 
 No trained weights are needed, and none are imitated beyond their scales: every object made here is
 labelled synthetic. Weights are N(0, 1) / sqrt(fan_in) times a lognormal(0.5) factor per output and
@@ -20,6 +20,7 @@ from torch import nn
 from opentrans_kernels.clip_resnet import ModifiedResNet, arch_of
 from opentrans_kernels.errors import MaskError, OpenTransError
 from opentrans_kernels.finite import count_non_finite
+from opentrans_kernels.hed import Hed
 from opentrans_kernels.topology import block_linears
 from opentrans_kernels.topology.linears import kind_of
 
@@ -133,6 +134,26 @@ def synthetic_rn50(arch: str = "RN50", seed: int = 0, image_size: int = 224) -> 
     return model.eval().requires_grad_(False)
 
 
+def synthetic_hed(seed: int = 0) -> Hed:
+    """The edge detector with synthetic weights: eval mode, float32, without gradients.
+
+    The scale is that of He et al. for convolutions behind ReLUs, so values keep a sensible size at
+    any depth; biases are small. The global random state is neither used nor changed.
+    """
+    with torch.device("meta"):
+        model = Hed()
+    with_storage(model)
+    generator = torch.Generator().manual_seed(seed)
+    spread = math.exp(2 * CHANNEL_SIGMA**2)  # what the channel factors do to the variance
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                weight = _conv_weight(module.weight.shape, generator)
+                module.weight.copy_(weight.mul_(math.sqrt(2 / spread)))
+                module.bias.copy_(0.02 * _randn(module.bias.shape, generator))
+    return model.eval().requires_grad_(False)
+
+
 def clip_resnet_on_meta(arch: str, image_size: int) -> ModifiedResNet:
     """CLIP's visual tower ``arch`` on the meta device: shapes without storage or an init.
 
@@ -222,14 +243,16 @@ def _calibrate_batch_norms(model: nn.Module, generator: torch.Generator) -> None
 def maskable_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The Conv2d modules a synthetic mask covers, by module name in definition order.
 
-    All but the first (the first conv of a stem, never pruned in practice) and none below an
-    ``attnpool``. A model with a single conv keeps it.
+    All but the first (the first conv of a stem, never pruned in practice), none below an
+    ``attnpool``, and none that gives out a single map, whose few weights cost nothing. A model
+    with a single conv keeps it.
     """
     convs = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and "attnpool" not in name.split(".")
     }
+    convs = {name: conv for name, conv in convs.items() if conv.out_channels > 1} or convs
     if len(convs) > 1:
         convs.pop(next(iter(convs)))
     return convs

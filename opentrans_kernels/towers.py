@@ -1,4 +1,5 @@
-"""Networks by name: CLIP's ResNets, and towers of open_clip, torchvision and timm."""
+"""Networks by name: CLIP's ResNets, the edge detector HED, and towers of open_clip, torchvision and
+timm."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from torch import nn
 
 from .clip_resnet import ARCHS
 from .errors import OpenTransError, UnsupportedModelError
+from .hed import Hed
 from .lazy import optional_module
-from .synthetic import clip_resnet_on_meta, synthetic_rn50, with_storage
+from .synthetic import clip_resnet_on_meta, synthetic_hed, synthetic_rn50, with_storage
 
 __all__ = [
     "NAMED",
@@ -23,12 +25,13 @@ __all__ = [
 ]
 
 _FAMILIES = ("torchvision", "timm")
+HED = "HED"
 _PLAIN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 #: What a file may name. A fixed list, because the libraries' own builders also take names that
 #: download weights or settings.
 NAMED = (
-    *("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"),
+    *("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", HED),
     *(f"{family}:{name}" for family in _FAMILIES for name in (*_PLAIN, "wide_resnet50_2")),
 )
 
@@ -43,10 +46,11 @@ def empty_tower(arch: str) -> nn.Module:
             f"arch {arch!r} is not built by its name alone. Known are {', '.join(NAMED)}."
         )
     family, colon, name = arch.partition(":")
-    if not colon:
+    if not colon and arch != HED:
         return clip_resnet_on_meta(arch, clip_image_size(arch)).eval().requires_grad_(False)
     with torch.device("meta"):
-        return _of_library(arch, family, name).eval().requires_grad_(False)
+        model = Hed() if arch == HED else _of_library(arch, family, name)
+    return model.eval().requires_grad_(False)
 
 
 def fill_storage(model: nn.Module) -> nn.Module:
@@ -83,9 +87,9 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]
 def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     """A tower without trained weights, eval mode, float32, no gradients.
 
-    CLIP ResNets get synthetic weights, or with ``empty`` uninitialised ones, for callers that load
-    a checkpoint; CLIP's other towers ("ViT-L-14", also "open_clip:ViT-L-14"), "torchvision:NAME"
-    and "timm:NAME" their library's random initialisation under ``seed``.
+    CLIP ResNets and HED get synthetic weights, or with ``empty`` uninitialised ones, for callers
+    that load a checkpoint; CLIP's other towers ("ViT-L-14", also "open_clip:ViT-L-14"),
+    "torchvision:NAME" and "timm:NAME" their library's random initialisation under ``seed``.
 
     Raises:
         OpenTransError: the library is missing or does not know the name.
@@ -94,6 +98,10 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     family, colon, name = arch.partition(":")
     if not colon and arch.startswith("ViT"):
         return _vision_transformer(arch, seed)
+    if arch == HED:
+        return (
+            with_storage(empty_tower(arch)).requires_grad_(False) if empty else synthetic_hed(seed)
+        )
     if not colon and empty:
         tower = with_storage(clip_resnet_on_meta(arch, clip_image_size(arch)))
         return tower.eval().requires_grad_(False)
@@ -102,7 +110,7 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     if family not in _FAMILIES:
         raise OpenTransError(
             f"arch {arch!r}: {family!r} is not a known library. Write RN50, RN101, RN50x4 or "
-            "ViT-B-32 for CLIP, or torchvision:resnet50, timm:resnet50."
+            "ViT-B-32 for CLIP, HED, or torchvision:resnet50, timm:resnet50."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

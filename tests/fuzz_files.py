@@ -193,7 +193,7 @@ def edit_sparse(data: bytes, rng: random.Random) -> bytes:
     header, tensors = _parts(data, checkpoint.METADATA_KEY)
     header = _odd_leaf(header, rng)
     if isinstance(header, dict):
-        header["sha256"] = checkpoint._digest(tensors, header)
+        header["sha256"] = checkpoint.digest(tensors, header)
     return save(tensors, {checkpoint.METADATA_KEY: json.dumps(header)})
 
 

@@ -134,7 +134,7 @@ def _edited(
     header, tensors = _parts(saved)
     change(header, tensors)
     older = header["format_version"] == 1
-    header["sha256"] = checkpoint._digest(tensors, None if older else header)
+    header["sha256"] = checkpoint.digest(tensors, None if older else header)
     save_file(tensors, path, {METADATA_KEY: json.dumps(header)})
     return path
 
@@ -142,7 +142,7 @@ def _edited(
 @pytest.mark.parametrize(
     "change,words",
     [
-        ("version", "version 9.*reads 1 and 2.*Update"),
+        ("version", "version 9.*reads 1 to 3.*Update"),
         ("older", "SHA-256"),
         ("no plan", "not readable: plan is None"),
         ("not json", "not readable: it is not JSON"),

@@ -54,7 +54,7 @@ def rewritten(source: Path, target: Path, **changes: Any) -> Path:
     with safe_open(source, "pt") as file:
         header = json.loads(file.metadata()[METADATA_KEY]) | changes
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    header["sha256"] = checkpoint._digest(tensors, header)
+    header["sha256"] = checkpoint.digest(tensors, header)
     save_file(tensors, target, {METADATA_KEY: json.dumps(header)})
     return target
 
@@ -91,7 +91,7 @@ def test_a_file_without_a_name_asks_for_the_network(plain: Path, tmp_path: Path)
         header = json.loads(file.metadata()[METADATA_KEY])
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     del header["arch"]  # as files written before it existed
-    header["sha256"] = checkpoint._digest(tensors, header)
+    header["sha256"] = checkpoint.digest(tensors, header)
     save_file(tensors, tmp_path / "old", {METADATA_KEY: json.dumps(header)})
     assert load_accelerated(tmp_path / "old", nets.tower()).accelerated
     with pytest.raises(CheckpointError, match="does not name its architecture"):
@@ -173,7 +173,7 @@ def test_a_wrong_name_is_not_written(arch: str, words: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("arch", NAMED)
-def test_every_known_name_is_a_resnet_whose_state_is_its_state_dict(arch: str) -> None:
+def test_every_known_name_has_a_state_that_is_its_state_dict(arch: str) -> None:
     library = arch.partition(":")[0] if ":" in arch else "open_clip"
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
@@ -182,7 +182,8 @@ def test_every_known_name_is_a_resnet_whose_state_is_its_state_dict(arch: str) -
     assert all(tensor.is_meta for _, tensor in own) and not model.training
     # What is not in the state dict, storage would leave undefined.
     assert {name for name, _ in own} == set(model.state_dict())
-    assert isinstance(model.layer4, nn.Sequential) and isinstance(model.conv1, nn.Conv2d)
+    assert arch == "HED" or isinstance(model.layer4, nn.Sequential)
+    assert sum(isinstance(part, nn.Conv2d) for part in model.modules()) >= 19
 
 
 def test_storage_is_zero_and_other_names_are_refused() -> None:

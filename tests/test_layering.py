@@ -32,7 +32,7 @@ FLOORS = (
         "spectrum",
         "gpu",
     ),
-    ("accelerate", "checkpoint", "heads", "tokens"),
+    ("accelerate", "checkpoint", "half", "heads", "tokens"),
     ("bench",),
     ("report",),
     ("opentrans",),

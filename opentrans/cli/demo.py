@@ -1,4 +1,5 @@
-"""The whole way in one go: network, mask, audit, plan, exactness, timing, and a report to read."""
+"""The whole way in one go: a trained pruned network on a photograph, beside the dense one; then
+network, mask, audit, plan, exactness, timing, and a report to read."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from .render import Output, check_writable, to_json, write_atomically
 
 if TYPE_CHECKING:
     from opentrans_kernels.bench.subject import Subject
+    from opentrans_kernels.report import Picture
 
 SUMMARY = "the whole way on one page: mask, audit, plan, exactness, timing, report"
 
@@ -33,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-download", action="store_true", help="do not look for weights on the network"
+    )
+    parser.add_argument(
+        "--no-trained", action="store_true", help="leave the trained network's part out"
     )
     parser.add_argument(
         "--mask", default="global:0.90", metavar="MASK", help="file or recipe (global:0.90)"
@@ -78,23 +83,35 @@ def run(options: argparse.Namespace, out: Output) -> int:
         cpus=tuple(cpus) if cpus is not None else None,
     )
     settings.check()
+    trained, pictures = _trained(options, out)
     subject = _subject(options, out)
-    out.heading("1. The mask, layer by layer")
+    out.heading("2. The mask, layer by layer")
     audited = audit(subject.masks, subject.model, input_size=size)
     show_audit(audited, out)
-    out.heading("2. Timing, dense and accelerated interleaved")
+    out.heading("3. Timing, dense and accelerated interleaved")
     with steps(out, "demo") as step:
         result = run_trunk(subject, settings, step)
-    out.heading("3. What was done with each layer")
+    out.heading("4. What was done with each layer")
     out.text(result["report"]["text"])
     show(result, out)
     result.update(audit=str(audited), plan=result["report"]["text"], banner=subject.banner())
+    result["trained"] = trained
     result["failed_checks"] = failures(result, None)
-    _write(folder, result, out)
+    _write(folder, result, pictures, out)
     for line in result["failed_checks"]:
         out.warn(line)
     out.finish(result)
     return 1 if result["failed_checks"] else 0
+
+
+def _trained(options: argparse.Namespace, out: Output) -> tuple[dict[str, Any], list[Picture]]:
+    from .demo_trained import trained_part
+
+    if options.no_trained:
+        return {"skipped": "--no-trained was given."}, []
+    out.heading("1. A trained network: the edges of a photograph")
+    named = tuple(options.variants.split(",")) if options.variants else None
+    return trained_part(out, options.threads, named)
 
 
 def _subject(options: argparse.Namespace, out: Output) -> Subject:
@@ -117,10 +134,10 @@ def _subject(options: argparse.Namespace, out: Output) -> Subject:
     return subject
 
 
-def _write(folder: Path, result: dict[str, Any], out: Output) -> None:
+def _write(folder: Path, result: dict[str, Any], pictures: list[Picture], out: Output) -> None:
     """The page and the numbers, each replaced atomically."""
     from opentrans_kernels.errors import CheckpointError
-    from opentrans_kernels.report import trunk_page
+    from opentrans_kernels.report import demo_page
 
     try:
         folder.mkdir(exist_ok=True)
@@ -130,5 +147,5 @@ def _write(folder: Path, result: dict[str, Any], out: Output) -> None:
             "one with --output."
         ) from error
     write_atomically(folder / "report.json", to_json(result))
-    write_atomically(folder / "index.html", trunk_page(result))
+    write_atomically(folder / "index.html", demo_page(result, pictures))
     out.text(f"\nwrote {folder / 'index.html'} and {folder / 'report.json'}", whole=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 #: Words after Python that start this command line again.
 AGAIN = ("-m", "opentrans")
-ARCH_HELP = "RN50, RN101, RN50x4, ViT-B-32 (CLIP), torchvision:NAME, timm:NAME (default RN50)"
+ARCH_HELP = "RN50, RN101, RN50x4, ViT-B-32 (CLIP), HED, torchvision:NAME, timm:NAME (default RN50)"
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def arch_packages(options: argparse.Namespace) -> dict[str, str]:
     arch = (getattr(options, "arch", None) or "RN50").removeprefix("open_clip:")
     family = arch.partition(":")[0] if ":" in arch else "open_clip"
     if family == "open_clip" and not arch.startswith("ViT"):
-        return {}  # CLIP's ResNets are built here
+        return {}  # CLIP's ResNets and HED are built here
     if family not in ("open_clip", "torchvision", "timm"):
         return {}  # refused with the known ones when it is built
     return {family: f"arch {arch!r} needs {family}"}

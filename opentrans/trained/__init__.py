@@ -25,6 +25,7 @@ _EXPORTS = {
     "folder_photographs": "photographs",
     "photographs": "photographs",
     "pixels": "crops",
+    "shipped": "shipped",
 }
 
 __all__ = sorted(_EXPORTS)
@@ -44,5 +45,6 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .photographs import folder_photographs as folder_photographs
     from .photographs import photographs as photographs
     from .resnet_half import load_resnet_half as load_resnet_half
+    from .shipped import shipped as shipped
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -38,6 +38,7 @@ class Chooser:
         self.subject, self.builder = subject, builder
         self.batch, self.measure = batch, measure
         self._planar = False  # the unit before leaves the kernels' layout
+        self._sparse: set[str] = set()  # convolutions that leave it, wherever they are read
 
     def choose(self, unit: Unit | LinearUnit) -> Choice:
         """The decision for ``unit``, with the modules that carry it out."""
@@ -47,6 +48,8 @@ class Chooser:
             known = unit.layers[0].name in self.subject.shapes
             choice = self._measured(unit) if self.measure and known else self._predicted(unit)
         self._planar = choice.kind == "sparse" and not isinstance(unit, LinearUnit)
+        if self._planar:
+            self._sparse.add(unit.name)
         self.builder.release()
         return choice
 
@@ -130,7 +133,12 @@ class Chooser:
         last = torch.channels_last
         if conv.weight.is_contiguous(memory_format=last) and not conv.weight.is_contiguous():
             native = native.contiguous(memory_format=last)
-        if not self._planar or unit.role == "loose":
+        if unit.role == "loose":  # in order of registration, which proves nothing
+            sources = unit.convs[0].sources
+            planar = bool(sources) and self._sparse.issuperset(sources)
+        else:
+            planar = self._planar
+        if not planar:
             return native, native
         return native, plane_padded(native, *native.shape).copy_(native)
 

@@ -7,8 +7,10 @@ a page with contents one that opens the folded section a link leads to.
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from html import escape
 
 _STYLE = """
@@ -31,6 +33,12 @@ p { margin: 6px 0; overflow-wrap: anywhere; } .soft { color: var(--soft); }
 .facts { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
 .fact { background: var(--panel); border-radius: 8px; padding: 12px 16px; min-width: 150px; }
 .fact b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr));
+  gap: 14px; margin: 14px 0; } figure { margin: 0; }
+figure img { display: block; width: 100%; height: auto; border-radius: 6px;
+  border: 1px solid var(--line); box-sizing: border-box; }
+figcaption { font-size: 13px; color: var(--soft); padding-top: 5px; }
+figcaption b { display: block; color: var(--ink); font-size: 15px; }
 nav { columns: 3 260px; background: var(--panel); border-radius: 8px; padding: 12px 16px;
   margin: 16px 0; font-size: 13px; } nav a { display: block; color: var(--sparse); padding: 1px 0; }
 .wide { overflow-x: auto; margin: 6px 0 14px; }
@@ -103,6 +111,16 @@ open();
 """
 _NUMBER = re.compile(r"[-+]?[\d.,]*\d(e[-+]?\d+)?[x%]?( - [\d.]+)?", re.IGNORECASE)
 _LONG = 45  # characters of a cell from which on it is wrapped
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file with its title and a line below it; ``size`` is (width, height) in pixels."""
+
+    png: bytes
+    size: tuple[int, int]
+    title: str
+    caption: str
 
 
 class Page:
@@ -185,6 +203,16 @@ class Page:
             f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>'
             f"<tbody>{''.join(body)}</tbody></table></div>"
         )
+
+    def pictures(self, pictures: Sequence[Picture]) -> None:
+        """Pictures beside each other, below each other where the page is narrow."""
+        figures = "".join(
+            f'<figure><img alt="{escape(one.title)}" width="{one.size[0]}" height="{one.size[1]}" '
+            f'src="data:image/png;base64,{b64encode(one.png).decode("ascii")}">'
+            f"<figcaption><b>{escape(one.title)}</b>{escape(one.caption)}</figcaption></figure>"
+            for one in pictures
+        )
+        self._parts.append(f'<div class="pictures">{figures}</div>')
 
     def svg(self, drawing: str) -> None:
         """A drawing made by :mod:`.svg`."""

@@ -1,4 +1,4 @@
-"""The report of one trunk measurement, as written by ``opentrans demo``."""
+"""The report of one trunk measurement, a part of the page of ``opentrans demo``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from .page import Page
 from .svg import Series, bar_chart
 
 
+def trunk_title(result: Mapping[str, Any]) -> str:
+    """What was measured, in a line."""
+    return f"{result['subject']['arch']} trunk, {result['mask']['label']}"
+
+
 def trunk_page(result: Mapping[str, Any]) -> str:
     """HTML of a result of :func:`opentrans_kernels.bench.trunk.run`.
 
     ``result`` may also hold ``audit`` and ``plan`` (texts) and ``banner`` (what is synthetic).
     """
-    subject, mask = result["subject"], result["mask"]
-    page = Page(f"{subject['arch']} trunk, {mask['label']}")
+    page = Page(trunk_title(result))
+    add_trunk(page, result)
+    return page.render()
+
+
+def add_trunk(page: Page, result: Mapping[str, Any]) -> None:
+    """The parts of :func:`trunk_page`, without a heading of their own."""
+    subject = result["subject"]
     size = " x ".join(map(str, result["input"][2:]))
     page.paragraph(
         f"{subject['weights']}; {size} pixels, batch {result['input'][0]}, "
@@ -48,7 +59,6 @@ def trunk_page(result: Mapping[str, Any]) -> str:
     keys = ("machine", "versions", "build", "limits", "pinned_cpus", "onednn_isa", "source")
     environment = {key: result.get(key) for key in keys}
     page.preformatted(json.dumps(environment, indent=2, default=str), "Show machine and versions")
-    return page.render()
 
 
 def _exactness(page: Page, result: Mapping[str, Any]) -> None:

@@ -56,12 +56,14 @@ class Chain:
 class Dataflow:
     """What was found. chains: convolution -> what may be folded into it.
 
-    pools: between convolutions. kept: reason -> convolutions whose norm or activation stays.
+    pools: between convolutions. sources: convolution -> those whose values it reads as they are,
+    and no others. kept: reason -> convolutions whose norm or activation stays.
     untraced: reason -> modules whose forward cannot be followed.
     """
 
     chains: dict[str, Chain] = field(default_factory=dict)
     pools: list[PoolNode] = field(default_factory=list)
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kept: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     untraced: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -229,6 +231,9 @@ class _Reading:
         for path in convs:
             if id(self._module(path)) not in self.graphs.opaque:
                 self._chain(path)
+        for path in convs:
+            if sources := self._sources(path):
+                self.found.sources[path] = sources
         for path in self.graphs.calls:
             if isinstance(self._module(path), nn.MaxPool2d | nn.AvgPool2d):
                 self._pool(path)
@@ -327,17 +332,22 @@ class _Reading:
         a, b = self.graphs.inside[first], self.graphs.inside[second]
         return [path for path in (*a, *b) if (path in a) != (path in b)]
 
-    def _pool(self, path: str) -> None:
-        calls = self.graphs.calls[path]
-        before, after = set(), set()
-        for call in calls:
+    def _sources(self, path: str) -> tuple[str, ...]:
+        """The convolutions at the head of what every call reads; none if one reads other things."""
+        found = set()
+        for call in self.graphs.calls[path]:
             source = call.args[0] if call.args else None
             while isinstance(source, fx.Node) and self._passes(source):
                 source = source.args[0]
             name = self.graphs.path.get(source) if isinstance(source, fx.Node) else None
             if name is None or name not in self.ends:
-                return
-            before.add(self.ends[name])
+                return ()
+            found.add(self.ends[name])
+        return tuple(sorted(found))
+
+    def _pool(self, path: str) -> None:
+        before, after = self._sources(path), set()
+        for call in self.graphs.calls[path] if before else ():
             for reader in self._readers(call)[0]:
                 follower = self.graphs.path.get(reader)
                 if follower is None or not isinstance(self._module(follower), nn.Conv2d):
@@ -345,7 +355,7 @@ class _Reading:
                 after.add(follower)
         if after and own_behaviour(self._module(path)) is None:
             self.found.pools.append(
-                PoolNode(path, self._module(path), tuple(sorted(before)), tuple(sorted(after)))
+                PoolNode(path, self._module(path), before, tuple(sorted(after)))
             )
 
 

@@ -279,4 +279,7 @@ def _loose(
             activation=chain.activation if folds else NONE,
             through=tuple((path, modules[path]) for path in chain.through),
         )
+    for name, sources in flow.sources.items():
+        if name in loose:
+            loose[name] = replace(loose[name], sources=sources)
     return list(loose.values()), tuple(flow.pools), [*notes, *flow.notes()]

@@ -35,6 +35,8 @@ class ConvNode:
     act: that module, with ``act_name``.
     activation: what a replacement applies last: that of ``act``, or one that the norm has built in.
     through: (path, module) of what the values between these pass through or cross, unchanged.
+    sources: names of the convolutions whose values it reads as they are, each with what follows it
+        here; empty where it reads something else, or that is not known.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ConvNode:
     act: nn.Module | None = None
     activation: Activation = NONE
     through: tuple[tuple[str, nn.Module], ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
     def follows(self) -> bool:

@@ -1,17 +1,16 @@
 """The sparse checkpoint: a pruned network without its zeros, with masks and plan, in one file.
 
 A safetensors file. Each convolution with zeros is stored as its mask, one bit per weight, and its
-nonzero float32 values; every other tensor of the ``state_dict`` as it is. One metadata entry holds
-JSON: the format version, shapes, the plan and where all of it comes from. Packing is repeated on
-loading (a second or two), so a file depends neither on the instruction set nor on the layout of
-the packed form, and a loaded model has a complete ``state_dict`` and can be restored: pruned
-weights come back as zeros. A file may name its architecture, one of a fixed list; no other code is
-ever run because a file names it.
+kept values, float32 or half precision; every other tensor of the ``state_dict`` as it is. One
+metadata entry holds JSON: the format version, shapes, the plan and where all of it comes from.
+Packing is repeated on loading (a second or two), so a file depends neither on the instruction set
+nor on the layout of the packed form, and a loaded model has a complete ``state_dict`` and can be
+restored: pruned weights come back as zeros. A file may name its architecture, one of a fixed list;
+no other code is ever run because a file names it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,24 +22,35 @@ import numpy as np
 import torch
 from torch import nn
 
-from .accelerate import Report, accelerate, record_of
-from .errors import CheckpointError, MaskError, PlanError, UnsupportedModelError
-from .masks import MaskSet, atomic_write, make_permanent, open_checkpoint
-from .masks.limits import Malformed, brief, parse_json
-from .masks.names import find_prefixes, rename
-from .masks.packed import is_shape, pack_bits
-from .plan import Plan
-from .plan.subject import check_model
-from .topology import original
-from .towers import NAMED, check_named, empty_tower, fill_storage, shapes_of
+from ..accelerate import Report, accelerate, record_of
+from ..errors import CheckpointError, MaskError, PlanError, UnsupportedModelError
+from ..half import as_half
+from ..masks import MaskSet, atomic_write, make_permanent
+from ..masks.limits import brief
+from ..masks.names import find_prefixes, rename
+from ..masks.packed import pack_bits
+from ..plan import Plan
+from ..plan.subject import check_model
+from ..topology import original
+from ..towers import NAMED, check_named, empty_tower, fill_storage, shapes_of
+from .file import (
+    DENSE,
+    DTYPES,
+    FORMAT_VERSION,
+    MASK,
+    METADATA_KEY,
+    PORTABLE,
+    VALUES,
+    digest,
+    read,
+    same_layout,
+    shapes_of_file,
+    unpack,
+)
 
-__all__ = ["load_accelerated", "save_accelerated"]
+__all__ = ["load_accelerated", "provenance_of", "save_accelerated"]
 
-METADATA_KEY = "opentrans_accelerated"
-FORMAT_VERSION, WITHOUT_HEADER = 2, 1  # the older one's hash covers the tensors only
-FIELDS = {"sha256": str, "shapes": dict, "masks_given": bool, "plan": dict}
 _NOT_GIVEN = object()
-_VALUES, _MASK, _DENSE = "values/", "mask/", "dense/"
 
 
 def save_accelerated(
@@ -50,6 +60,8 @@ def save_accelerated(
     provenance: Mapping[str, str] | None = None,
     *,
     arch: str | None = None,
+    values: torch.dtype = torch.float32,
+    plan: bool = True,
 ) -> None:
     """Write an accelerated model, all or nothing.
 
@@ -60,11 +72,17 @@ def save_accelerated(
         provenance: text entries to keep with the file, such as the training run.
         arch: one of ``opentrans_kernels.towers.NAMED`` ("RN50", "torchvision:resnet50" ...), if
             the model is one; :func:`load_accelerated` then needs no model.
+        values: of the kept weights in the file. torch.float16 takes half the room and is written
+            only if each of them is a number of half precision, as after ``round_to_half``; they
+            are loaded as float32, the same numbers.
+        plan: False leaves the plan out, for a file that goes to other machines: loading it makes
+            one there, measured.
 
     Raises:
         PlanError: the model was not accelerated, or with other masks.
-        UnsupportedModelError: the model is not ``arch``, or ``arch`` is not a known name.
-        CheckpointError: the path cannot be written.
+        UnsupportedModelError: the model is not ``arch``, ``arch`` is not a known name, or
+            ``values`` would change a weight or is another dtype.
+        CheckpointError: the path cannot be written, or ``provenance`` is no mapping of texts.
     """
     from safetensors.torch import save
 
@@ -75,7 +93,18 @@ def save_accelerated(
             "save_accelerated: the model was not accelerated. Call accelerate(model, masks) first; "
             "it keeps the plan that is stored."
         )
-    plan: Plan = record["plan"]
+    if values not in DTYPES.values():
+        raise UnsupportedModelError(
+            f"save_accelerated: values={values!r} is none that kept weights are stored in. Pass "
+            "torch.float32, or torch.float16."
+        )
+    if provenance is not None and not (
+        isinstance(provenance, Mapping) and all(isinstance(key, str) for key in provenance)
+    ):
+        raise CheckpointError(
+            f"save_accelerated: provenance must be text entries by name, got {brief(provenance)}. "
+            "Pass for example {'run': '2026-11'}."
+        )
     if arch is not None:
         check_named(arch, model)
     bits = _mask_bits(model, record)
@@ -85,8 +114,9 @@ def save_accelerated(
                 f"masks must be a MaskSet, got {type(masks).__name__}. Convert with "
                 "MaskSet.from_tensors, or leave it out: the model keeps the masks it was given."
             )
-        _same_masks(masks, bits, plan)
+        _same_masks(masks, bits, record["plan"])
     tensors: dict[str, torch.Tensor] = {}
+    kept: dict[str, torch.Tensor] = {}
     state = model.state_dict()
     for name, (shape, packed) in bits.items():
         weight = state.pop(f"{name}.weight", None)
@@ -97,16 +127,19 @@ def save_accelerated(
                 f"{make_permanent(original(model.get_submodule(name)))}."
             )
         keep = np.unpackbits(packed, count=math.prod(shape)).view(np.bool_)
-        tensors[_MASK + name] = torch.from_numpy(packed)
-        tensors[_VALUES + name] = weight.detach().reshape(-1)[torch.from_numpy(keep)].float()
+        tensors[MASK + name] = torch.from_numpy(packed)
+        kept[name] = weight.detach().reshape(-1)[torch.from_numpy(keep)].float()
+    if values == torch.float16:
+        kept = as_half(kept)
+    tensors |= {VALUES + name: tensor for name, tensor in kept.items()}
     for key, tensor in state.items():
-        tensors[_DENSE + key] = tensor.detach().cpu().contiguous().clone()
+        tensors[DENSE + key] = tensor.detach().cpu().contiguous().clone()
     header: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "arch": arch,
         "shapes": {name: list(shape) for name, (shape, _) in bits.items()},
         "masks_given": bool(record["masks"]),
-        "plan": plan.to_dict(),
+        "plan": record["plan"].to_dict() if plan else None,
         "provenance": {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": type(model).__name__,
@@ -114,17 +147,30 @@ def save_accelerated(
             **{key: str(value) for key, value in (provenance or {}).items()},
         },
     }
-    header["sha256"] = _digest(tensors, header)
+    if not plan or values != torch.float32:  # which older versions of this package cannot read
+        stored = next(name for name, dtype in DTYPES.items() if dtype == values)
+        header |= {"format_version": PORTABLE, "values": stored}
+    header["sha256"] = digest(tensors, header)
     atomic_write(target, save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
 
 
 @overload
-def load_accelerated(path: str | os.PathLike[str], model: nn.Module) -> Report: ...
+def load_accelerated(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    replan: bool = False,
+    input_size: tuple[int, int] | None = None,
+) -> Report: ...
 
 
 @overload
 def load_accelerated(
-    path: str | os.PathLike[str], *, build: Callable[[], nn.Module] | None = None
+    path: str | os.PathLike[str],
+    *,
+    build: Callable[[], nn.Module] | None = None,
+    replan: bool = False,
+    input_size: tuple[int, int] | None = None,
 ) -> tuple[nn.Module, Report]: ...
 
 
@@ -133,8 +179,10 @@ def load_accelerated(
     model: Any = _NOT_GIVEN,  # None would be a mistake of the caller, and is refused as one
     *,
     build: Callable[[], nn.Module] | None = None,
+    replan: bool = False,
+    input_size: tuple[int, int] | None = None,
 ) -> Report | tuple[nn.Module, Report]:
-    """Load a sparse checkpoint and accelerate it as planned in the file.
+    """Load a sparse checkpoint and accelerate it: as planned in the file, or as is fastest here.
 
     Args:
         path: a file of :func:`save_accelerated`.
@@ -142,15 +190,19 @@ def load_accelerated(
             overwritten. Without it the network is built here.
         build: a function without arguments that returns such a model, which is set to eval mode;
             by default the architecture that the file names, without random numbers.
+        replan: make a plan here, which times every layer and the whole (seconds to a minute), and
+            leave what does not pay. A file without a plan always does. Without, a plan that was
+            made on another machine is carried out, and the report says so.
+        input_size: (height, width) in pixels to plan for, as ``accelerate`` takes it.
 
     Returns:
-        The report, without timings: the plan's were measured where the file was made. Without
-        ``model``: the model that was built, and the report.
+        The report; of the file's plan without timings, which were measured where it was made.
+        Without ``model``: the model that was built, and the report.
 
     Raises:
         CheckpointError: not such a file, damaged, of another architecture, or without the name of
             one where neither ``model`` nor ``build`` is given.
-        PlanError: its plan is not one, or for another network.
+        PlanError: its plan is not one, for another network, or for another ``input_size``.
         UnsupportedModelError: the model cannot take it. The model is unchanged in every case.
     """
     name = _checked_path(path)
@@ -166,29 +218,39 @@ def load_accelerated(
         )
     if given:
         check_model(model)
-    tensors, header = _read(name)
-    plan = Plan.from_dict(header["plan"])
+    tensors, header = read(name)
+    plan = None if header["plan"] is None else Plan.from_dict(header["plan"])
     if not given:
         model = _named(name, tensors, header) if build is None else _from(build)
-    report = _fill(name, tensors, header, plan, model)
+    report = _fill(name, tensors, header, None if replan else plan, model, input_size)
     return report if given else (model, report)
+
+
+def provenance_of(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The text entries kept with a sparse checkpoint: when and of what it was made, notices.
+
+    Raises CheckpointError as :func:`load_accelerated` does.
+    """
+    found = read(_checked_path(path))[1].get("provenance")
+    return {key: str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _fill(
     path: str,
     tensors: dict[str, torch.Tensor],
     header: Mapping[str, Any],
-    plan: Plan,
+    plan: Plan | None,
     model: nn.Module,
+    input_size: tuple[int, int] | None,
 ) -> Report:
     """Load the tensors into a checked model and accelerate it. Consumes ``tensors``."""
     own = model.state_dict()
-    state, masks = _unpack(path, tensors, header, own)
+    state, masks = unpack(path, tensors, header, own)
     before = {key: tensor.detach().clone() for key, tensor in own.items()}
     try:
         model.load_state_dict(state)
         given = masks if header["masks_given"] else None
-        return accelerate(model, given, plan=plan, measure=False)
+        return accelerate(model, given, plan=plan, input_size=input_size, measure=plan is None)
     except BaseException:
         model.load_state_dict(before)
         raise
@@ -218,17 +280,8 @@ def _named(path: str, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
             f"built by name ({', '.join(NAMED)}). {ways}."
         )
     model = empty_tower(arch)
-    _same_layout(path, shapes_of(model.state_dict()), _shapes_of_file(tensors, header))
+    same_layout(path, shapes_of(model.state_dict()), shapes_of_file(tensors, header))
     return fill_storage(model)
-
-
-def _shapes_of_file(
-    tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]
-) -> dict[str, tuple[int, ...]]:
-    """Dense shapes of every entry, whole and sparse."""
-    whole = {k.removeprefix(_DENSE): t for k, t in tensors.items() if k.startswith(_DENSE)}
-    sparse = {f"{name}.weight": tuple(shape) for name, shape in header["shapes"].items()}
-    return shapes_of(whole) | sparse
 
 
 def _mask_bits(
@@ -271,114 +324,7 @@ def _same_masks(
             )
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any] | None) -> str:
-    """SHA-256 (hex) over the header, and names, dtypes, shapes and bytes of the tensors."""
-    digest = hashlib.sha256()
-    if header is not None:
-        covered = {key: value for key, value in header.items() if key != "sha256"}
-        digest.update(json.dumps(covered, sort_keys=True).encode() + b"\n")
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
-
-
 def _checked_path(path: object) -> str:
     if not isinstance(path, str | os.PathLike):
         raise CheckpointError(f"path={path!r} is no path. Pass a file name.")
     return os.fspath(path)
-
-
-def _read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    file = open_checkpoint(path)
-    if METADATA_KEY not in file.metadata:
-        raise CheckpointError(
-            f"{path} is a {file.container} file, but not one that save_accelerated wrote. Load "
-            "dense weights with load_state_dict, then call accelerate(model, masks)."
-        )
-    try:
-        header = parse_json(file.metadata[METADATA_KEY])
-    except Malformed as error:
-        raise _damaged(path, f"its header is not readable: {error}") from error
-    if not isinstance(header, dict) or "format_version" not in header:
-        raise _damaged(path, "its header is not readable: it has no format version")
-    version = header["format_version"]
-    if version not in (WITHOUT_HEADER, FORMAT_VERSION) or isinstance(version, bool | float):
-        raise CheckpointError(
-            f"{path}: sparse checkpoint format version {brief(version)}, this version of "
-            f"opentrans_kernels reads {WITHOUT_HEADER} and {FORMAT_VERSION}. Update "
-            "opentrans_kernels."
-        )
-    for key, kind in FIELDS.items():
-        if not isinstance(header.get(key), kind):
-            raise _damaged(path, f"its header is not readable: {key} is {brief(header.get(key))}")
-    if not isinstance(header.get("arch"), str | None):
-        raise _damaged(path, f"its header is not readable: arch is {brief(header['arch'])}")
-    if not all(is_shape(shape) for shape in header["shapes"].values()):
-        raise _damaged(path, "its table of shapes holds something else")
-    names = {key.removeprefix(_MASK) for key in file.content if key.startswith(_MASK)}
-    if names != set(header["shapes"]):
-        raise _damaged(path, "its table of shapes and its masks disagree")
-    covered = None if version == WITHOUT_HEADER else header
-    if _digest(file.content, covered) != header["sha256"]:
-        raise _damaged(path, "its content does not have the recorded SHA-256")
-    return dict(file.content), header
-
-
-def _damaged(path: str, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is a sparse checkpoint, but {what}: it was changed or damaged after it was "
-        "written. Copy it again from its source, or save it again."
-    )
-
-
-def _unpack(
-    path: str,
-    tensors: dict[str, torch.Tensor],
-    header: Mapping[str, Any],
-    own: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(dense state dict, masks) for a model with the state dict ``own``. Consumes ``tensors``."""
-    masks: dict[str, torch.Tensor] = {}
-    state: dict[str, torch.Tensor] = {}
-    _same_layout(path, shapes_of(own), _shapes_of_file(tensors, header))
-    for name, shape in header["shapes"].items():
-        values, packed = tensors.pop(_VALUES + name, None), tensors.pop(_MASK + name)
-        count = math.prod(shape)
-        sizes = packed.dtype == torch.uint8 and packed.shape == (-(-count // 8),)
-        if not sizes or values is None or values.ndim != 1 or values.dtype != torch.float32:
-            raise _damaged(path, f"the tensors of {name} do not have the recorded sizes")
-        keep = torch.from_numpy(np.unpackbits(packed.numpy(), count=count).view(np.bool_))
-        if int(torch.count_nonzero(keep)) != values.numel():
-            raise _damaged(path, f"{name} has {values.numel()} values for another mask")
-        weight = torch.zeros(count)
-        weight[keep] = values
-        state[f"{name}.weight"], masks[name] = weight.view(shape), keep.view(shape)
-    for key in [key for key in tensors if key.startswith(_DENSE)]:
-        state[key.removeprefix(_DENSE)] = tensors.pop(key)
-    for key, tensor in state.items():
-        kinds = [one.is_floating_point() + 2 * one.is_complex() for one in (tensor, own[key])]
-        if kinds[0] != kinds[1]:
-            raise _damaged(path, f"{key} is {tensor.dtype}, in the model {own[key].dtype}")
-    return state, masks
-
-
-def _same_layout(
-    path: str, own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
-) -> None:
-    missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
-    if missing or extra:
-        raise CheckpointError(
-            f"{path} holds another architecture: {len(missing)} tensors of the model are not in it "
-            f"{missing[:3]}, {len(extra)} of its tensors are not in the model {extra[:3]}. Build "
-            "the architecture it was saved from."
-        )
-    wrong = [key for key in own if own[key] != given[key]]
-    if wrong:
-        key = wrong[0]
-        raise CheckpointError(
-            f"{path} holds another architecture: {len(wrong)} tensors have other shapes, {key} is "
-            f"{given[key]} in the file and {own[key]} in the model. Build the architecture it was "
-            "saved from."
-        )
