@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import OpenTransError
-from .estimate import rows_of, versions
+from .estimate import versions
 from .layers import LINEAR_ASPECT, LayerSlices, select
 from .options import FitOptions
 from .parts import Progress, solving_cost, spectra_of, weight_digest
+from .rows import rows_of
 from .rules import keep
 from .table import AlphaTable
 

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..errors import OpenTransError
 from .certificate import NORM_LEVELS, UNKNOWN, alpha_interval, norm_bound
-from .estimate import rows_of, versions
+from .estimate import versions
 from .layers import LINEAR_ASPECT, LayerSlices, select
 from .options import FitOptions
 from .parts import Progress, spectra_of, weight_digest
+from .rows import rows_of
 from .sampled import parse_approx
 from .solvers import Spectrum
 from .table import AlphaTable, LayerAlpha
