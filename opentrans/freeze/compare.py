@@ -1,8 +1,8 @@
-"""Freeze sets side by side: of several fits and methods, of dense and of masked weights."""
+"""Freeze sets of tables alone, to be laid side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,9 @@ from opentrans_kernels.errors import PlanError
 from opentrans_kernels.spectrum import AlphaTable, estimate_alphas
 
 from .make import parse_rule
-from .record import Disagreement
 from .rules import Request, Unit
 
-__all__ = ["compare_sets", "freeze_set", "tables_of"]
+__all__ = ["freeze_set", "tables_of"]
 
 
 def tables_of(
@@ -74,20 +73,3 @@ def freeze_set(alphas: AlphaTable, rule: str = "median") -> frozenset[str]:
         for name, entries in grouped.items()
     ]
     return frozenset(row.choose(Request(units, options, dict)).frozen)
-
-
-def compare_sets(
-    first: str,
-    one: Collection[str],
-    second: str,
-    two: Collection[str],
-    layers: Sequence[str],
-) -> Disagreement:
-    """What two freeze sets over the same ``layers`` (in network order) do not share."""
-    return Disagreement(
-        first,
-        second,
-        tuple(name for name in layers if name in one and name not in two),
-        tuple(name for name in layers if name in two and name not in one),
-        len(layers),
-    )

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from opentrans_kernels.errors import PlanError, UnsupportedModelError
-from opentrans_kernels.spectrum import AlphaTable, LayerAlpha, masked_note, zero_shares, zeros_note
+from opentrans_kernels.spectrum import AlphaTable, LayerAlpha
 
 from .pairing import NormPairs, pair_norms
 from .plan import FreezePlan, parameters_of
-from .record import Decision
+from .record import Decision, Disagreement
 from .rules import RULES, Choice, FreezeRule, Request, Unit, suggest
+from .seen import denser_first, weights_of, weights_seen_by
 from .work import Work, owner, trace_work
 
 
@@ -74,7 +75,7 @@ def freeze_plan(
     given["layers"] = layers
     options = {key: value for key, value in given.items() if value is not None}
     row = parse_rule(rule, options)
-    alphas, also = _denser_first(alphas, also, row)
+    alphas, also = denser_first(alphas, also, row)
     tracer = _Tracer(model, input_size, inputs)
     pairs = NormPairs({})
     if norms and row.name != "opentrans":
@@ -98,13 +99,15 @@ def freeze_plan(
     if alphas is not None and also is not None:
         other = row.choose(Request(no_norms(_units(model, also, row)), options, request.macs))
         names = [unit.name for unit in units]
-        labels = _named_weights(alphas, also)
-        disagreement = compare_sets(labels[0], choice.frozen, labels[1], other.frozen, names)
+        labels = weights_of(alphas, also)
+        disagreement = Disagreement.of(labels[0], choice.frozen, labels[1], other.frozen, names)
     if row.name == "opentrans":
         decisions, again = _published(model, units, choice)
     else:
         decisions, again = _exact(model, units, choice, pairs), ()
-    seen, warning = _seen(model, units, alphas if row.needs_alphas else None)
+    seen, warning = weights_seen_by(
+        model, [unit.name for unit in units], alphas if row.needs_alphas else None, weights_seen
+    )
     own = dict(model.named_parameters(remove_duplicate=False))
     changed = [*(name for one in decisions for name in one.parameters), *again]
     plan = FreezePlan(
@@ -114,7 +117,7 @@ def freeze_plan(
         fit=alphas.label if alphas is not None and row.needs_alphas else None,
         threshold=choice.threshold,
         alpha_digest=alpha_digest(alphas) if alphas is not None and row.needs_alphas else None,
-        weights_seen=seen if weights_seen is None else weights_seen,
+        weights_seen=seen,
         norms_frozen=norms and row.name != "opentrans",
         shapes={name: tuple(own[name].shape) for name in changed},
         already_frozen=tuple(n for n, p in own.items() if not p.requires_grad),
@@ -347,55 +350,6 @@ def _published(
             reason += "; no parameter begins with the names of its parts: it trains"
         decisions.append(Decision(unit.name, bool(caught), reason, unit.alphas, tuple(caught)))
     return decisions, tuple(name for name, start in hit.items() if start is None)
-
-
-def _seen(
-    model: nn.Module, units: Sequence[Unit], alphas: AlphaTable | None
-) -> tuple[str, tuple[str, ...]]:
-    """("dense" or "masked", the warning if alphas of masked weights decide)."""
-    if alphas is not None and not math.isnan(alphas.zeros):
-        note = masked_note(alphas)
-    else:  # the table did not count, or none was needed
-        modules = dict(model.named_modules(remove_duplicate=False))
-        weights = {unit.name: getattr(modules[unit.name], "weight", None) for unit in units}
-        real = {n: w for n, w in weights.items() if isinstance(w, torch.Tensor) and not w.is_meta}
-        shares = zero_shares(list(real.values()))
-        sizes = [weight.numel() for weight in real.values()]
-        note = zeros_note(list(zip(real, shares, sizes, strict=True)))
-    return ("masked" if note else "dense"), ((note,) if note and alphas is not None else ())
-
-
-def _denser_first(
-    alphas: AlphaTable | None, also: AlphaTable | None, row: FreezeRule
-) -> tuple[AlphaTable | None, AlphaTable | None]:
-    """The table that decides and the one it is compared with.
-
-    Raises:
-        PlanError: two tables that cannot be compared.
-    """
-    if also is None:
-        return alphas, None
-    if alphas is None or not row.needs_alphas:
-        why = "no alphas are given beside it" if row.needs_alphas else f"rule {row.name!r} has none"
-        raise PlanError(f"also= is a second table of alphas, but {why}. Leave it out.")
-    names = [[one.name for one in table] for table in (alphas, also)]
-    if names[0] != names[1] or alphas.label != also.label:
-        what = (
-            f"{alphas.label} and {also.label}"
-            if alphas.label != also.label
-            else f"{len(names[0])} and {len(names[1])} layers, or other names"
-        )
-        raise PlanError(
-            f"the two alpha tables do not belong together: {what}. Estimate both with the same "
-            "fit and method: estimate_alpha(model, fit) and estimate_alpha(model, fit, masks=masks)."
-        )
-    return (also, alphas) if also.zeros < alphas.zeros else (alphas, also)
-
-
-def _named_weights(alphas: AlphaTable, also: AlphaTable) -> tuple[str, str]:
-    if alphas.weights_seen != also.weights_seen:
-        return f"{alphas.weights_seen} weights", f"{also.weights_seen} weights"
-    return f"weights with {alphas.zeros:.1%} zeros", f"weights with {also.zeros:.1%} zeros"
 
 
 def _refuse_trivial(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,24 @@ class Disagreement:
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
     layers: int
+
+    @classmethod
+    def of(
+        cls,
+        first: str,
+        one: Collection[str],
+        second: str,
+        two: Collection[str],
+        layers: Sequence[str],
+    ) -> Disagreement:
+        """Compare two sets of frozen layers; ``layers`` are all, in network order."""
+        return cls(
+            first,
+            second,
+            tuple(name for name in layers if name in one and name not in two),
+            tuple(name for name in layers if name in two and name not in one),
+            len(layers),
+        )
 
     @property
     def count(self) -> int:

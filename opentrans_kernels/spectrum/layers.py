@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import MaskError, OpenTransError, UnsupportedModelError
 from ..masks import MaskSet
@@ -21,6 +22,8 @@ MATCHES = ("class_name", "isinstance")
 #: A linear layer whose larger side is this many times the smaller one is left out.
 LINEAR_ASPECT = 8.0
 _ATTENTION = ("attn", "attention")
+#: What a module's weight is called among its parameters: as it is, pruned, parametrized.
+_WEIGHTS = ("weight", "weight_orig", "parametrizations.weight.original")
 
 
 @dataclass(frozen=True)
@@ -172,18 +175,15 @@ def _of_modules(model: nn.Module, match: str, under: seen.Under) -> Iterator[_En
         if not _counts(module, match):
             continue
         weight = getattr(module, "weight", None)
-        label = type(module).__name__.lower()
+        label = _class_name(module)
         kind = (
             label
             if match == "class_name"
             else ("linear", "conv")[not isinstance(module, nn.Linear)]
         )
-        others = sum(
-            p.numel()
-            for key, p in module.named_parameters()
-            if key != "weight" and p.requires_grad and not _is_lazy(p)
-        )
-        trainable = isinstance(weight, torch.Tensor) and weight.requires_grad
+        trained = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
+        others = sum(p.numel() for key, p in trained if key not in _WEIGHTS and not _is_lazy(p))
+        trainable = any(key in _WEIGHTS for key, _ in trained)
         parameter = f"{name}.weight" if name else "weight"
         measured = under.weight(parameter, weight)
         yield name or type(module).__name__, parameter, kind, measured, (trainable, others)
@@ -192,7 +192,13 @@ def _of_modules(model: nn.Module, match: str, under: seen.Under) -> Iterator[_En
 def _counts(module: nn.Module, match: str) -> bool:
     if match == "isinstance":
         return isinstance(module, _CLASSES)
-    return type(module).__name__.lower() in CLASS_NAMES
+    return _class_name(module) in CLASS_NAMES
+
+
+def _class_name(module: nn.Module) -> str:
+    """Lowercased; of the class itself where torch put a parametrized one in its place."""
+    kind = type(module)
+    return (kind.__mro__[1] if is_parametrized(module) else kind).__name__.lower()
 
 
 def _of_mapping(

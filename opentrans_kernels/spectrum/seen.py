@@ -15,7 +15,15 @@ from ..masks.readers.families import masked_parameters
 from ..masks.wrappers import without_wrappers
 from .table import MASKED_SHARE, LayerAlpha
 
-__all__ = ["WEIGHTS", "Under", "check_weights", "given_masks", "masked_note", "of_mapping", "zeros_note"]
+__all__ = [
+    "WEIGHTS",
+    "Under",
+    "check_weights",
+    "given_masks",
+    "masked_note",
+    "of_mapping",
+    "zeros_note",
+]
 
 #: Of a source that holds weights beside their masks: the weights as they are, or masked.
 WEIGHTS = ("dense", "masked")
@@ -78,14 +86,12 @@ def of_mapping(
     tensors = {str(k): t for k, t in source.items() if isinstance(t, torch.Tensor)}
     if not holds_masks(tensors):
         return source
-    folded = fold_masks(tensors, "the mapping")
-    if weights == "dense":
+    folded = fold_masks(tensors, "the mapping", apply=weights == "masked")
+    if weights == "dense" and removed is not None:
         for group in masked_parameters(tensors, "the mapping").values():
             for masked in group:
-                if masked.weight is not None:
-                    folded[masked.parameter] = masked.weight
-                    if removed is not None and (share := _share(masked.mask)):
-                        removed[masked.parameter] = share
+                if masked.weight is not None and (share := _share(masked.mask)):
+                    removed[masked.parameter] = share
     return folded | {str(k): v for k, v in source.items() if str(k) not in tensors}
 
 
@@ -141,8 +147,8 @@ def zeros_note(layers: Sequence[tuple[str, float, int]]) -> str:
     name, most, _ = max(masked, key=lambda one: one[1])
     return (
         f"masked weights: {len(masked)} of {len(layers)} layers hold exact zeros ({share:.1%} of "
-        f"their weights, {most:.1%} in {name}). A mask moves alpha, one by magnitude upwards, so "
-        "these alphas are no measure of training and freeze other layers than those of the dense "
+        f"their weights, {most:.1%} in {name}). A mask moves alpha, up or down with the fit, so "
+        "these alphas measure the pruning too and freeze other layers than those of the dense "
         "weights. Estimate the weights from before pruning, if there are any"
     )
 
