@@ -111,7 +111,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     table = estimate(subject.model, "alpha")
     masked = None
     if subject.masked is not None:
-        masked = estimate(subject.masked, "alpha of the masked weights")
+        masked = estimate(subject.masked, "masked alpha")
     seconds = time.perf_counter() - start
     for note in table.notes:
         out.warn(note)

@@ -71,13 +71,15 @@ def load_alpha_subject(options: argparse.Namespace) -> AlphaSubject:
         }
     if masked is not None and options.weights == "masked":
         model, masked = masked, None
+    for network in filter(None, (model, masked)):
+        network.requires_grad_(True)
     banner = None
     if labels["synthetic"]:
         what = "mask" if where is not None else "weights"
         banner = (
             f"SYNTHETIC {what}: alphas and freeze decisions say nothing about a trained network."
         )
-    return AlphaSubject(model.requires_grad_(True), masked, labels, banner)
+    return AlphaSubject(model, masked, labels, banner)
 
 
 def compare_methods(

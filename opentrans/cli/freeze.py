@@ -147,7 +147,7 @@ def _plan(
         for note in alphas.notes:
             out.warn(note)
         if masks is not None:
-            with progress_bar(out, "alpha of the masked weights") as bar:
+            with progress_bar(out, "masked alpha") as bar:
                 also = estimate_alpha(training.model, options.fit, masks=masks, progress=bar)
     plan = freeze_plan(
         training.model, alphas, options.rule, also=also, input_size=(options.size, options.size)
