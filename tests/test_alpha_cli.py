@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from freeze_cases import Chain, alpha_row, alpha_table
+from torch.nn.utils import prune
 
 from opentrans import FreezePlan, cli, freeze_plan
 from opentrans.cli import render
@@ -112,17 +113,74 @@ def test_synthetic_weights_are_loudly_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "freeze" not in payload and len(payload["layers"]) == 21
 
 
-def test_masked_weights_are_measured(checkpoint: str, capsys) -> None:
-    arguments = ["alpha", checkpoint, "--arch", TINY, "--size", "64", "--json", "--fit", "xmin_mid"]
-    assert cli.main([*arguments, "--freeze", "median", "--mask", "uniform:0.90"]) == 0
+def test_dense_weights_decide_where_masked_ones_are_beside_them(checkpoint: str, capsys) -> None:
+    arguments = ["alpha", checkpoint, "--arch", TINY, "--size", "64", "--fit", "xmin_mid"]
+    arguments += ["--freeze", "median", "--json"]
+    assert cli.main([*arguments, "--mask", "uniform:0.90"]) == 0
+    shown = capsys.readouterr()
+    both = json.loads(shown.out)
+    assert "SYNTHETIC mask" in shown.err and "masked weights: " not in shown.err
+    assert cli.main(arguments) == 0
+    dense = json.loads(capsys.readouterr().out)
+    assert cli.main([*arguments, "--mask", "uniform:0.90", "--weights", "masked"]) == 0
     shown = capsys.readouterr()
     masked = json.loads(shown.out)
-    assert "SYNTHETIC mask" in shown.err
-    assert masked["freeze"]["weights_seen"] == "masked"
-    assert cli.main([*arguments, "--freeze", "median"]) == 0
-    dense = json.loads(capsys.readouterr().out)
-    assert dense["freeze"]["weights_seen"] == "dense"
+    count = sum(layer["zeros"] > 0 for layer in masked["layers"])
+    assert f"masked weights: {count} of 21 layers hold exact zeros (90" in shown.err
+    assert [one["weights_seen"] for one in (both, dense, masked)] == ["dense", "dense", "masked"]
+    assert [one["freeze"]["weights_seen"] for one in (both, masked)] == ["dense", "masked"]
+    assert both["layers"] == dense["layers"] and both["masked"]["layers"] == masked["layers"]
     assert dense["layers"][3]["alpha"] != masked["layers"][3]["alpha"]
+    differ = both["freeze"]["disagreement"]
+    sets = [set(one["freeze"]["frozen"]) for one in (dense, masked)]
+    assert set(differ["only_first"]) == sets[0] - sets[1] and differ["count"] > 0
+    assert set(differ["only_second"]) == sets[1] - sets[0] and differ["layers"] == 21
+    assert (differ["first"], differ["second"]) == ("dense weights", "masked weights")
+
+
+def test_a_pruned_checkpoint_gives_the_weights_under_its_masks(
+    checkpoint: str, tmp_path: Path, capsys
+) -> None:
+    model = build_tower(TINY, seed=3)
+    for block in (model.layer1, model.layer2):
+        prune.l1_unstructured(block[0].conv1, "weight", amount=0.9)
+    both, folded = tmp_path / "pruned.pth", tmp_path / "folded.pth"
+    torch.save(model.state_dict(), both)
+    for block in (model.layer1, model.layer2):
+        prune.remove(block[0].conv1, "weight")
+    torch.save(model.state_dict(), folded)
+    found = {}
+    for name, path in (("dense", checkpoint), ("both", both), ("folded", folded)):
+        arguments = ["alpha", str(path), "--arch", TINY, "--fit", "xmin_mid", "--json"]
+        assert cli.main(arguments) == 0
+        shown = capsys.readouterr()
+        found[name] = json.loads(shown.out)
+        assert ("masked weights: 2 of 21 layers" in shown.err) == (name == "folded")
+    assert found["both"]["layers"] == found["dense"]["layers"]
+    assert found["both"]["masked"]["layers"] == found["folded"]["layers"]
+    assert found["both"]["subject"]["mask"] == "masks in pruned.pth"
+    assert "masked" not in found["folded"] and found["folded"]["weights_seen"] == "masked"
+
+
+def test_farms_lays_its_freeze_set_beside_the_others(checkpoint: str, capsys) -> None:
+    arguments = ["alpha", checkpoint, "--arch", TINY, "--method", "farms", "--freeze", "median"]
+    assert cli.main([*arguments, "--size", "64", "--json"]) == 0
+    payload = json.loads(capsys.readouterr().out)
+    assert payload["fit"] == "xmin_mid" and payload["freeze"]["fit"] == "farms xmin_mid"
+    sets = {one["label"]: one for one in payload["freeze_sets"]}
+    assert list(sets) == ["farms xmin_mid", "xmin_peak", "xmin_mid", "ks"]
+    own = set(sets["farms xmin_mid"]["frozen"])
+    assert own == set(payload["freeze"]["frozen"]) and sets["xmin_peak"]["without_alpha"] == []
+    assert sets["farms xmin_mid"]["without_alpha"] == ["conv1"]
+    for label in ("xmin_peak", "xmin_mid", "ks"):
+        differ = sets[label]["disagreement"]
+        assert set(differ["only_second"]) == set(sets[label]["frozen"]) - own
+    assert cli.main([*arguments, "--size", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "Freeze sets by rule median" in shown and "differ from farms xmin_mid" in shown
+    assert re.search(r"freeze sets of farms xmin_mid and of ks: \d+ of 21 layers differ", shown)
+    assert re.search(r"conv1 +64x3x7x7 +nan ", shown)
+    assert "farms cannot judge it: 21 blocks of 3x3" in payload["layers"][0]["reason"]
 
 
 @pytest.mark.parametrize(

@@ -234,14 +234,20 @@ def test_a_student_beside_its_teacher_is_never_taken_silently(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("how", ["prune", "parametrize", "nncf", "buffer"])
-def test_alpha_of_a_state_dict_is_that_of_the_masked_weights(how, tower, masks):
+def test_alpha_of_a_state_dict_is_that_of_the_dense_or_the_masked_weights(how, tower, masks):
     few = {n: masks[n] for n in ("layer2.0.conv2", "layer2.1.conv2")}
     expected = {k: v for k, v in masked_state(tower, few).items() if v.dim() > 1}
     state = (pruned_state if how == "prune" else STATES[how])(tower, few)
-    found = estimate_alpha({k: v for k, v in state.items() if v.dim() > 1}, linear_aspect=None)
-    dense = estimate_alpha(expected, linear_aspect=None)
-    assert {row.name: row.alpha for row in found} == {row.name: row.alpha for row in dense}
+    held = {k: v for k, v in state.items() if v.dim() > 1}
+    found = estimate_alpha(held, linear_aspect=None, weights="masked")
+    masked = estimate_alpha(expected, linear_aspect=None)
+    assert found.alphas() == masked.alphas() and found.weights_seen == "masked"
     assert not any("mask" in row.name or "orig" in row.name for row in found)
+    plain = {k: v for k, v in tower.state_dict().items() if v.dim() > 1}
+    dense = estimate_alpha(plain, linear_aspect=None)
+    found = estimate_alpha(held, linear_aspect=None)
+    assert found.alphas() == dense.alphas() != masked.alphas()
+    assert found.weights_seen == "dense" and "2 of the weights have masks" in found.notes[0]
 
 
 def test_masks_match_a_model_compiled_in_parts(tower, masks):

@@ -252,9 +252,10 @@ def test_csv_has_a_line_per_layer(table: AlphaTable, tmp_path) -> None:
 
 def test_printing_shows_every_layer_and_its_reason(table: AlphaTable) -> None:
     lines = str(table).splitlines()
-    assert len(lines) == 6 and lines[0].split()[:3] == ["layer", "shape", "alpha"]
+    assert len(lines) == 7 and lines[0].split()[:3] == ["layer", "shape", "alpha"]
     assert "all zero" in lines[3] and "20x9x3x3" in lines[2]
-    assert lines[-1] == f"4 layers, fit ks, median alpha {table.median():.4f}"
+    assert lines[-2] == f"4 layers, fit ks, median alpha {table.median():.4f}"
+    assert lines[-1].startswith("note: masked weights: 2 of 4 layers hold exact zeros (90.0% of")
 
 
 def test_kept_spectra_are_returned_on_request(table: AlphaTable) -> None:

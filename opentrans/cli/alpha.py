@@ -2,6 +2,8 @@
 
 Weights come from CHECKPOINT (loaded into --arch), else they are synthetic and say nothing about a
 trained network. --freeze makes a plan, small alpha first; its saving is counted, not assumed.
+Where weights are there both dense and masked (--mask, or a pruned checkpoint that kept what lies
+under its masks) both are measured, the dense ones decide, and what the others would freeze is told.
 
 rules: median, above_median, ratio:SHARE, random:SEED, all_3x3, prefix:MODULE, list:A,B, opentrans
 """
@@ -14,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .alpha_subject import compare_methods, load_alpha_subject
 from .options import add_json, add_model, add_size, add_threads, input_size
 from .progress import progress_bar
 from .render import Cell, Output, check_writable, write_atomically
@@ -34,13 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser, checkpoint=False)
     parser.add_argument(
-        "--fit", default="xmin_peak", metavar="MODE",
-        help="xmin_peak (as in the published training, default), xmin_mid, ks, xmin_peak_fixed, "
-        "weightwatcher",
+        "--fit", metavar="MODE",
+        help="xmin_peak (as in the published training, default), xmin_mid (default with --method "
+        "farms), ks, xmin_peak_fixed, weightwatcher",
     )  # fmt: skip
     parser.add_argument(
-        "--mask", metavar="MASK", help="measure the masked weights: mask file or recipe"
+        "--method", choices=("whole", "farms"), default="whole",
+        help="whole matrices (default), or sub-matrices of one aspect; farms also compares its "
+        "freeze set with those of whole matrices",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mask", metavar="MASK", help="also measure the masked weights: mask file or recipe"
     )
+    parser.add_argument(
+        "--weights", choices=("dense", "masked"), default="dense",
+        help="which decide where both are there (default dense); masked measures those alone",
+    )  # fmt: skip
     parser.add_argument(
         "--freeze", metavar="RULE", help="also make a freeze plan, for instance median"
     )
@@ -75,39 +87,57 @@ def run(options: argparse.Namespace, out: Output) -> int:
     from opentrans.freeze import parse_rule
     from opentrans_kernels.spectrum import FitOptions, estimate_alpha
 
-    FitOptions(options.fit)  # both refuse what they do not know, before the work starts
+    FitOptions(options.fit or "xmin_peak")  # both refuse what they do not know, before the work
     if options.freeze:
         parse_rule(options.freeze, {})
     torch.set_num_threads(options.threads)
-    model, subject, banner = _subject(options)
-    if banner:
-        out.warn(banner)
+    subject = load_alpha_subject(options)
+    if subject.banner:
+        out.warn(subject.banner)
     start = time.perf_counter()
-    with progress_bar(out, "alpha") as progress:
-        table = estimate_alpha(
-            model,
-            options.fit,
-            device=options.device,
-            threads=options.threads,
-            keep_spectra=folder is not None,
-            progress=progress,
-        )
+
+    def estimate(model: nn.Module, what: str) -> AlphaTable:
+        with progress_bar(out, what) as progress:
+            return estimate_alpha(
+                model,
+                options.fit,
+                method=options.method,
+                device=options.device,
+                threads=options.threads,
+                keep_spectra=folder is not None,
+                progress=progress,
+            )
+
+    table = estimate(subject.model, "alpha")
+    masked = None
+    if subject.masked is not None:
+        masked = estimate(subject.masked, "masked alpha")
     seconds = time.perf_counter() - start
-    if banner:
-        table = _with_note(table, banner)
-    plan = _plan(options, model, table)
-    _show(table, plan, out)
+    for note in table.notes:
+        out.warn(note)
+    if subject.banner:
+        table = _with_note(table, subject.banner)
+    plan = _plan(options, subject.model, table, masked)
+    _show(table, masked, plan, out)
     out.text(f"estimated in {seconds:.2f} s wall on {options.threads} thread(s)")
     payload: dict[str, Any] = json.loads(table.to_json())
-    payload.update(subject=subject, seconds=seconds, threads=options.threads)
+    payload.update(subject=subject.labels, seconds=seconds, threads=options.threads)
+    payload.update(weights_seen=table.weights_seen, zeros=table.zeros)
+    if masked is not None:
+        payload["masked"] = json.loads(masked.to_json())
+    if options.method == "farms":
+        payload["freeze_sets"] = compare_methods(options, subject.model, table, out)
     savings_text = ""
     if plan is not None:
-        saving = plan.report(model, input_size(options))
+        saving = plan.report(subject.model, input_size(options))
         savings_text = str(saving)
         out.heading(f"Freeze plan, rule {plan.rule}, {options.size} px")
         out.text(savings_text)
         for note in plan.notes:
-            out.note(note)
+            if note not in table.notes:
+                out.note(note)
+        if plan.disagreement is not None:
+            out.text(str(plan.disagreement))
         payload.update(freeze=plan.to_dict(), savings=saving.to_dict())
     if options.csv:
         table.to_csv(options.csv)
@@ -116,39 +146,9 @@ def run(options: argparse.Namespace, out: Output) -> int:
         plan.to_json(options.save_plan)
         out.text(f"wrote {options.save_plan}", whole=True)
     if folder is not None:
-        _write_plots(folder, table, plan, payload, savings_text, banner, out)
+        _write_plots(folder, table, plan, payload, savings_text, subject.banner, out)
     out.finish(payload)
     return 0
-
-
-def _subject(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], str | None]:
-    """The network, all of it trainable; labels for JSON; what must be said about it."""
-    from opentrans_kernels.bench.subject import build_tower, load_subject, load_weights
-
-    if options.mask is not None:
-        subject = load_subject(
-            options.mask, arch=options.arch, checkpoint=options.checkpoint, seed=options.seed
-        )
-        model, labels = subject.masked_copy(), subject.describe()
-    else:
-        model = build_tower(options.arch, seed=options.seed, empty=options.checkpoint is not None)
-        weights = f"synthetic weights (seed {options.seed})"
-        if options.checkpoint is not None:
-            load_weights(model, options.checkpoint)
-            weights = f"weights of {Path(options.checkpoint).name}"
-        labels = {
-            "arch": options.arch,
-            "weights": weights,
-            "mask": None,
-            "synthetic": options.checkpoint is None,
-        }
-    banner = None
-    if labels["synthetic"]:
-        what = "mask" if options.checkpoint is not None else "weights"
-        banner = (
-            f"SYNTHETIC {what}: alphas and freeze decisions say nothing about a trained network."
-        )
-    return model.requires_grad_(True), labels, banner
 
 
 def _with_note(table: AlphaTable, note: str) -> AlphaTable:
@@ -157,39 +157,54 @@ def _with_note(table: AlphaTable, note: str) -> AlphaTable:
     return dataclasses.replace(table, notes=(*table.notes, note))
 
 
-def _plan(options: argparse.Namespace, model: nn.Module, table: AlphaTable) -> FreezePlan | None:
+def _plan(
+    options: argparse.Namespace, model: nn.Module, table: AlphaTable, masked: AlphaTable | None
+) -> FreezePlan | None:
     if not options.freeze:
         return None
-    from opentrans.freeze import freeze_plan
+    from opentrans.freeze import freeze_plan, parse_rule
 
     return freeze_plan(
         model,
         table,
         options.freeze,
         norms=not options.no_norms,
+        also=masked if parse_rule(options.freeze, {}).needs_alphas else None,
         input_size=input_size(options),
-        weights_seen="dense" if options.mask is None else "masked",
     )
 
 
-def _show(table: AlphaTable, plan: FreezePlan | None, out: Output) -> None:
+def _show(
+    table: AlphaTable, masked: AlphaTable | None, plan: FreezePlan | None, out: Output
+) -> None:
     columns = ["layer", "shape", "alpha", "D", "xmin", "kept/all", "norm", "stable rank"]
+    zeros = masked or table
+    columns += ["zeros"] if zeros.zeros > 0 else []
+    columns += ["alpha masked"] if masked is not None else []
+    numbers = len(columns)
     columns += ["freeze"] if plan is not None else []
     frozen = plan.frozen if plan is not None else frozenset()
     rows: list[list[Cell]] = []
-    for row in table:
+    for index, row in enumerate(table):
         cells = _cells(row)
+        if zeros.zeros > 0:
+            cells.append(f"{zeros[index].zeros:.1%}")
+        if masked is not None:
+            cells.append(f"{masked[index].alpha:.4f}")
         if plan is not None:
             cells.append("frozen" if row.module in frozen else "trains")
         rows.append([*cells, _remark(row)])
-    right = range(2, 8)
-    out.table(None, [*columns, "remark"], rows, right=list(right))
+    out.table(None, [*columns, "remark"], rows, right=list(range(2, numbers)))
     flagged = sum(row.ambiguous for row in table)
-    summary = f"{len(table)} layers, fit {table.fit}, median alpha {table.median():.4f}"
+    summary = f"{len(table)} layers, fit {table.label}, median alpha {table.median():.4f}"
     if flagged:
         summary += f", {flagged} ambiguous (another correct implementation may differ there)"
     out.text()
     out.text(summary)
+    seen = f"weights seen: {table.weights_seen}, {table.zeros:.1%} exact zeros"
+    if masked is not None:
+        seen += f"; beside them the masked ones, {masked.zeros:.1%}, median {masked.median():.4f}"
+    out.text(seen)
     for name, reason in table.skipped.items():
         out.text(f"left out: {name}: {reason}")
 
@@ -236,7 +251,9 @@ def _write_plots(
     files = alpha_files(
         table,
         title=f"Alpha of {subject['arch']}",
-        subtitle=f"{subject['weights']}; {subject['mask'] or 'no mask'}; fit {table.fit}, float64",
+        subtitle="; ".join(
+            (subject["weights"], subject["mask"] or "no mask", f"fit {table.label}, float64")
+        ),
         banner=banner,
         plan=payload.get("freeze"),
         savings=payload.get("savings"),

@@ -137,20 +137,24 @@ def _plan(
         return plan
     from opentrans.freeze import RULES
 
-    alphas = None
+    alphas = also = None
     rule = RULES.get(options.rule.partition(":")[0])
     if rule is not None and rule.needs_alphas:
         from opentrans_kernels.spectrum import estimate_alpha
 
         with progress_bar(out, "alpha") as bar:
             alphas = estimate_alpha(training.model, options.fit, progress=bar)
-    return freeze_plan(
-        training.model,
-        alphas,
-        options.rule,
-        input_size=(options.size, options.size),
-        weights_seen="dense",
+        for note in alphas.notes:
+            out.warn(note)
+        if masks is not None:
+            with progress_bar(out, "masked alpha") as bar:
+                also = estimate_alpha(training.model, options.fit, masks=masks, progress=bar)
+    plan = freeze_plan(
+        training.model, alphas, options.rule, also=also, input_size=(options.size, options.size)
     )
+    if plan.disagreement is not None:
+        out.text(str(plan.disagreement))
+    return plan
 
 
 def _freeze(

@@ -16,11 +16,10 @@ from opentrans_kernels.spectrum import AlphaTable, LayerAlpha
 
 from .pairing import NormPairs, pair_norms
 from .plan import FreezePlan, parameters_of
-from .record import Decision
+from .record import Decision, Disagreement
 from .rules import RULES, Choice, FreezeRule, Request, Unit, suggest
+from .seen import denser_first, weights_of, weights_seen_by
 from .work import Work, owner, trace_work
-
-MASKED_SHARE = 0.01  # a trained weight is hardly ever exactly zero
 
 
 def freeze_plan(
@@ -35,6 +34,7 @@ def freeze_plan(
     until: str | None = None,
     layers: Sequence[str] | None = None,
     norms: bool = True,
+    also: AlphaTable | None = None,
     weights_seen: str | None = None,
     input_size: tuple[int, int] | None = None,
     inputs: Sequence[torch.Tensor] | None = None,
@@ -59,8 +59,11 @@ def freeze_plan(
         until: for ``prefix``: the last module to freeze.
         layers: for ``list``: full module names.
         norms: freeze the affine of a batch norm with the layer it follows.
+        also: a second table of the same layers and fit: that of the dense weights beside that of
+            the masked ones. The one with fewer zeros decides, and ``plan.disagreement`` says where
+            the other would freeze something else.
         weights_seen: "dense" or "masked": what the alphas were computed from; by default judged by
-            the zeros in the model's weights now.
+            the zeros that the table counted, or else by those in the model's weights now.
         input_size, inputs: what the model takes, for tracing; see ``FreezePlan.report``.
         allow_trivial: allow a plan that freezes nothing, or everything.
 
@@ -72,6 +75,7 @@ def freeze_plan(
     given["layers"] = layers
     options = {key: value for key, value in given.items() if value is not None}
     row = parse_rule(rule, options)
+    alphas, also = denser_first(alphas, also, row)
     tracer = _Tracer(model, input_size, inputs)
     pairs = NormPairs({})
     if norms and row.name != "opentrans":
@@ -80,32 +84,46 @@ def freeze_plan(
     if row.name == "prefix":
         units = _in_order(units, tracer.quietly())
     listed = options.get("layers", ())
-    units = [unit for unit in units if unit.name not in pairs.layer_of or unit.name in listed]
+
+    def no_norms(found: Sequence[Unit]) -> list[Unit]:
+        return [one for one in found if one.name not in pairs.layer_of or one.name in listed]
+
+    units = no_norms(units)
     shown = dict(options)
     if like is not None:
         options["like"] = frozenset(like.frozen)
         shown["like"] = like.digest()[:12]
     request = Request(units, options, lambda: tracer.work().layer_macs())
     choice = row.choose(request)
+    disagreement = None
+    if alphas is not None and also is not None:
+        other = row.choose(Request(no_norms(_units(model, also, row)), options, request.macs))
+        names = [unit.name for unit in units]
+        labels = weights_of(alphas, also)
+        disagreement = Disagreement.of(labels[0], choice.frozen, labels[1], other.frozen, names)
     if row.name == "opentrans":
         decisions, again = _published(model, units, choice)
     else:
         decisions, again = _exact(model, units, choice, pairs), ()
+    seen, warning = weights_seen_by(
+        model, [unit.name for unit in units], alphas if row.needs_alphas else None, weights_seen
+    )
     own = dict(model.named_parameters(remove_duplicate=False))
     changed = [*(name for one in decisions for name in one.parameters), *again]
     plan = FreezePlan(
         rule=row.name,
         options={key: list(v) if key == "layers" else v for key, v in shown.items()},
         decisions=tuple(decisions),
-        fit=alphas.fit if alphas is not None and row.needs_alphas else None,
+        fit=alphas.label if alphas is not None and row.needs_alphas else None,
         threshold=choice.threshold,
         alpha_digest=alpha_digest(alphas) if alphas is not None and row.needs_alphas else None,
-        weights_seen=_seen(model, units) if weights_seen is None else weights_seen,
+        weights_seen=seen,
         norms_frozen=norms and row.name != "opentrans",
         shapes={name: tuple(own[name].shape) for name in changed},
         already_frozen=tuple(n for n, p in own.items() if not p.requires_grad),
         trainable_again=tuple(again),
-        notes=(*choice.notes, *pairs.notes, *tracer.notes),
+        notes=(*warning, *choice.notes, *pairs.notes, *tracer.notes),
+        disagreement=disagreement,
     )
     if not allow_trivial:
         _refuse_trivial(plan, own, alphas)
@@ -332,17 +350,6 @@ def _published(
             reason += "; no parameter begins with the names of its parts: it trains"
         decisions.append(Decision(unit.name, bool(caught), reason, unit.alphas, tuple(caught)))
     return decisions, tuple(name for name, start in hit.items() if start is None)
-
-
-def _seen(model: nn.Module, units: Sequence[Unit]) -> str:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    zeros = total = 0
-    for unit in units:
-        weight = getattr(modules[unit.name], "weight", None)
-        if isinstance(weight, torch.Tensor) and not weight.is_meta:
-            zeros += int((weight == 0).sum())
-            total += weight.numel()
-    return "masked" if total and zeros >= MASKED_SHARE * total else "dense"
 
 
 def _refuse_trivial(

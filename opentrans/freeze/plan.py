@@ -18,7 +18,7 @@ from opentrans_kernels.errors import PlanError
 from opentrans_kernels.masks import atomic_write
 from opentrans_kernels.masks.limits import parse_json
 
-from .record import Decision, PlanRecord
+from .record import Decision, Disagreement, PlanRecord
 from .report import FreezeReport, report_plan
 from .rules import suggest
 from .work import owner
@@ -153,6 +153,7 @@ class FreezePlan(PlanRecord):
             "already_frozen": list(self.already_frozen),
             "trainable_again": list(self.trainable_again),
             "notes": list(self.notes),
+            "disagreement": self.disagreement and self.disagreement.to_dict(),
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -211,6 +212,7 @@ class FreezePlan(PlanRecord):
                 already_frozen=tuple(record["already_frozen"]),
                 trainable_again=tuple(record["trainable_again"]),
                 notes=tuple(record["notes"]),
+                disagreement=_disagreement(record.get("disagreement")),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(
@@ -235,12 +237,18 @@ class FreezePlan(PlanRecord):
         if self.already_frozen:
             kept = "stay" if self.rule != "opentrans" else "were"
             lines.append(f"{len(self.already_frozen)} parameters {kept} frozen from before")
+        if self.disagreement is not None:
+            lines.append(str(self.disagreement))
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
 def _plain(value: float | None) -> float | str | None:
     return str(value) if value is not None and not math.isfinite(value) else value
+
+
+def _disagreement(record: Any) -> Disagreement | None:
+    return None if record is None else Disagreement.from_dict(record)
 
 
 def _forget(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:

@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import OpenTransError
-from .estimate import rows_of, versions
+from .estimate import versions
 from .layers import LINEAR_ASPECT, LayerSlices, select
 from .options import FitOptions
 from .parts import Progress, solving_cost, spectra_of, weight_digest
+from .rows import rows_of
 from .rules import keep
+from .seen import masked_note
 from .table import AlphaTable
 
 __all__ = ["check_same", "estimate_alpha_distributed", "shares"]
@@ -31,6 +33,7 @@ def estimate_alpha_distributed(
     source: nn.Module | Mapping[str, torch.Tensor],
     fit: str = "xmin_peak",
     *,
+    weights: str = "dense",
     xmin_pos: float = 2.0,
     bins: int = 100,
     evals_threshold: float = 1e-5,
@@ -56,7 +59,9 @@ def estimate_alpha_distributed(
     mine: dict[str, Any] = {"error": None, "request": "", "rows": {}, "spectra": {}}
     names: list[str] = []
     skipped: dict[str, str] = {}
+    notes: list[str] = []
     arguments = {
+        "weights": weights,
         "xmin_pos": xmin_pos,
         "bins": bins,
         "evals_threshold": evals_threshold,
@@ -67,11 +72,12 @@ def estimate_alpha_distributed(
     try:
         options = FitOptions(fit, xmin_pos, bins, evals_threshold)
         layers = select(
-            source, match=match, conv_norm=conv_norm, linear_aspect=linear_aspect, skipped=skipped
-        )
+            source, match=match, conv_norm=conv_norm, linear_aspect=linear_aspect, skipped=skipped,
+            weights=weights, notes=notes,
+        )  # fmt: skip
         names = [layer.name for layer in layers]
-        weights = [weight_digest(layer.weight) for layer in layers] if world > 1 else []
-        request = [fit, arguments, keep_spectra, names, [layer.shape for layer in layers], weights]
+        digests = [weight_digest(layer.weight) for layer in layers] if world > 1 else []
+        request = [fit, arguments, keep_spectra, names, [layer.shape for layer in layers], digests]
         mine["request"] = hashlib.sha256(json.dumps(request).encode()).hexdigest()
         part = [layers[index] for index in shares(layers, world)[rank]]
         spectra = spectra_of(part, threshold=evals_threshold, threads=threads, progress=progress)
@@ -99,13 +105,15 @@ def estimate_alpha_distributed(
     merged = {name: row for one in found for name, row in one["rows"].items()}
     kept = {name: values for one in found for name, values in one["spectra"].items()}
     parameters = {**arguments, "precision": "float64", "ranks": world}
+    rows = tuple(merged[name] for name in names)
     return AlphaTable(
-        tuple(merged[name] for name in names),
+        rows,
         fit,
         parameters,
         versions(),
         skipped,
         {name: kept[name] for name in names} if keep_spectra else {},
+        tuple(filter(None, (*notes, masked_note(rows)))),
     )
 
 

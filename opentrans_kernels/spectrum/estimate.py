@@ -5,37 +5,53 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..errors import OpenTransError
-from . import rules, solvers
+from ..finite import count_non_finite
+from ..masks import MaskSet
+from . import farms, rules, solvers
 from .layers import LINEAR_ASPECT, LayerSlices, select
 from .options import FitOptions
+from .rows import rows_of
+from .seen import masked_note
 from .solvers import Spectrum
 from .table import AlphaTable, LayerAlpha
 
-__all__ = ["PRECISIONS", "estimate_alpha", "rows_of", "versions"]
+__all__ = ["METHODS", "PRECISIONS", "estimate_alpha", "estimate_alphas", "versions"]
 
 PRECISIONS = ("float64", "float32")
 _EPS32 = float(np.finfo(np.float32).eps)
-_ENTROPY_EPS = 1e-10
 #: Float32 results are kept only where eigenvalues are at most this large, see :func:`_unsafe`.
 _FLOAT32_LARGEST = 1.0
 _FLOAT32_NOISE = 32 * _EPS32
 
 
+@dataclass(frozen=True)
+class Method:
+    """How matrices are made of weights, with its published fit and threshold."""
+
+    fit: str
+    threshold: float
+
+
+METHODS = {"whole": Method("xmin_peak", 1e-5), "farms": Method("xmin_mid", 0.0)}
+
+
 def estimate_alpha(
     source: nn.Module | Mapping[str, torch.Tensor],
-    fit: str = "xmin_peak",
+    fit: str | None = None,
     *,
+    method: str = "whole",
+    weights: str = "dense",
+    masks: MaskSet | None = None,
     xmin_pos: float = 2.0,
     bins: int = 100,
-    evals_threshold: float = 1e-5,
+    evals_threshold: float | None = None,
     conv_norm: float = 0.5,
     match: str = "class_name",
     linear_aspect: float | None = LINEAR_ASPECT,
@@ -56,8 +72,18 @@ def estimate_alpha(
         source: a network, or weights by name ([O, I] or [O, I, *kernel]).
         fit: ``"xmin_peak"``, ``"xmin_mid"`` or ``"ks"``, the published rules with their quirks;
             ``"xmin_peak_fixed"``, the peak rule with the bound that was meant; ``"weightwatcher"``.
+            None: ``"xmin_peak"``, and ``"xmin_mid"`` with ``method="farms"``, as published.
+        method: ``"whole"`` matrices, or ``"farms"``: sub-matrices of one aspect ratio, alpha being
+            the mean over them. Layers that are too small for it have no alpha and say so.
+        weights: of a source that holds weights beside their masks (as
+            ``torch.nn.utils.prune`` leaves it): ``"dense"``, those under the masks, or
+            ``"masked"``, what it computes with. Every row counts the exact zeros it saw, and
+            ``table.notes`` warns of masked weights.
+        masks: measure a copy of the weights with these removed; the source is not changed.
         xmin_pos: ``xmin_mid`` starts at index ``int(N / xmin_pos)``.
         bins: of the histogram in the peak modes.
+        evals_threshold: None: 1e-5, and 0 (every positive one) with ``method="farms"``, as
+            published.
         match: how modules are chosen, see :func:`~.layers.select`.
         linear_aspect: linear layers of at least this aspect are skipped; None: none is.
         precision: ``"float32"`` solves in float32 where that is safe and redoes the other layers
@@ -75,42 +101,88 @@ def estimate_alpha(
     Raises:
         UnsupportedModelError: no layer, or a weight without a spectrum (not a matrix, quantised,
             sparse, on meta, NaN or infinite); the layer is named.
-        OpenTransError: an unknown ``fit``, ``match``, ``precision`` or ``device``, or an argument
-            out of range.
+        MaskError: masks that do not fit the weights.
+        OpenTransError: an unknown ``fit``, ``method``, ``weights``, ``match``, ``precision`` or
+            ``device``, or an argument out of range.
     """
-    options = FitOptions(fit, xmin_pos, bins, evals_threshold)
+    (table,) = estimate_alphas(
+        source, (fit,), method=method, weights=weights, masks=masks, xmin_pos=xmin_pos, bins=bins,
+        evals_threshold=evals_threshold, conv_norm=conv_norm, match=match,
+        linear_aspect=linear_aspect, precision=precision, device=device, threads=threads,
+        solver=solver, keep_spectra=keep_spectra, progress=progress,
+    )  # fmt: skip
+    return table
+
+
+def estimate_alphas(
+    source: nn.Module | Mapping[str, torch.Tensor],
+    fits: Sequence[str | None],
+    *,
+    method: str = "whole",
+    weights: str = "dense",
+    masks: MaskSet | None = None,
+    xmin_pos: float = 2.0,
+    bins: int = 100,
+    evals_threshold: float | None = None,
+    conv_norm: float = 0.5,
+    match: str = "class_name",
+    linear_aspect: float | None = LINEAR_ASPECT,
+    precision: str = "float64",
+    device: torch.device | str | None = None,
+    threads: int | None = None,
+    solver: str | None = None,
+    keep_spectra: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[AlphaTable]:
+    """:func:`estimate_alpha` for several fits, one table each; eigenvalues are solved for once."""
+    if method not in METHODS:
+        raise OpenTransError(
+            f"method={method!r} is not known. Use one of {', '.join(map(repr, METHODS))}."
+        )
+    defaults = METHODS[method]
+    threshold = defaults.threshold if evals_threshold is None else evals_threshold
+    every = [FitOptions(fit or defaults.fit, xmin_pos, bins, threshold) for fit in fits]
     if precision not in PRECISIONS:
         raise OpenTransError(
             f"precision={precision!r} is not known. Use one of {', '.join(map(repr, PRECISIONS))}."
+        )
+    if precision != "float64" and method != "whole":
+        raise OpenTransError(
+            f"precision={precision!r} is for whole matrices. Use float64 with method={method!r}."
         )
     if not (isinstance(conv_norm, int | float) and 0 < conv_norm < math.inf):
         raise OpenTransError(f"conv_norm={conv_norm!r} must be a positive number. Use 0.5.")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise OpenTransError(f"threads={threads!r} must be a positive integer, or None.")
     skipped: dict[str, str] = {}
-    with torch.no_grad():
-        layers = select(
-            source, match=match, conv_norm=conv_norm, linear_aspect=linear_aspect, skipped=skipped
-        )
-        where = _device(layers, device)
-        spectra, rows = _solve(
-            layers, options, where, precision, threads or torch.get_num_threads(), progress, solver
-        )
-    kept = {}
-    if keep_spectra:
-        for layer, spectrum in zip(layers, spectra, strict=True):
-            kept[layer.name] = rules.keep(spectrum.values, evals_threshold, fit).values
+    notes: list[str] = []
     parameters = {
+        "method": method,
+        "weights": weights,
         "xmin_pos": xmin_pos,
         "bins": bins,
-        "evals_threshold": evals_threshold,
+        "evals_threshold": threshold,
         "conv_norm": conv_norm,
         "match": match,
         "linear_aspect": linear_aspect,
         "precision": precision,
-        "device": where.type,
     }
-    return AlphaTable(rows, fit, parameters, versions(), skipped, kept)
+    with torch.no_grad():
+        layers = select(
+            source, match=match, conv_norm=conv_norm, linear_aspect=linear_aspect, skipped=skipped,
+            weights=weights, masks=masks, notes=notes,
+        )  # fmt: skip
+        where = _device(layers, device)
+        parameters["device"] = where.type
+        how = _How(where, precision, threads or torch.get_num_threads(), progress, solver)
+        found = (_farms if method == "farms" else _whole)(layers, every, how, keep_spectra)
+    return [
+        AlphaTable(
+            rows, options.fit, parameters, versions(), skipped, kept,
+            tuple(filter(None, (*notes, masked_note(rows)))),
+        )
+        for options, (rows, kept) in zip(every, found, strict=True)
+    ]  # fmt: skip
 
 
 def _device(layers: Sequence[LayerSlices], device: torch.device | str | None) -> torch.device:
@@ -129,45 +201,96 @@ def _device(layers: Sequence[LayerSlices], device: torch.device | str | None) ->
     return where
 
 
-def _solve(
-    layers: Sequence[LayerSlices],
-    options: FitOptions,
-    where: torch.device,
-    precision: str,
-    threads: int,
-    progress: Callable[[int, int, str], None] | None,
-    solver: str | None = None,
-) -> tuple[list[Spectrum], tuple[LayerAlpha, ...]]:
-    if where.type == "cuda":
-        from .cuda import eigenvalues  # needs a GPU build of torch, so not before it is asked for
+@dataclass(frozen=True)
+class _How:
+    """Where and how eigenvalues are solved for; see :func:`estimate_alpha`."""
 
-        spectra = eigenvalues(
-            layers, device=where, options=options, solver=solver, progress=progress
-        )
-        return spectra, rows_of(layers, spectra, options)
-    if solver is not None:
-        raise OpenTransError(
-            f"solver={solver!r} chooses among the CUDA solvers, but the estimate runs on {where}. "
-            "Leave it out, or pass device='cuda'."
-        )
+    where: torch.device
+    precision: str
+    threads: int
+    progress: Callable[[int, int, str], None] | None
+    solver: str | None
 
-    def solve(chosen: Sequence[LayerSlices], kind: str) -> list[Spectrum]:
+    def spectra(
+        self,
+        layers: Sequence[LayerSlices],
+        options: FitOptions,
+        precision: str = "float64",
+        fitted: bool = True,
+    ) -> list[Spectrum]:
+        """Eigenvalues of all layers; on CUDA fitted on the way unless they are to be pooled."""
+        if self.where.type == "cuda":
+            from .cuda import eigenvalues  # needs a GPU build of torch, so not before it is used
+
+            return eigenvalues(
+                layers, device=self.where, threshold=options.threshold,
+                options=options if fitted else None, solver=self.solver, progress=self.progress,
+            )  # fmt: skip
+        if self.solver is not None:
+            raise OpenTransError(
+                f"solver={self.solver!r} chooses among the CUDA solvers, but the estimate runs on "
+                f"{self.where}. Leave it out, or pass device='cuda'."
+            )
         return solvers.eigenvalues(
-            chosen,
-            threshold=options.threshold,
-            precision=kind,
-            threads=threads,
-            progress=progress,
-        )
+            layers, threshold=options.threshold, precision=precision, threads=self.threads,
+            progress=self.progress,
+        )  # fmt: skip
 
-    spectra = solve(layers, precision)
+
+_Found = list[tuple[tuple[LayerAlpha, ...], dict[str, torch.Tensor]]]
+
+
+def _whole(
+    layers: Sequence[LayerSlices], every: Sequence[FitOptions], how: _How, keep_spectra: bool
+) -> _Found:
+    """For each fit the rows, and the kept eigenvalues if they are wanted."""
+    found: _Found = []
+    spectra: list[Spectrum] = []
+    for options in every:
+        if how.where.type == "cuda" or how.precision == "float64":
+            spectra = spectra or how.spectra(layers, options)
+            rows = rows_of(layers, spectra, options)
+        else:
+            spectra, rows = _float32(layers, options, how)
+        kept = {}
+        if keep_spectra:
+            for layer, spectrum in zip(layers, spectra, strict=True):
+                values = rules.keep(spectrum.values, options.threshold, options.fit).values
+                kept[layer.name] = values
+        found.append((rows, kept))
+    return found
+
+
+def _farms(
+    layers: Sequence[LayerSlices], every: Sequence[FitOptions], how: _How, keep_spectra: bool
+) -> _Found:
+    """The same for sub-matrices of one aspect."""
+    samples = [farms.samples_of(layer) for layer in layers]
+    for layer in layers:  # the method reads a part of some weights and nothing of others
+        if count_non_finite(layer.weight):
+            raise solvers.not_finite(layer.name, layer.weight)
+    pieces = farms.pieces_of(samples)
+    how = replace(how, progress=farms.per_layer(samples, how.progress))
+    spectra = how.spectra(pieces, every[0], fitted=False) if pieces else []
+    return [
+        (
+            farms.farms_rows(samples, spectra, options),
+            farms.kept_values(samples, spectra, options) if keep_spectra else {},
+        )
+        for options in every
+    ]
+
+
+def _float32(
+    layers: Sequence[LayerSlices], options: FitOptions, how: _How
+) -> tuple[list[Spectrum], tuple[LayerAlpha, ...]]:
+    """In float32, and what that may change again in float64."""
+    spectra = how.spectra(layers, options, "float32")
     rows = rows_of(layers, spectra, options)
-    if precision == "float64":
-        return spectra, rows
     reasons = [_unsafe(x, row, options) for x, row in zip(spectra, rows, strict=True)]
     again = [i for i, reason in enumerate(reasons) if reason]
     if again:
-        better = solve([layers[i] for i in again], "float64")
+        better = how.spectra([layers[i] for i in again], options)
         for i, spectrum in zip(again, better, strict=True):
             words = f"float32, redone in float64: {reasons[i]}"
             spectra[i] = replace(spectrum, precision=words)
@@ -189,150 +312,6 @@ def _unsafe(spectrum: Spectrum, row: LayerAlpha, options: FitOptions) -> str:
     if largest > _FLOAT32_LARGEST:
         return "an eigenvalue above 1"
     return row.reason if row.ambiguous else ""
-
-
-def rows_of(
-    layers: Sequence[LayerSlices],
-    spectra: Sequence[Spectrum],
-    options: FitOptions,
-    approx: str | Sequence[str] = "",
-) -> tuple[LayerAlpha, ...]:
-    """One finished row per layer, from all of its eigenvalues; the fits are one call.
-
-    approx: how the eigenvalues were approximated, for all rows or for each.
-    """
-    kept = [rules.keep(x.values, options.threshold, options.fit) for x in spectra]
-    fits = _fits([(x, one.values.numel()) for x, one in zip(spectra, kept, strict=True)], options)
-    crossing = _crossings(spectra, kept, fits, options)
-    notes = [approx] * len(layers) if isinstance(approx, str) else list(approx)
-    return tuple(
-        _row(layer, spectrum, one, fit, crossed, options.fit, note)
-        for layer, spectrum, one, fit, crossed, note in zip(
-            layers, spectra, kept, fits, crossing, notes, strict=True
-        )
-    )
-
-
-def _fits(tails: Sequence[tuple[Spectrum, int]], options: FitOptions) -> list[rules.Fit]:
-    """Fits of the ``count`` largest eigenvalues: known ones, and one call for the rest."""
-    known = [spectrum.known_fit(options, count) for spectrum, count in tails]
-    open_tails = [
-        spectrum.tail(count)
-        for (spectrum, count), row in zip(tails, known, strict=True)
-        if row is None
-    ]
-    rest = iter(
-        rules.fit_rows(open_tails, options.fit, xmin_pos=options.xmin_pos, bins=options.bins)
-    )
-    return [
-        next(rest)
-        if row is None
-        else rules.finished(row, spectrum.values[spectrum.values.numel() - count :], options.fit)
-        for (spectrum, count), row in zip(tails, known, strict=True)
-    ]
-
-
-def _crossings(
-    spectra: Sequence[Spectrum],
-    kept: Sequence[rules.Kept],
-    fits: Sequence[rules.Fit],
-    options: FitOptions,
-) -> list[str]:
-    """For each layer: what alpha becomes if eigenvalues near the threshold cross it, or ""."""
-    words = [""] * len(kept)
-    rows, changed = [], []
-    for i, (spectrum, one) in enumerate(zip(spectra, kept, strict=True)):
-        count = one.values.numel()
-        if one.fewer and count > one.fewer:
-            rows.append(i)
-            changed.append((spectrum, count - one.fewer))
-        if one.more:
-            rows.append(i)
-            changed.append((spectrum, count + one.more))
-    others = _fits(changed, options)
-    for i, other in zip(rows, others, strict=True):
-        alpha = fits[i].alpha
-        if not math.isclose(alpha, other.alpha, rel_tol=rules.AMBIGUOUS_FROM):
-            number = kept[i].fewer + kept[i].more
-            words[i] = f"{number} eigenvalues near the threshold; without them or with all of "
-            words[i] += f"them alpha becomes {other.alpha:.4f}"
-    return words
-
-
-def _row(
-    layer: LayerSlices,
-    spectrum: Spectrum,
-    kept: rules.Kept,
-    fit: rules.Fit,
-    crossing: str,
-    mode: str,
-    approx: str,
-) -> LayerAlpha:
-    unstable = "; ".join(filter(None, (kept.unstable, fit.unstable, crossing)))
-    return LayerAlpha(
-        name=layer.name,
-        parameter=layer.parameter,
-        part=layer.part,
-        kind=layer.kind,
-        shape=layer.shape,
-        fit=mode,
-        alpha=fit.alpha,
-        ks_distance=fit.distance,
-        xmin=fit.xmin,
-        xmin_index=fit.index,
-        params=layer.params,
-        precision=spectrum.precision,
-        solver=spectrum.solver,
-        ambiguous=bool(unstable) and not fit.reason,
-        reason=fit.reason or unstable,
-        approx=approx,
-        **_statistics(spectrum.values.cpu().numpy(), kept.values.cpu().numpy(), layer, fit.alpha),
-    )
-
-
-def _statistics(
-    values: np.ndarray, kept: np.ndarray, layer: LayerSlices, alpha: float
-) -> dict[str, Any]:
-    """The fields of a row that do not depend on the rule of the fit."""
-    found: dict[str, Any] = {"num_evals": len(kept), "num_total": len(values)}
-    sigma = np.sqrt(values)
-    # float32's eps on purpose, and shape[1] whatever the orientation, as the published tools do.
-    rank = int((sigma > sigma[-1] * layer.shape[1] * _EPS32).sum()) if len(sigma) else 0
-    found["matrix_rank"] = rank
-    if len(kept) == 0:
-        names = ("spectral_norm", "norm")
-        logs = ("log_norm", "log_spectral_norm", "alpha_weighted", "log_alpha_norm")
-        undefined = (*logs, "stable_rank", "entropy", "smallest")
-        return found | dict.fromkeys(names, 0.0) | dict.fromkeys(undefined, math.nan)
-    largest, total = float(kept[-1]), float(kept.sum())
-    share = kept / total + _ENTROPY_EPS
-    log_largest = math.log10(largest)
-    found |= {
-        "spectral_norm": largest,
-        "norm": total,
-        "stable_rank": total / largest,
-        "log_norm": math.log10(total),
-        "log_spectral_norm": log_largest,
-        "alpha_weighted": alpha * log_largest,
-        "log_alpha_norm": _log_alpha_norm(kept, alpha),
-        "smallest": float(kept[0]),
-    }
-    ranks = math.log(rank + _ENTROPY_EPS) if rank else math.nan
-    found["entropy"] = float(-(share * np.log(share)).sum()) / ranks
-    return found
-
-
-def _log_alpha_norm(kept: np.ndarray, alpha: float) -> float:
-    """log10 sum x^alpha, without overflow."""
-    if math.isnan(alpha):
-        return math.nan
-    powers = np.log10(kept)
-    if math.isinf(alpha):
-        top = float(powers[-1])
-        return math.inf if top > 0 else -math.inf if top < 0 else math.log10((powers == 0).sum())
-    powers = alpha * powers
-    largest = powers.max()
-    return float(largest + np.log10((10.0 ** (powers - largest)).sum()))
 
 
 def versions() -> dict[str, str]:

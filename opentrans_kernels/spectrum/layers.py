@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from ..errors import OpenTransError, UnsupportedModelError
-from ..masks import fold_masks, holds_masks
+from ..errors import MaskError, OpenTransError, UnsupportedModelError
+from ..masks import MaskSet
+from . import seen
 
 __all__ = ["CLASS_NAMES", "LINEAR_ASPECT", "MATCHES", "LayerSlices", "select"]
 
@@ -20,6 +22,8 @@ MATCHES = ("class_name", "isinstance")
 #: A linear layer whose larger side is this many times the smaller one is left out.
 LINEAR_ASPECT = 8.0
 _ATTENTION = ("attn", "attention")
+#: What a module's weight is called among its parameters: as it is, pruned, parametrized.
+_WEIGHTS = ("weight", "weight_orig", "parametrizations.weight.original")
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,17 @@ def select(
     conv_norm: float = 0.5,
     linear_aspect: float | None = LINEAR_ASPECT,
     skipped: dict[str, str] | None = None,
+    weights: str = "masked",
+    masks: MaskSet | None = None,
+    notes: list[str] | None = None,
 ) -> list[LayerSlices]:
     """The layers of a network, in the order of ``named_modules()`` or of the mapping.
 
     Modules count by the name of their class (``conv2d``, ``conv1d``, ``linear``, in any case), as
     in the published estimator: subclasses of another name, such as ``MultiheadAttention``'s output
     projection, do not, nor do bare parameters such as ``in_proj_weight``. In a mapping every entry
-    counts; a trailing ".weight" of its key is left out of the name. Masks of a pruned state dict
-    are applied first: they are no layers, and what is measured is the network as it computes.
+    counts; a trailing ".weight" of its key is left out of the name. Masks that a pruned network or
+    state dict holds are no layers; ``weights`` says whether they are applied.
 
     A 2-D weight below a name with "attn" or "attention" whose one side is a third of the other is
     cut into the layers ``name_q``, ``name_k``, ``name_v``; the third takes the remainder.
@@ -99,23 +106,37 @@ def select(
         conv_norm: factor on the eigenvalues of weights with kernel dimensions.
         linear_aspect: linear layers of at least this aspect are left out; None: none is.
         skipped: receives name -> reason for those.
+        weights: of a source that holds weights beside their masks: ``"masked"``, what the network
+            computes with, or ``"dense"``, the weights under the masks.
+        masks: zero what these remove, in the copy that is measured.
+        notes: receives what must be said about masks.
 
     Raises:
-        MaskError: a mapping holds masks that cannot be applied to its weights.
+        MaskError: ``masks``, or masks in a mapping, that do not fit the weights.
         UnsupportedModelError: no layer, or a weight without two dimensions, empty, quantised,
             sparse, complex, integer, on the meta device or not initialised; the layer is named.
-        OpenTransError: unknown ``match``.
+        OpenTransError: unknown ``match`` or ``weights``.
     """
+    seen.check_weights(weights)
     if match not in MATCHES:
         raise OpenTransError(
             f"match={match!r} is not known. Use one of {', '.join(map(repr, MATCHES))}."
         )
     skipped = {} if skipped is None else skipped
-    modules = isinstance(source, nn.Module)
-    entries = _of_modules(source, match) if modules else _of_mapping(source)
+    removed: dict[str, float] = {}
+    if isinstance(source, nn.Module):
+        under = seen.Under.of(source) if weights == "dense" else seen.Under()
+        entries, removed = _of_modules(source, match, under), under.removed
+        told = [under.note, seen.left_out_note(removed)]
+    else:
+        entries = _of_mapping(source, weights, removed)
+        told = []
+    given = seen.given_masks(source, masks)
     layers: list[LayerSlices] = []
     for name, parameter, kind, weight, extra in entries:
         weight = _checked(name, weight)
+        if parameter in given:
+            weight = _under(name, weight, given[parameter])
         rows, columns = weight.shape[:2]
         aspect = max(rows, columns) / min(rows, columns)
         if kind == "linear" and linear_aspect is not None and aspect >= linear_aspect:
@@ -137,6 +158,9 @@ def select(
                     params,
                 )
             )
+    if notes is not None:
+        told = told or [seen.left_out_note(removed)]
+        notes += [note for note in told if note]
     if not layers:
         raise UnsupportedModelError(_nothing(source, match, skipped))
     return layers
@@ -145,52 +169,50 @@ def select(
 _Entry = tuple[str, str, str, object, tuple[bool, int] | None]
 
 
-def _of_modules(model: nn.Module, match: str) -> Iterator[_Entry]:
+def _of_modules(model: nn.Module, match: str, under: seen.Under) -> Iterator[_Entry]:
     """(name, parameter, kind, weight, (weight is trainable, other trainable elements))."""
     for name, module in model.named_modules():
         if not _counts(module, match):
             continue
         weight = getattr(module, "weight", None)
-        label = type(module).__name__.lower()
+        label = _class_name(module)
         kind = (
             label
             if match == "class_name"
             else ("linear", "conv")[not isinstance(module, nn.Linear)]
         )
-        others = sum(
-            p.numel()
-            for key, p in module.named_parameters()
-            if key != "weight" and p.requires_grad and not _is_lazy(p)
-        )
-        trainable = isinstance(weight, torch.Tensor) and weight.requires_grad
+        trained = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
+        others = sum(p.numel() for key, p in trained if key not in _WEIGHTS and not _is_lazy(p))
+        trainable = any(key in _WEIGHTS for key, _ in trained)
         parameter = f"{name}.weight" if name else "weight"
-        yield name or type(module).__name__, parameter, kind, weight, (trainable, others)
+        measured = under.weight(parameter, weight)
+        yield name or type(module).__name__, parameter, kind, measured, (trainable, others)
 
 
 def _counts(module: nn.Module, match: str) -> bool:
     if match == "isinstance":
         return isinstance(module, _CLASSES)
-    return type(module).__name__.lower() in CLASS_NAMES
+    return _class_name(module) in CLASS_NAMES
 
 
-def _of_mapping(source: Mapping[str, torch.Tensor]) -> Iterator[_Entry]:
+def _class_name(module: nn.Module) -> str:
+    """Lowercased; of the class itself where torch put a parametrized one in its place."""
+    kind = type(module)
+    return (kind.__mro__[1] if is_parametrized(module) else kind).__name__.lower()
+
+
+def _of_mapping(
+    source: Mapping[str, torch.Tensor], weights: str, removed: dict[str, float]
+) -> Iterator[_Entry]:
     if not isinstance(source, Mapping):
         raise UnsupportedModelError(
             f"estimate_alpha takes a torch.nn.Module or a mapping name -> weight, not a "
             f"{type(source).__name__}. Pass model, or {{name: tensor}}."
         )
-    for key, weight in _masked(source).items():
+    for key, weight in seen.of_mapping(source, weights, removed).items():
         kind = "linear" if getattr(weight, "ndim", 0) == 2 else "conv"
         name = str(key).removesuffix(".weight") or str(key)
         yield name, str(key), kind, weight, None
-
-
-def _masked(source: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    tensors = {str(k): t for k, t in source.items() if isinstance(t, torch.Tensor)}
-    if not holds_masks(tensors):
-        return source
-    folded = fold_masks(tensors, "the mapping")
-    return folded | {str(k): v for k, v in source.items() if str(k) not in tensors}
 
 
 def _is_lazy(weight: object) -> bool:
@@ -238,6 +260,15 @@ def _checked(name: str, weight: object) -> torch.Tensor:
     if weight.numel() == 0:
         raise refuse(f"its weight of shape {tuple(weight.shape)} is empty", "Leave the layer out.")
     return weight.detach()
+
+
+def _under(name: str, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if mask.shape != weight.shape:
+        raise MaskError(
+            f"layer {name!r}: its mask has shape {tuple(mask.shape)}, its weight "
+            f"{tuple(weight.shape)}. Pass masks of this network."
+        )
+    return weight.masked_fill(~mask.to(weight.device), 0)
 
 
 def _parts(name: str, weight: torch.Tensor) -> list[tuple[str, str, torch.Tensor]]:

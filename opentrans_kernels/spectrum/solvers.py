@@ -24,7 +24,7 @@ from .blas import library_name, one_thread
 from .gram import gram, stacked
 from .layers import LayerSlices
 
-__all__ = ["Spectrum", "eigenvalues"]
+__all__ = ["Spectrum", "eigenvalues", "not_finite"]
 
 #: Digits that must survive: an eigenvalue at or above the threshold with a larger relative error
 #: is computed from the weight itself.
@@ -112,7 +112,7 @@ def eigenvalues(
             for row in lost:
                 part[row] = _squared_singular(view[row : row + 1], layer)[0]
             if not np.isfinite(part).all():
-                raise _not_finite(layer.name, view)
+                raise not_finite(layer.name, view)
             found[i][a:b] = part
             with counting:
                 projected[i] += int((counts > 0).sum())
@@ -190,7 +190,7 @@ def _solve(
         at = 0
         for view, name in zip(views, names, strict=True):
             if not np.isfinite(traces[at : at + view.shape[0]]).all():
-                raise _not_finite(name, view)
+                raise not_finite(name, view)
             at += view.shape[0]
     try:
         values = np.linalg.eigvalsh(matrices)
@@ -209,7 +209,8 @@ def _second_try(matrices: np.ndarray, names: Sequence[str]) -> np.ndarray:
         ) from error
 
 
-def _not_finite(name: str, view: torch.Tensor) -> UnsupportedModelError:
+def not_finite(name: str, view: torch.Tensor) -> UnsupportedModelError:
+    """What to raise for a weight with NaN or infinity, or whose squares are infinite."""
     bad = count_non_finite(view)
     if bad:
         return UnsupportedModelError(

@@ -20,7 +20,10 @@ from ..errors import OpenTransError
 from ..masks import atomic_write
 from ..masks.limits import parse_json
 
-__all__ = ["AlphaTable", "LayerAlpha"]
+__all__ = ["MASKED_SHARE", "AlphaTable", "LayerAlpha"]
+
+#: From this share of exact zeros on a layer counts as masked: a trained weight is hardly ever 0.
+MASKED_SHARE = 0.01
 
 _KIND = "opentrans alpha table"
 _FORMAT = 1
@@ -64,6 +67,7 @@ class LayerAlpha:
         ambiguous: another correct implementation may return another alpha, see ``reason``.
         reason: why alpha is undefined or ambiguous; ``""`` otherwise.
         approx: how the eigenvalues were approximated; ``""`` if they were not.
+        zeros: share of the measured weights that are exactly 0, 0 to 1; NaN: not counted.
     """
 
     name: str
@@ -94,6 +98,7 @@ class LayerAlpha:
     ambiguous: bool = False
     reason: str = ""
     approx: str = ""
+    zeros: float = math.nan
 
     @property
     def module(self) -> str:
@@ -104,6 +109,11 @@ class LayerAlpha:
     def defined(self) -> bool:
         """Whether alpha may be compared: not NaN and not WeightWatcher's -1."""
         return self.alpha >= 0
+
+    @property
+    def masked(self) -> bool:
+        """Whether so many weights are exactly 0 that they must have been removed."""
+        return self.zeros >= MASKED_SHARE
 
 
 _COLUMNS = tuple(f.name for f in dataclasses.fields(LayerAlpha))
@@ -171,6 +181,28 @@ class AlphaTable(Sequence[LayerAlpha]):
     def alphas(self) -> dict[str, float]:
         """Name -> alpha, in network order; NaN where it is undefined."""
         return {row.name: row.alpha for row in self.rows}
+
+    @property
+    def method(self) -> str:
+        """How matrices were made of weights: "whole" or "farms"."""
+        return str(self.parameters.get("method", "whole"))
+
+    @property
+    def label(self) -> str:
+        """Method and fit, which make a freeze set together: "xmin_peak", "farms xmin_mid"."""
+        return self.fit if self.method == "whole" else f"{self.method} {self.fit}"
+
+    @property
+    def zeros(self) -> float:
+        """Share of the measured weights that are exactly 0; NaN if they were not counted."""
+        counted = [(row.zeros, math.prod(row.shape)) for row in self.rows]
+        total = sum(size for _, size in counted)
+        return sum(share * size for share, size in counted) / total if total else math.nan
+
+    @property
+    def weights_seen(self) -> str:
+        """ "masked" if a layer has a mask's zeros (:attr:`LayerAlpha.masked`), else "dense"."""
+        return "masked" if any(row.masked for row in self.rows) else "dense"
 
     def median(self) -> float:
         """Median alpha, the mean of the two middle ones for an even count.
@@ -302,7 +334,7 @@ class AlphaTable(Sequence[LayerAlpha]):
         ]
         flagged = sum(row.ambiguous for row in self.rows)
         text.append(
-            f"{len(self.rows)} layers, fit {self.fit}, median alpha {self.median():.4f}"
+            f"{len(self.rows)} layers, fit {self.label}, median alpha {self.median():.4f}"
             + (f", {flagged} ambiguous" if flagged else "")
             + (f", {len(self.skipped)} skipped" if self.skipped else "")
         )
@@ -330,7 +362,9 @@ def _restored(value: Any) -> Any:
 
 
 def _row(entry: Mapping[str, Any]) -> LayerAlpha:
-    values = {name: entry[name] for name in _COLUMNS}
+    # Tables written before zeros were counted lack them alone.
+    values = {name: entry[name] for name in _COLUMNS if name != "zeros"}
+    values["zeros"] = entry.get("zeros", math.nan)
     for one in dataclasses.fields(LayerAlpha):
         if one.type == "float":
             values[one.name] = float(_restored(values[one.name]))

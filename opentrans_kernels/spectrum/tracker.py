@@ -13,10 +13,11 @@ from torch import nn
 
 from ..errors import OpenTransError
 from .certificate import NORM_LEVELS, UNKNOWN, alpha_interval, norm_bound
-from .estimate import rows_of, versions
+from .estimate import versions
 from .layers import LINEAR_ASPECT, LayerSlices, select
 from .options import FitOptions
 from .parts import Progress, spectra_of, weight_digest
+from .rows import rows_of
 from .sampled import parse_approx
 from .solvers import Spectrum
 from .table import AlphaTable, LayerAlpha
@@ -60,7 +61,8 @@ class AlphaTracker:
     proof exists, and every layer that moved is solved.
 
     Args:
-        source: the network, or a mapping of weights; read again by every update.
+        source: the network, or a mapping of weights; read again by every update, as it computes:
+            masks that it holds are applied.
         fit: the mode; the other estimate arguments as in :func:`estimate_alpha`.
         certify: skip with proof. Keeps a copy of the weights. Default: for ``xmin_mid``.
         max_layers: solve at most this many layers in an update, the oldest first. Then the result

@@ -18,13 +18,16 @@ from opentrans_kernels.masks.readers.material import Material, conv_weights, wei
 from opentrans_kernels.masks.wrappers import without_wrappers
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_state_dict(
+    path: str | os.PathLike[str], *, masked: bool = True
+) -> dict[str, torch.Tensor]:
     """The weights in a checkpoint file, as a plain state dict on the CPU.
 
     ``path``: FILE, or FILE:ENTRY for one of several networks in it. Reads the same files as the
     masks are read from, with the same care. Masks that the file holds are folded into the weights
     as exact zeros, in the words of every tool in ``FAMILIES``, so that a pruned checkpoint is never
-    loaded as if it were dense. Names come without what wrappers put into them.
+    loaded as if it were dense. Names come without what wrappers put into them. ``masked=False``
+    returns the weights under the masks instead, which are checked all the same.
 
     Raises CheckpointError if the file cannot be read or it is not clear which network is meant,
     MaskError if it holds masks that cannot be applied.
@@ -38,7 +41,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         found = [(s, weight_masks({"": _entries(s)}, s.origin)[0]) for s in beside]
         chosen = material.one(found, any_network=True)
         masks = next(m for s, m in found if s is chosen)
-    return fold_masks(section.tensors, section.origin, masks)
+    return fold_masks(section.tensors, section.origin, masks, apply=masked)
 
 
 def _entries(section: Section) -> list[Masked]:
@@ -57,12 +60,16 @@ def holds_masks(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def fold_masks(
-    tensors: Mapping[str, torch.Tensor], origin: str, masks: Mapping[str, torch.Tensor] = {}
+    tensors: Mapping[str, torch.Tensor],
+    origin: str,
+    masks: Mapping[str, torch.Tensor] = {},
+    *,
+    apply: bool = True,
 ) -> dict[str, torch.Tensor]:
     """A state dict with the masks it holds applied, in the order of ``tensors``.
 
     ``masks``: module name -> bool mask from elsewhere, under any prefix. ``origin`` names the state
-    dict in messages.
+    dict in messages. ``apply=False`` leaves the masks out of the result.
 
     Raises MaskError if a mask is not 0/1, does not fit its weight or finds none, or cannot be read.
     """
@@ -79,13 +86,14 @@ def fold_masks(
             masked = owner[key]
             if masked.weight is not None and masked.key == key:
                 mask = to_mask(key, masked.mask, origin).to(masked.weight.device)
-                state[masked.parameter] = masked.weight.masked_fill(~mask, 0)
+                kept = masked.weight.masked_fill(~mask, 0) if apply else masked.weight
+                state[masked.parameter] = kept
             else:
                 state.setdefault(masked.parameter, tensor)  # holds the place in the order
             continue
         name = names[key]
         mask = given.get(name)
-        if mask is not None:
+        if mask is not None and apply:
             tensor = tensor.masked_fill(~mask.to(tensor.device), 0)
         if name not in state or name != key:  # a wrapper's own parameter is the one in use
             state[name] = tensor
