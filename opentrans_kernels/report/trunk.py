@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..bench.derive import beside, timed_variants
+from ..bench.part import title
 from .page import Page
 from .svg import Series, bar_chart
 
@@ -17,7 +18,7 @@ def trunk_page(result: Mapping[str, Any]) -> str:
     ``result`` may also hold ``audit`` and ``plan`` (texts) and ``banner`` (what is synthetic).
     """
     subject, mask = result["subject"], result["mask"]
-    page = Page(f"{subject['arch']} trunk, {mask['label']}")
+    page = Page(f"{title(subject)}, {mask['label']}")
     size = " x ".join(map(str, result["input"][2:]))
     page.paragraph(
         f"{subject['weights']}; {size} pixels, batch {result['input'][0]}, "
@@ -57,7 +58,7 @@ def _exactness(page: Page, result: Mapping[str, Any]) -> None:
     page.paragraph(
         f"Largest error against the masked network in float64, relative to its largest output: "
         f"{result['max_rel_err']:.2e}. Dense float32 PyTorch's own error on the same image: "
-        f"{result['dense_own_rel_err']:.2e}. The accelerated trunk is {verdict} the limit of "
+        f"{result['dense_own_rel_err']:.2e}. The accelerated network is {verdict} the limit of "
         "twice that."
     )
 
@@ -115,7 +116,7 @@ def _layers(page: Page, layers: list[Mapping[str, Any]]) -> None:
     )
     page.heading("Milliseconds per layer, dense and sparse")
     page.paragraph(
-        "Each layer measured alone against oneDNN's prepacked dense convolution; in the trunk, "
+        "Each layer measured alone against oneDNN's prepacked dense convolution; in the network, "
         "layers are fused and compacted, so these do not add up to the total.",
         "soft",
     )
