@@ -120,9 +120,10 @@ def run(options: argparse.Namespace, out: Output) -> int:
     from training_result import Watch
 
     from opentrans_kernels import accelerate, make_plan
+    from opentrans_kernels.bench.part import TrunkModule
     from opentrans_kernels.bench.subject import load_subject
     from opentrans_kernels.bench.timing import interleave
-    from opentrans_kernels.bench.variants import TrunkModule, relative_error
+    from opentrans_kernels.bench.variants import relative_error
 
     torch.set_num_threads(options.threads)
     watch = Watch("allocation", options.threads)

@@ -10,6 +10,7 @@ from performance_tables import SHOWN
 
 from opentrans_kernels.bench.compare import run_label
 from opentrans_kernels.bench.derive import Beside, agreeing, beside, timed_variants
+from opentrans_kernels.bench.part import title
 from opentrans_kernels.bench.peers.registry import BUILT_IN
 
 Result = Mapping[str, Any]
@@ -54,7 +55,7 @@ def _trunk_row(r: Result) -> Row:
     _, _, height, width = r["input"]
     dense = f"{r['baseline']['name']} (fastest of {len(timed_variants(r))})"
     spread = {**r["speedup_spread"], "median": r["speedup"]}
-    name = f"{r['subject']['arch']} trunk, {_size(height, width)}"
+    name = f"{title(r['subject'])}, {_size(height, width)}"
     return (name, *_where(r), dense, *_cells(beside(r["baseline"], r["accelerated"], spread), r))
 
 
@@ -69,7 +70,7 @@ def _peer_rows(r: Result) -> Iterator[Row]:
             label += ", any ISA"
         ours = peer.get("ours_ms", r["accelerated"]["ms"])
         cells = _cells(agreeing(peer["ms"], ours, peer["speedup_of_ours"]), r)
-        arch = f"{r['subject']['arch']} trunk, {_size(*r['input'][2:])}"
+        arch = f"{title(r['subject'])}, {_size(*r['input'][2:])}"
         yield (arch, *_where(r), label, *cells)
 
 

@@ -1,9 +1,10 @@
-"""Networks by name: CLIP's ResNets, the edge detector HED, and towers of open_clip, torchvision and
-timm."""
+"""Networks by name: CLIP's ResNets, the edge detector HED, and towers of open_clip, torchvision, timm
+and transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,15 +25,24 @@ __all__ = [
     "shapes_of",
 ]
 
-_FAMILIES = ("torchvision", "timm")
+_FAMILIES = ("torchvision", "timm", "transformers")
 HED = "HED"
 _PLAIN = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+#: What transformers has no names for without its hub: depths and kind of block.
+_TRANSFORMERS = {
+    "resnet18": ((2, 2, 2, 2), "basic"),
+    "resnet34": ((3, 4, 6, 3), "basic"),
+    "resnet50": ((3, 4, 6, 3), "bottleneck"),
+    "resnet101": ((3, 4, 23, 3), "bottleneck"),
+    "resnet152": ((3, 8, 36, 3), "bottleneck"),
+}
 
 #: What a file may name. A fixed list, because the libraries' own builders also take names that
 #: download weights or settings.
 NAMED = (
     *("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", HED),
-    *(f"{family}:{name}" for family in _FAMILIES for name in (*_PLAIN, "wide_resnet50_2")),
+    *(f"{family}:{name}" for family in _FAMILIES[:2] for name in (*_PLAIN, "wide_resnet50_2")),
+    *(f"transformers:{name}" for name in _TRANSFORMERS),
 )
 
 
@@ -89,7 +99,8 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
 
     CLIP ResNets and HED get synthetic weights, or with ``empty`` uninitialised ones, for callers
     that load a checkpoint; CLIP's other towers ("ViT-L-14", also "open_clip:ViT-L-14"),
-    "torchvision:NAME" and "timm:NAME" their library's random initialisation under ``seed``.
+    "torchvision:NAME", "timm:NAME" and "transformers:NAME" (the ResNets of ``NAMED``, as backbones
+    that return their last map) their library's random initialisation under ``seed``.
 
     Raises:
         OpenTransError: the library is missing or does not know the name.
@@ -110,7 +121,7 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
     if family not in _FAMILIES:
         raise OpenTransError(
             f"arch {arch!r}: {family!r} is not a known library. Write RN50, RN101, RN50x4 or "
-            "ViT-B-32 for CLIP, HED, or torchvision:resnet50, timm:resnet50."
+            "ViT-B-32 for CLIP, HED, or torchvision:resnet50, timm:resnet50, transformers:resnet50."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -119,6 +130,8 @@ def build_tower(arch: str, *, seed: int = 0, empty: bool = False) -> nn.Module:
 
 def _of_library(arch: str, family: str, name: str) -> nn.Module:
     library = optional_module(family, f"arch {arch!r} needs {family}")
+    if family == "transformers":
+        return _transformers_backbone(library, name)
     try:
         if family == "torchvision":
             return library.models.get_model(name, weights=None)
@@ -127,6 +140,18 @@ def _of_library(arch: str, family: str, name: str) -> nn.Module:
         raise OpenTransError(
             f"{family} does not know {name!r} ({error}). Write for example {family}:resnet50."
         ) from error
+
+
+def _transformers_backbone(library: Any, name: str) -> nn.Module:
+    if name not in _TRANSFORMERS:
+        raise OpenTransError(
+            f"transformers has no network {name!r} that is built without its hub. Known are "
+            f"{', '.join(_TRANSFORMERS)}."
+        )
+    depths, kind = _TRANSFORMERS[name]
+    widths = [256, 512, 1024, 2048] if kind == "bottleneck" else [64, 128, 256, 512]
+    config = library.ResNetConfig(depths=list(depths), hidden_sizes=widths, layer_type=kind)
+    return library.ResNetBackbone(config)
 
 
 def _vision_transformer(arch: str, seed: int) -> nn.Module:

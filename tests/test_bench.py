@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from opentrans_kernels.bench import cores, environment, subject, timing, trunk, variants
+from opentrans_kernels.bench import cores, environment, part, subject, timing, trunk, variants
 from opentrans_kernels.errors import OpenTransError
 
 TINY = "torchvision:resnet18"
@@ -234,9 +234,9 @@ def test_compile_really_freezes() -> None:
 def test_folding_is_exact_and_complete(tiny: subject.Subject) -> None:
     tower = tiny.masked_copy().double()
     x = torch.randn(1, 3, 40, 33, dtype=torch.float64)
-    expected = variants.TrunkModule(tower)(x)
+    expected = part.TrunkModule(tower)(x)
     folded = copy.deepcopy(tower)
-    module = variants.TrunkModule(folded)
+    module = part.TrunkModule(folded)
     variants.fold_batch_norms_(folded)
     assert not any(isinstance(one, nn.BatchNorm2d) for one in module.modules())
     assert variants.relative_error(module(x), expected) < 1e-12
@@ -247,13 +247,13 @@ def test_eager_variants_compute_the_masked_trunk(tiny: subject.Subject) -> None:
     masked = tiny.masked_copy()
     x = torch.randn(1, 3, 32, 32)
     names = ["eager", "eager_channels_last", "folded", "folded_channels_last"]
-    reference = variants.TrunkModule(copy.deepcopy(masked).double())(x.double())
+    reference = part.TrunkModule(copy.deepcopy(masked).double())(x.double())
     built = variants.build_variants(masked, x, names)
     assert [variant.name for variant in built] == names
     for variant in built:
         assert variant.error is None
         assert variants.relative_error(variant.run(), reference) < 1e-4
-    dense = variants.TrunkModule(tiny.model)(x)
+    dense = part.TrunkModule(tiny.model)(x)
     assert variants.relative_error(dense, reference) > 1e-2, "the masks changed nothing"
 
 

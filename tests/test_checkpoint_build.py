@@ -23,6 +23,7 @@ from opentrans_kernels import (
 )
 from opentrans_kernels.checkpoint import METADATA_KEY, load_accelerated, save_accelerated
 from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.topology import find_trunk
 from opentrans_kernels.towers import NAMED, build_tower, check_named, empty_tower, fill_storage
 
 RESNET = "torchvision:resnet18"
@@ -182,8 +183,11 @@ def test_every_known_name_has_a_state_that_is_its_state_dict(arch: str) -> None:
     assert all(tensor.is_meta for _, tensor in own) and not model.training
     # What is not in the state dict, storage would leave undefined.
     assert {name for name, _ in own} == set(model.state_dict())
-    assert arch == "HED" or isinstance(model.layer4, nn.Sequential)
-    assert sum(isinstance(part, nn.Conv2d) for part in model.modules()) >= 19
+    found = find_trunk(model)
+    if arch == "HED":  # no residual block, so no trunk
+        assert len(found.loose) == 19 and found.stem is None
+    else:
+        assert len(found.stages) == 4 and found.stem is not None and len(found.blocks) >= 8
 
 
 def test_storage_is_zero_and_other_names_are_refused() -> None:

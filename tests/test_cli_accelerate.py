@@ -15,7 +15,7 @@ from opentrans_kernels.bench import subject
 
 
 def no_trunk() -> nn.Module:
-    """A tower without layer1, layer2 ..., which the trunk benchmark cannot run."""
+    """A tower without layer1, layer2 ..."""
     return nets.randomise(
         nn.Sequential(
             nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)
@@ -56,18 +56,3 @@ def test_a_missing_checkpoint_is_told_before_a_tower_is_built(
     arguments = ["accelerate", "no-such.pt", "--mask", "global:0.9"]
     assert cli.main([*arguments, "--output", str(tmp_path / "packed.safetensors")]) == 2
     assert "no-such.pt does not exist" in capsys.readouterr().err
-
-
-def test_the_trunk_benchmark_refuses_such_a_tower_first(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from opentrans_kernels.bench import trunk
-    from opentrans_kernels.bench.environment import isa_environment
-    from opentrans_kernels.errors import OpenTransError
-
-    for name, value in isa_environment("native", 1).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(trunk.canary, "look", lambda **_: pytest.fail("something was measured"))
-    found = subject.load_subject("uniform:0.95", checkpoint=weights)
-    with pytest.raises(OpenTransError, match="no recognised ResNet trunk"):
-        trunk.run(found, trunk.TrunkOptions())

@@ -12,7 +12,7 @@ from vit_nets import vit
 
 from opentrans import cli
 from opentrans_kernels.bench import subject
-from opentrans_kernels.bench.variants import TrunkModule
+from opentrans_kernels.bench.part import TrunkModule
 from opentrans_kernels.towers import clip_image_size
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import opentrans_kernels as otk
 from opentrans.gradskip import restore_skipped, skip_frozen
 from opentrans_kernels.audit import audit
-from opentrans_kernels.bench.variants import TrunkModule
+from opentrans_kernels.bench.part import TrunkModule
 from opentrans_kernels.errors import UnsupportedModelError
 from opentrans_kernels.synthetic import synthetic_masks
 from opentrans_kernels.topology import find_trunk, forward_trunk

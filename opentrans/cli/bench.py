@@ -1,5 +1,6 @@
-"""Time things fairly. ``bench trunk``: the masked trunk dense, in every way PyTorch has, against
-the accelerated one; interleaved, pinned, one process. ``bench compare`` is the regression gate."""
+"""Time things fairly. ``bench trunk``: the masked trunk (of a network without a ResNet
+trunk: its features, or all of it) dense, in every way PyTorch has, against the accelerated one;
+interleaved, pinned, one process. ``bench compare`` is the regression gate."""
 
 from __future__ import annotations
 
@@ -62,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     targets = parser.add_subparsers(dest="target", required=True, metavar="WHAT")
     trunk = targets.add_parser(
         "trunk",
-        help="stem to layer4 of a CLIP ResNet",
-        description="Time stem to layer4, dense variants and accelerated, interleaved.",
+        help="a ResNet's stem to layer4; another CNN's features, or all of it",
+        description="Time a ResNet's stem to layer4, or the features of another network (all of it "
+        "where it has no such part), dense variants and accelerated, interleaved.",
     )
     trunk.add_argument("--mask", required=True, metavar="MASK", help="mask file or recipe")
     add_model(trunk)

@@ -52,10 +52,12 @@ def run(options: argparse.Namespace, out: Output) -> int:
         return started
     from opentrans_kernels.bench.environment import SIMD_BITS, portable_words
     from opentrans_kernels.bench.model import measure_setting, settings
+    from opentrans_kernels.bench.part import TrunkModule
     from opentrans_kernels.bench.subject import clip_image_size
 
     subject = subject_of(options, out)
     tower = sizes[0][0] if ":" in options.arch else clip_image_size(options.arch)
+    part = TrunkModule(subject.model).part
     batches = batches or list(QUICK_BATCHES if options.quick else BATCHES)
     session = Session("model", options, out, started)
     densities = subject.densities(sizes[0])
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     complete = True
     try:
         with steps(out, "bench model") as step:
-            for setting in settings(batches, sizes, counts, tower):
+            for setting in settings(batches, sizes, counts, tower, part):
                 step(str(setting))
                 row = measure_setting(
                     subject, setting, rounds=_rounds(options), simd_bits=SIMD_BITS[options.isa]

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     )
     options.threads = 1
     from opentrans_kernels.bench.environment import missing_limits
+    from opentrans_kernels.bench.part import TrunkModule
     from opentrans_kernels.bench.schedule import barrier, measure_schedule
 
     cost = None
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
             tell=step,
         )
     session.result |= {
-        "subject": subject.describe(),
+        "subject": {**subject.describe(), "part": TrunkModule(subject.model).part},
         "mask": {"label": subject.mask, "synthetic": subject.synthetic_mask},
         "input": [options.batch, 3, *size],
         **found,
@@ -78,8 +79,10 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 def show(result: dict[str, Any], out: Output) -> None:
     """Efficiency by part and cores as built, then the whole by schedule."""
+    from opentrans_kernels.bench.part import title
+
     size = "x".join(map(str, result["input"]))
-    out.heading(f"{result['subject']['arch']} trunk, {result['mask']['label']}, input {size}")
+    out.heading(f"{title(result['subject'])}, {result['mask']['label']}, input {size}")
     cores = [row["cores"] for row in result["parts"][0]["rows"]]
     cells = [
         [

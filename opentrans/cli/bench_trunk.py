@@ -58,10 +58,11 @@ def shown_commands(
 def show(result: dict[str, Any], out: Output) -> None:
     """The human-readable tables of a trunk result."""
     from opentrans_kernels.bench.derive import timed_variants
+    from opentrans_kernels.bench.part import title
 
     subject, mask = result["subject"], result["mask"]
     size = "x".join(map(str, result["input"]))
-    out.heading(f"{subject['arch']} trunk, {mask['label']}, input {size}")
+    out.heading(f"{title(subject)}, {mask['label']}, input {size}")
     out.pairs(
         {
             "weights": subject["weights"],
@@ -108,6 +109,8 @@ def show(result: dict[str, Any], out: Output) -> None:
         _show_scaling(result["thread_scaling"], result["threads"], result["exact"], out)
     if result["layers"]:
         show_losing(result["losing_layers"], len(result["layers"]), out)
+    for name, why in result["layers_left_out"].items():
+        out.text(f"{name} {why}: not measured alone")
     show_peers(result["peers"], result["exact"], out)
     show_canary(result["canary"], out)
 

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 #: Words after Python that start this command line again.
 AGAIN = ("-m", "opentrans")
-ARCH_HELP = "RN50, RN101, RN50x4, ViT-B-32 (CLIP), HED, torchvision:NAME, timm:NAME (default RN50)"
+ARCH_HELP = (
+    "RN50, RN101, RN50x4, ViT-B-32 (CLIP), HED, torchvision:NAME, timm:NAME, transformers:resnet50 "
+    "(default RN50)"
+)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,7 @@ def arch_packages(options: argparse.Namespace) -> dict[str, str]:
     family = arch.partition(":")[0] if ":" in arch else "open_clip"
     if family == "open_clip" and not arch.startswith("ViT"):
         return {}  # CLIP's ResNets and HED are built here
-    if family not in ("open_clip", "torchvision", "timm"):
+    if family not in ("open_clip", "torchvision", "timm", "transformers"):
         return {}  # refused with the known ones when it is built
     return {family: f"arch {arch!r} needs {family}"}
 

@@ -263,13 +263,14 @@ def _from_model(
 ) -> tuple[Network, dict[str, torch.Tensor]]:
     """Layers with sizes from the model, and the own zeros of layers without a mask."""
     shapes = conv_shapes(trunk, input_size)
-    layers, own, notes = [], {}, list(trunk.notes)
+    layers, own = [], {}
+    left_out: dict[str, list[str]] = {}
     for node in trunk.convs():
         conv = node.conv
         plain = conv.groups == 1 and len(set(conv.kernel_size)) == 1
         if node.name not in shapes or not plain:
             why = "not reached by the image" if plain else "grouped or not square"
-            notes.append(f"{node.name} is not audited: {why}")
+            left_out.setdefault(why, []).append(node.name)
             continue
         size = shapes[node.name]
         shape = tuple(conv.weight.shape)
@@ -277,6 +278,10 @@ def _from_model(
         layers.append(Layer(node.name, shape, conv.stride[0], padding, size.h_out, size.w_out))
         if node.name not in given:
             own[node.name] = conv.weight.detach() != 0
+    notes = list(trunk.notes)
+    for why, names in left_out.items():
+        some = f"{len(names)} convolutions ({names[0]} .. {names[-1]}) are"
+        notes.append(f"{some if len(names) > 1 else f'{names[0]} is'} not audited: {why}")
     stem = tuple(node.name for node in trunk.stem.convs) if trunk.stem is not None else ()
     blocks = tuple(
         (b.name, tuple(c.name for c in b.convs), b.downsample.name if b.downsample else None)

@@ -13,11 +13,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
+from ..activations import RELU
+from ..compact import fold_conv
+from ..compact.layers import masked_weight
+from ..engines import DepthwiseEngine, SparseEngine
 from ..errors import OpenTransError
+from ..plan.subject import unsupported_conv
 from ..topology import ConvNode, conv_shapes, find_trunk, fold_bn
+from ..topology.blocks import is_depthwise
 from .rows import matched
 from .subject import Subject
 from .timing import interleave
@@ -29,9 +34,10 @@ ERROR_LIMIT = 1e-6
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One convolution. Times are milliseconds per batch by ``clock``: CPU time with one thread,
-    which does not count interruptions, else wall time. ``error`` and ``dense_error`` are
-    largest differences from the float64 convolution, relative to its largest output."""
+    """One convolution; where ``groups`` is ``cin``, every weight is multiplied. Times are
+    milliseconds per batch by ``clock``: CPU time with one thread, which does not count
+    interruptions, else wall time. ``error`` and ``dense_error`` are largest differences from the
+    float64 convolution, relative to its largest output."""
 
     name: str
     cin: int
@@ -51,6 +57,7 @@ class LayerRow:
     clock: str
     error: float
     dense_error: float
+    groups: int = 1
 
     @property
     def match(self) -> dict[str, Any]:
@@ -82,7 +89,7 @@ def measure_layers(
     only: Sequence[str] = (),
     on_layer: Callable[[int, int, str], None] | None = None,
 ) -> list[LayerRow]:
-    """Time every masked convolution of the trunk, dense and sparse interleaved.
+    """Time every masked convolution that the kernels can run, dense and sparse interleaved.
 
     Args:
         subject: tower and masks.
@@ -100,13 +107,14 @@ def measure_layers(
     nodes = [
         node
         for node in find_trunk(subject.model).convs()
-        if node.name in masks and node.name in shapes and _is_plain(node.conv)
+        if node.name in masks and node.name in shapes and unsupported_conv(node.conv) is None
     ]
     unknown = set(only) - {node.name for node in nodes}
     if unknown:
+        example = f", for instance {nodes[0].name!r}" if nodes else ""
         raise OpenTransError(
-            f"no masked convolution of the trunk is called {min(unknown)!r}. There are "
-            f"{len(nodes)}, for instance {nodes[0].name!r}."
+            f"no masked convolution that the kernels can run is called {min(unknown)!r}. There are "
+            f"{len(nodes)}{example}."
         )
     rows = []
     for index, node in enumerate(nodes):
@@ -121,27 +129,39 @@ def measure_layers(
     return rows
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
-    return conv.groups == 1 and conv.dilation == (1, 1) and conv.kernel_size in ((1, 1), (3, 3))
+def left_out(subject: Subject, input_size: tuple[int, int]) -> dict[str, str]:
+    """Masked convolutions that :func:`measure_layers` has no row for, and why."""
+    shapes = conv_shapes(subject.model, input_size)
+    found = {}
+    for node in find_trunk(subject.model).convs():
+        if node.name in subject.masks.masks:
+            why = unsupported_conv(node.conv)
+            if why is None and node.name not in shapes:
+                why = "is not reached by the image"
+            if why is not None:
+                found[node.name] = why
+    return found
 
 
 def _measure(
     node: ConvNode, mask: torch.Tensor, x: torch.Tensor, rounds: int, warmup_s: float
 ) -> LayerRow:
-    from ..ops import sparse_conv2d
-    from ..pack import SparseWeight
-
     conv = node.conv
-    stride, padding = int(conv.stride[0]), int(conv.padding[0])
-    weight64, bias64 = fold_bn(node, conv.weight.detach().double() * mask)
+    stride, padding, dilation = (int(v[0]) for v in (conv.stride, conv.padding, conv.dilation))  # type: ignore[arg-type]
+    weight64, bias64 = fold_bn(node, masked_weight(node, mask))
     weight, bias = weight64.float(), bias64.float()
-    packed = SparseWeight.from_dense(weight, bias, stride=stride, padding=padding)
+    engine: SparseEngine | DepthwiseEngine = (
+        DepthwiseEngine(weight64, bias64, conv)
+        if is_depthwise(conv)
+        else SparseEngine.from_folded(fold_conv(node, mask))
+    )
+    form = stride, padding, dilation, conv.groups
     calls: dict[str, Callable[[], torch.Tensor]] = {
-        "sparse": lambda: sparse_conv2d(x, packed, relu=True),
-        **dense_calls(x, weight, bias, stride, padding),
+        "sparse": lambda: engine(x, activation=RELU),
+        **dense_calls(x, weight, bias, *form),
     }
     with torch.no_grad():
-        reference = functional.conv2d(x.double(), weight64, bias64, stride, padding).relu()
+        reference = functional.conv2d(x.double(), weight64, bias64, *form).relu()
         errors = {name: relative_error(call(), reference) for name, call in calls.items()}
         table = interleave(calls, rounds=rounds, warmup_s=warmup_s, min_sample_ms=2.0)
     clock = "cpu" if torch.get_num_threads() == 1 else "wall"
@@ -166,27 +186,36 @@ def _measure(
         clock=clock,
         error=errors["sparse"],
         dense_error=errors[dense],
+        groups=conv.groups,
     )
 
 
 def dense_calls(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: int, padding: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: int,
+    padding: int,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Dense convolution + bias + ReLU on channels_last, as PyTorch runs it.
 
-    x: [N, Cin, H, W]; weight: [Cout, Cin, k, k]; bias: [Cout]. Conversions happen here, once.
+    x: [N, Cin, H, W]; weight: [Cout, Cin / groups, k, k]; bias: [Cout]. Conversions happen here,
+    once.
     """
     last = x.contiguous(memory_format=torch.channels_last)
     weight_last = weight.contiguous(memory_format=torch.channels_last)
+    form = [stride] * 2, [padding] * 2, [dilation] * 2, groups
     calls: dict[str, Callable[[], torch.Tensor]] = {
-        "conv2d": lambda: functional.conv2d(last, weight_last, bias, stride, padding).relu_()
+        "conv2d": lambda: functional.conv2d(last, weight_last, bias, *form).relu_()
     }
     fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
     prepack = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
     if fused is not None and prepack is not None and torch.backends.mkldnn.is_available():
-        pads, strides, ones = [padding] * 2, [stride] * 2, [1, 1]
-        ready = prepack(weight_last, pads, strides, ones, 1, list(last.shape))
+        strides, pads, rates, _ = form
+        ready = prepack(weight_last, pads, strides, rates, groups, list(last.shape))
         calls["onednn_prepacked"] = lambda: fused(
-            last, ready, bias, pads, strides, ones, 1, "relu", [], ""
+            last, ready, bias, pads, strides, rates, groups, "relu", [], ""
         )
     return calls

@@ -20,11 +20,13 @@ from torch import nn
 
 from ..accelerate import accelerate
 from ..ops import release_memory
+from .part import NETWORK, TRUNK, TrunkModule, WholeModule
 from .rows import matched
 from .subject import Subject
 from .timing import interleave
-from .variants import Run, TrunkModule, WholeModule, build_variants, relative_error
+from .variants import Run, build_variants, relative_error
 
+TOWER = "tower"
 #: The dense sides: the usual winner, and one that needs no compiler.
 VARIANTS = ("compile_folded_channels_last", "folded_channels_last")
 
@@ -49,15 +51,20 @@ def settings(
     sizes: Sequence[tuple[int, int]],
     threads: Sequence[int],
     tower_size: int | None,
+    part: str = TRUNK,
 ) -> list[Setting]:
-    """One axis at a time around the first value of each; the tower first, at its own size."""
+    """One axis at a time around the first value of each; the tower second, at its own size.
+
+    part: of ``TrunkModule``, which all rows but the tower's measure.
+    """
     base = batches[0], sizes[0], threads[0]
-    found = [Setting("trunk", base[0], *base[1], base[2])]
-    found += [Setting("trunk", base[0], *base[1], count) for count in threads[1:]]
-    found += [Setting("trunk", batch, *base[1], base[2]) for batch in batches[1:]]
-    found += [Setting("trunk", base[0], *size, base[2]) for size in sizes[1:]]
-    if tower_size is not None:
-        found.insert(1, Setting("tower", base[0], tower_size, tower_size, base[2]))
+    name = TOWER if part == NETWORK else part
+    found = [Setting(name, base[0], *base[1], base[2])]
+    found += [Setting(name, base[0], *base[1], count) for count in threads[1:]]
+    found += [Setting(name, batch, *base[1], base[2]) for batch in batches[1:]]
+    found += [Setting(name, base[0], *size, base[2]) for size in sizes[1:]]
+    if tower_size is not None and name != TOWER:
+        found.insert(1, Setting(TOWER, base[0], tower_size, tower_size, base[2]))
     return found
 
 
@@ -91,7 +98,7 @@ def measure_setting(
         error = relative_error(ours(x), exact)
     calls: dict[str, Run] = {"ours": _bind(ours, x)}
     unavailable = {}
-    dense = WholeModule(masked) if setting.part == "tower" else masked
+    dense = WholeModule(masked) if setting.part == TOWER else masked
     for built in build_variants(dense, x, variants, simd_bits=simd_bits):
         if built.run is None:
             unavailable[built.name] = built.error
@@ -153,7 +160,7 @@ def _macs(report: Any, batch: int) -> dict[str, int]:
 
 
 def _part(tower: nn.Module, setting: Setting) -> nn.Module:
-    return (WholeModule if setting.part == "tower" else TrunkModule)(tower).eval()
+    return (WholeModule if setting.part == TOWER else TrunkModule)(tower).eval()
 
 
 def _bind(module: nn.Module, x: torch.Tensor) -> Run:

@@ -85,6 +85,7 @@ LAYER = {
     "cin": COUNT,
     "cout": COUNT,
     "kernel": COUNT,
+    "groups": Maybe(COUNT),
     "stride": COUNT,
     "h_out": COUNT,
     "w_out": COUNT,
@@ -98,7 +99,8 @@ LAYER = {
     "match": MATCH,
     "command": COMMAND,
 }
-SUBJECT = {"arch": TEXT, "weights": TEXT, "synthetic": FLAG}
+#: part: of trunk results, since they say it.
+SUBJECT = {"arch": TEXT, "weights": TEXT, "synthetic": FLAG, "part": Maybe(TEXT)}
 MASK = {
     "label": TEXT,
     "synthetic": FLAG,

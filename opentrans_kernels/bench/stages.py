@@ -1,4 +1,5 @@
-"""The trunk cut into stem and stages, and what several threads make of each."""
+"""The trunk cut into stem and stages, or a chain into its parts, and what several threads make of
+each."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..topology import find_trunk
+from .part import TrunkModule
 from .timing import median_pair
 
 __all__ = ["WHOLE", "stage_inputs", "stage_scaling"]
@@ -20,12 +21,9 @@ WHOLE = "the whole"
 def stage_inputs(
     tower: nn.Module, x: torch.Tensor
 ) -> Iterator[tuple[str, list[nn.Module], torch.Tensor]]:
-    """(name, modules that run one after the other, their input) of the stem and of every stage."""
-    trunk = find_trunk(tower)
-    steps = list(trunk.stem.steps) if trunk.stem is not None else []
-    groups = [("stem", steps), *((path, [path]) for path in trunk.stages)]
+    """(name, modules that run one after the other, their input) of every piece of the trunk."""
     with torch.no_grad():
-        for name, paths in groups:
+        for name, paths in TrunkModule(tower).pieces:
             modules = [tower.get_submodule(path) for path in paths]
             yield name, modules, x
             for module in modules:

@@ -113,7 +113,7 @@ def load_subject(
     Args:
         mask: a mask file, a recipe ("global:0.90", "uniform:0.90"), or None: the zeros of the
             checkpoint's weights are the mask.
-        arch: a CLIP ResNet ("RN50", "RN101", "RN50x4"), "torchvision:NAME" or "timm:NAME".
+        arch: as ``build_tower`` takes it: "RN50", "torchvision:NAME", "transformers:resnet50" ...
         checkpoint: weights file; without one the weights are synthetic.
         seed: seed of synthetic weights.
 

@@ -1,5 +1,7 @@
 """``opentrans bench trunk``: the masked trunk, dense in every way and accelerated, interleaved.
 
+Of a network without a ResNet trunk :mod:`.part` says what is measured.
+
 Everything runs in one process on pinned CPUs. The caller has already limited the instruction set
 (see :mod:`.environment`); this module checks that the limit holds and records it.
 """
@@ -21,13 +23,14 @@ from ..errors import OpenTransError
 from . import canary
 from .cores import CoreCheck, physical_core_check
 from .environment import SIMD_BITS, environment_block, missing_limits, onednn_isa
-from .layers import LayerRow, measure_layers
+from .layers import LayerRow, left_out, measure_layers
+from .part import TrunkModule
 from .rows import matched
 from .schema import envelope
 from .stages import stage_scaling
 from .subject import Subject
 from .timing import TimingTable, available_cpus, interleave
-from .variants import BASELINE, NAMES, TrunkModule, Variant, build_variants, relative_error
+from .variants import BASELINE, NAMES, Variant, build_variants, relative_error
 
 OURS = "accelerated"
 ONE_THREAD = "accelerated_one_thread"
@@ -81,7 +84,7 @@ def run(
     """
     tell = progress or (lambda _: None)
     options.check()
-    TrunkModule(subject.model)  # refuses what is no ResNet before anything is measured
+    part = TrunkModule(subject.model).part
     torch.set_num_threads(options.threads)
     cores_before = _core_checks(options, tell)
     tell("fixed dense kernel, before")
@@ -129,11 +132,12 @@ def run(
     cores_after = _core_checks(options, tell, attempts=1)
     tell("fixed dense kernel, after")
     after_run = canary.look(threads=options.threads)
+    size = options.height, options.width
     rows: list[LayerRow] = []
     if options.layers and not table.interrupted:
         rows = measure_layers(
             subject,
-            (options.height, options.width),
+            size,
             batch=options.batch,
             on_layer=lambda done, total, name: tell(f"layer {done + 1} of {total}: {name}"),
         )
@@ -159,6 +163,7 @@ def run(
         }
     result["report"] = report
     result["layers"] = [row.to_dict() for row in rows]
+    result["layers_left_out"] = left_out(subject, size) if rows else {}
     result["losing_layers"] = [row.to_dict() for row in rows if row.loses]
     result["peers"] = {}
     if options.peers and result["complete"]:
@@ -167,7 +172,7 @@ def run(
             result["complete"] = not interrupted
         except OpenTransError as failure:
             result["peers_error"] = str(failure)  # ours in a process of its own: see failures()
-    result.update(_labels(subject, options))
+    result.update(_labels(subject, options, part))
     return result
 
 
@@ -319,10 +324,10 @@ def _core_checks(
     return checks
 
 
-def _labels(subject: Subject, options: TrunkOptions) -> dict[str, Any]:
+def _labels(subject: Subject, options: TrunkOptions, part: str) -> dict[str, Any]:
     density = subject.densities((options.height, options.width))
     return {
-        "subject": subject.describe(),
+        "subject": {**subject.describe(), "part": part},
         "mask": {
             "label": subject.mask,
             "synthetic": subject.synthetic_mask,

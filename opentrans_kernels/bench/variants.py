@@ -19,57 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..accelerate.compare import Whole
 from ..errors import OpenTransError
-from ..topology import block_linears, find_trunk
+from ..topology import find_trunk
+from .part import TrunkModule, WholeModule
 
 Run = Callable[[], torch.Tensor]
 
 # Plain, with a fused residual addition, and the latter in place.
 _PREPACKED_CALL = re.compile(r"torch\.ops\.mkldnn\._convolution_pointwise_?\.\w+\(")
-
-
-class TrunkModule(nn.Module):
-    """Stem to layer4 of a ResNet tower, without pooling head (float [N, 3, H, W] -> [N, C, h, w]);
-    a vision transformer as a whole.
-
-    Uses the tower's own modules by reference, attribute by attribute, as users of CLIP towers do:
-    accelerating the tower accelerates this module.
-    """
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        trunk = find_trunk(tower)
-        self.tower = tower
-        self.whole = Whole(tower, trunk) if block_linears(tower) else None
-        if self.whole is not None:
-            return
-        if trunk.stem is None or not trunk.blocks:
-            raise OpenTransError(
-                f"{type(tower).__name__} has no recognised ResNet trunk "
-                f"({'; '.join(trunk.notes) or 'no stem and stages found'}). The trunk benchmark "
-                "works on open_clip, OpenAI, torchvision and timm ResNets, and on vision "
-                "transformers."
-            )
-        self.paths = (*trunk.stem.steps, *trunk.stages)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.whole is not None:
-            return self.whole(x)
-        for path in self.paths:
-            x = self.tower.get_submodule(path)(x)
-        return x
-
-
-class WholeModule(nn.Module):
-    """A tower with its head, as the variants may run it in the place of its trunk."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tower(x)
 
 
 @dataclass

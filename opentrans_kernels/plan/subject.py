@@ -44,6 +44,14 @@ Masks = MaskSet | Mapping[str, torch.Tensor] | str | os.PathLike[str] | None
 LARGEST_GROUPED = 1 << 24
 
 
+def unsupported_conv(conv: nn.Conv2d) -> str | None:
+    """Why the sparse kernels cannot run a convolution on its own; None if they can."""
+    whole = conv.weight.numel() * conv.groups
+    if conv.groups > 1 and whole > LARGEST_GROUPED and not is_depthwise(conv):
+        return f"has groups={conv.groups} and would have {whole} weights without"
+    return plain_conv(conv, grouped=True)
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is accelerated as one: a residual block, or a single convolution with its norm.
@@ -85,13 +93,7 @@ class Unit:
         """Why the sparse kernels cannot run it; None if they can."""
         if self.block is not None:
             return None  # recognised blocks hold plain convolutions only
-        conv = self.convs[0].conv
-        if is_depthwise(conv):
-            return None
-        whole = conv.weight.numel() * conv.groups
-        if conv.groups > 1 and whole > LARGEST_GROUPED:
-            return f"has groups={conv.groups} and would have {whole} weights without"
-        return plain_conv(conv, grouped=True)
+        return unsupported_conv(self.convs[0].conv)
 
     @property
     def changed(self) -> str | None:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..bench.derive import beside, timed_variants
+from ..bench.part import title
 from .page import Page
 from .svg import Series, bar_chart
 
 
 def trunk_title(result: Mapping[str, Any]) -> str:
     """What was measured, in a line."""
-    return f"{result['subject']['arch']} trunk, {result['mask']['label']}"
+    return f"{title(result['subject'])}, {result['mask']['label']}"
 
 
 def trunk_page(result: Mapping[str, Any]) -> str:
@@ -67,7 +68,7 @@ def _exactness(page: Page, result: Mapping[str, Any]) -> None:
     page.paragraph(
         f"Largest error against the masked network in float64, relative to its largest output: "
         f"{result['max_rel_err']:.2e}. Dense float32 PyTorch's own error on the same image: "
-        f"{result['dense_own_rel_err']:.2e}. The accelerated trunk is {verdict} the limit of "
+        f"{result['dense_own_rel_err']:.2e}. The accelerated network is {verdict} the limit of "
         "twice that."
     )
 
@@ -125,7 +126,7 @@ def _layers(page: Page, layers: list[Mapping[str, Any]]) -> None:
     )
     page.heading("Milliseconds per layer, dense and sparse")
     page.paragraph(
-        "Each layer measured alone against oneDNN's prepacked dense convolution; in the trunk, "
+        "Each layer measured alone against oneDNN's prepacked dense convolution; in the network, "
         "layers are fused and compacted, so these do not add up to the total.",
         "soft",
     )

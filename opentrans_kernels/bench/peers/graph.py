@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ...errors import OpenTransError
+from ..part import TrunkModule
 from ..subject import Subject
-from ..variants import TrunkModule, fold_batch_norms_
+from ..variants import fold_batch_norms_
 
 
 def write_graph(subject: Subject, image: torch.Tensor, folder: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 from protocol import serve, take_stdout
 
 from opentrans_kernels import accelerate, native
+from opentrans_kernels.bench.part import TrunkModule
 from opentrans_kernels.bench.subject import load_subject
-from opentrans_kernels.bench.variants import TrunkModule
 
 
 def main(arguments: list[str]) -> None:

@@ -18,8 +18,9 @@ from protocol import serve, take_stdout
 from torch import nn
 
 from opentrans_kernels.bench.environment import SIMD_BITS
+from opentrans_kernels.bench.part import TrunkModule
 from opentrans_kernels.bench.subject import load_subject
-from opentrans_kernels.bench.variants import TrunkModule, build_variants
+from opentrans_kernels.bench.variants import build_variants
 
 STEPS = 100
 VARIANTS = ("folded_channels_last", "compile_folded_channels_last")
