@@ -181,6 +181,14 @@ class AcceleratedAttention(Replacement):
         y = y.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).reshape(x.shape)
         return self.opentrans_out.forward(y), None
 
+    def projected(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of ``[..., width]`` in one: ``[..., 3 width]``."""
+        return self.opentrans_into.forward(self._checked(x))
+
+    def joined(self, y: torch.Tensor) -> torch.Tensor:
+        """What heads gave, side by side, through the output projection."""
+        return self.opentrans_out.forward(self._checked(y))
+
     def _why_not(
         self, query: Any, key: Any, value: Any, padding: Any, weights: bool, mask: Any
     ) -> str | None:

@@ -13,10 +13,12 @@ from .. import native
 from ..errors import PlanError
 from ..flops import effective_macs, executed_macs, nominal_macs
 from ..topology import ConvShape
+from ..topology.cover import switched
 from .arguments import checked_batch, device_of, thread_count
 from .build import Builder
 from .choose import Choice, Chooser, predicted_layer_speedup
 from .layers import PRUNED, Layer, LinearUnit, other_zeros
+from .models import require_module
 from .records import Plan, PlanRow, PlanUnit, totals_of
 from .subject import Masks, PlanSubject, Unit, prepare
 
@@ -56,7 +58,12 @@ def make_plan(
             f"device={device!r}: this version accelerates on the CPU only. Pass device='cpu'."
         )
     batch = checked_batch(batch)
-    with torch.inference_mode(False), thread_count(threads) as count:
+    require_module(model)
+    with (
+        torch.inference_mode(False),
+        thread_count(threads) as count,
+        switched(model, paused=True),
+    ):
         subject = prepare(model, masks, input_size)
         return plan_and_build(subject, count, measure, batch, keep=False)[0]
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .plan import TokenPlan
+from .wide import unrounded, wide_type
 
 __all__ = ["Clusters", "candidates", "homes", "pooled"]
 
@@ -60,8 +61,8 @@ class Clusters:
             raise TypeError("a plan without a grid")
         self.plan, self.size, self.grid = plan, size, plan.grid
         self._weights: torch.Tensor | None = None
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x if x.dtype == torch.float64 else x.float()
+        with unrounded(x):
+            wide = x.to(wide_type(x))
             # Distances do not change if all points move, and their rounding shrinks.
             origin = wide.detach().mean(1, keepdim=True)
             self._x = wide - origin
@@ -87,6 +88,8 @@ class Clusters:
         """[B, 1, 1], or [1] where it is a number: images do not depend on each other."""
         if self.plan.temperature != "auto":
             return torch.tensor([self.plan.temperature], dtype=x.dtype, device=x.device)
+        if x.is_meta:  # a selection by a mask has no shape without data
+            return x.new_empty(len(x), 1, 1)
         squares = _partial(x, c) + x.square().sum(-1, keepdim=True)
         median = squares[:, near].median(-1).values.clamp_min(1e-12)  # of equal tokens it is 0
         return (AUTO / median)[:, None, None]
@@ -100,7 +103,7 @@ class Clusters:
 
     def make_weights(self) -> torch.Tensor:
         """[B, H W, h w]: what a token of the full map takes from each centre."""
-        with torch.autocast(self._x.device.type, enabled=False):
+        with unrounded(self._x):
             above = _above_least(self._x, self._c)
             k = min(self.plan.k, self.count)
             limit = above.detach().topk(k, largest=False).values[..., -1:]

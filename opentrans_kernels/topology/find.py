@@ -19,6 +19,7 @@ from opentrans_kernels.topology.blocks import (
     prove_block,
     read_block,
 )
+from opentrans_kernels.topology.cover import own_class
 from opentrans_kernels.topology.dataflow import dataflow
 from opentrans_kernels.topology.naming import (
     TRANSFORMERS,
@@ -248,8 +249,10 @@ def _loose(
     for name, module in walk_modules(model):
         if not isinstance(module, nn.Conv2d) or id(module) in taken:
             continue
-        own_forward = type(module).forward is not nn.Conv2d.forward
-        if own_forward or type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        own = own_class(module)
+        if own.forward is not nn.Conv2d.forward or (
+            own._conv_forward is not nn.Conv2d._conv_forward
+        ):
             notes.append(f"{name} {plain_conv(module)}: left alone")
         elif uses[id(module)] > 1:
             notes.append(f"{name} is used at {uses[id(module)]} places: left alone")

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from opentrans_kernels.activations import NONE, Activation, Kind, activation_of
 from opentrans_kernels.errors import UnsupportedModelError
+from opentrans_kernels.topology.cover import switched
 from opentrans_kernels.topology.find import walk_modules
 from opentrans_kernels.topology.nodes import ConvShape, original
 from opentrans_kernels.topology.tracing import ShapesOnly, meta_copy, same_expression
@@ -256,7 +257,8 @@ def token_counts(
 ) -> tuple[dict[str, ConvShape], str | None]:
     """Tokens that reach each layer for one image (as ``tokens`` x 1 pixels), and what went wrong.
 
-    Layers that an image does not reach are absent. Runs on the meta device.
+    Layers that an image does not reach are absent. Where tokens are reduced, those that are left
+    count. Runs on the meta device.
     """
     wanted = set(names)
     found: dict[str, ConvShape] = {}
@@ -278,7 +280,7 @@ def token_counts(
         for name in wanted:
             twin.get_submodule(name).register_forward_pre_hook(record(name))
         shape = (1, first.in_channels, *input_size)
-        with torch.no_grad(), ShapesOnly():
+        with torch.no_grad(), switched(twin, paused=False), ShapesOnly():
             twin(torch.empty(shape, dtype=first.weight.dtype, device="meta"))
     except _Known:
         return found, None
