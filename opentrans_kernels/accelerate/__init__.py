@@ -54,8 +54,8 @@ def accelerate(
     """Replace layers of ``model`` in place by faster ones that compute the same masked network.
 
     Modules keep their names, and the ``state_dict`` its keys and shapes. Any input size and batch
-    works afterwards. For inference: forward raises in training mode. Tokens may be reduced before or
-    after (``reduce_tokens``): before, the times are for the tokens that are left.
+    works afterwards. For inference: forward raises in training mode. Tokens may be reduced
+    (``reduce_tokens``) before, so that the times are for those that are left, or after.
 
     Args:
         model: float32, eval mode, on the CPU.

@@ -59,10 +59,10 @@ class TokenState:
 
     def begin(self, size: tuple[int, int]) -> None:
         """A forward starts, on a map of (height, width) tokens."""
-        plan = self.plan
-        if not self.paused and plan.grid is not None and (plan.grid[0] > size[0] or plan.grid[1] > size[1]):
+        grid = None if self.paused else self.plan.grid
+        if grid is not None and (grid[0] > size[0] or grid[1] > size[1]):
             raise PlanError(
-                f"the plan's grid {plan.grid[0]}x{plan.grid[1]} is larger than the map of this "
+                f"the plan's grid {grid[0]}x{grid[1]} is larger than the map of this "
                 f"image, {size[0]}x{size[1]} tokens. Use a grid of at most {size[0]}x{size[1]}, or "
                 "a larger image."
             )
