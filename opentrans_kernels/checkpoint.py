@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from datetime import UTC, datetime
 from typing import Any, overload
 
@@ -27,11 +27,11 @@ from .accelerate import Report, accelerate, record_of
 from .errors import CheckpointError, MaskError, PlanError, UnsupportedModelError
 from .masks import MaskSet, atomic_write, make_permanent, open_checkpoint
 from .masks.limits import Malformed, brief, parse_json
-from .masks.names import find_prefixes, rename
+from .masks.names import find_prefixes, owner_of, rename
 from .masks.packed import is_shape, pack_bits
 from .plan import Plan
 from .plan.subject import check_model
-from .topology import original
+from .topology import original, packed_projections, parameter_name
 from .towers import NAMED, check_named, empty_tower, fill_storage, shapes_of
 
 __all__ = ["load_accelerated", "save_accelerated"]
@@ -89,12 +89,12 @@ def save_accelerated(
     tensors: dict[str, torch.Tensor] = {}
     state = model.state_dict()
     for name, (shape, packed) in bits.items():
-        weight = state.pop(f"{name}.weight", None)
+        weight = state.pop(parameter_name(name, state), None)
         if weight is None:  # computed from other tensors, which are stored as they are
+            layer = packed_projections(model).get(name) or original(model.get_submodule(name))
             raise PlanError(
                 f"{name}: its weight is computed from others (pruned or parametrized). Make it "
-                "permanent before accelerating: "
-                f"{make_permanent(original(model.get_submodule(name)))}."
+                f"permanent before accelerating: {make_permanent(*owner_of(layer))}."
             )
         keep = np.unpackbits(packed, count=math.prod(shape)).view(np.bool_)
         tensors[_MASK + name] = torch.from_numpy(packed)
@@ -218,16 +218,17 @@ def _named(path: str, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
             f"built by name ({', '.join(NAMED)}). {ways}."
         )
     model = empty_tower(arch)
-    _same_layout(path, shapes_of(model.state_dict()), _shapes_of_file(tensors, header))
+    own = model.state_dict()
+    _same_layout(path, shapes_of(own), _shapes_of_file(tensors, header, own))
     return fill_storage(model)
 
 
 def _shapes_of_file(
-    tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], own: Container[str]
 ) -> dict[str, tuple[int, ...]]:
     """Dense shapes of every entry, whole and sparse."""
     whole = {k.removeprefix(_DENSE): t for k, t in tensors.items() if k.startswith(_DENSE)}
-    sparse = {f"{name}.weight": tuple(shape) for name, shape in header["shapes"].items()}
+    sparse = {parameter_name(n, own): tuple(shape) for n, shape in header["shapes"].items()}
     return shapes_of(whole) | sparse
 
 
@@ -342,7 +343,7 @@ def _unpack(
     """(dense state dict, masks) for a model with the state dict ``own``. Consumes ``tensors``."""
     masks: dict[str, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    _same_layout(path, shapes_of(own), _shapes_of_file(tensors, header))
+    _same_layout(path, shapes_of(own), _shapes_of_file(tensors, header, own))
     for name, shape in header["shapes"].items():
         values, packed = tensors.pop(_VALUES + name, None), tensors.pop(_MASK + name)
         count = math.prod(shape)
@@ -354,7 +355,8 @@ def _unpack(
             raise _damaged(path, f"{name} has {values.numel()} values for another mask")
         weight = torch.zeros(count)
         weight[keep] = values
-        state[f"{name}.weight"], masks[name] = weight.view(shape), keep.view(shape)
+        state[parameter_name(name, own)] = weight.view(shape)
+        masks[name] = keep.view(shape)
     for key in [key for key in tensors if key.startswith(_DENSE)]:
         state[key.removeprefix(_DENSE)] = tensors.pop(key)
     for key, tensor in state.items():

@@ -146,10 +146,12 @@ class AcceleratedAttention(Replacement):
     PREPARED = "its weights are packed"
 
     def __init__(
-        self, original: nn.MultiheadAttention, into: Engine, out: Engine, name: str
-    ) -> None:
+        self, original: nn.MultiheadAttention, into: Engine, out: Engine, name: str,
+        masks: Mapping[str, torch.Tensor],
+    ) -> None:  # fmt: skip
+        """masks, name: see :class:`~opentrans_kernels.watch.Watch`."""
         super().__init__(original)
-        self.opentrans_watch = Watch.inside(original, name, self._modules, {})
+        self.opentrans_watch = Watch.inside(original, name, self._modules, masks)
         self.opentrans_into, self.opentrans_out = into, out
         self.opentrans_name = name
         self.__dict__["opentrans_told"] = False
@@ -168,9 +170,9 @@ class AcceleratedAttention(Replacement):
             if not self.opentrans_told:
                 self.__dict__["opentrans_told"] = True
                 _log.warning("%s: %s; this attention runs as it was", self.opentrans_name, why)
-            return self.opentrans_original(
-                query, key, value, key_padding_mask, need_weights, attn_mask,
-                average_attn_weights, is_causal,
+            return self.opentrans_watch.masked(
+                self.opentrans_original, query, key, value, key_padding_mask, need_weights,
+                attn_mask, average_attn_weights, is_causal,
             )  # fmt: skip
         heads, width = self.num_heads, self.embed_dim
         qkv = self.opentrans_into.forward(x)

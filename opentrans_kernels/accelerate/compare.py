@@ -230,7 +230,7 @@ class Outcome:
                 continue
             require_own_weight(layer)
             weight = layer.weight.detach() * self.subject.masks[layer.name]
-            found[f"whole.model.{layer.name}.weight"] = weight
+            found[f"whole.model.{layer.path}"] = weight
         return found
 
     def _check(

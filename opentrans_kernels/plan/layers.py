@@ -12,7 +12,14 @@ from ..errors import MaskError, UnsupportedModelError
 from ..finite import count_non_finite
 from ..masks import make_permanent
 from ..masks.files import shorten
-from ..topology import ConvShape, Linears, MlpNode, linear_modules, token_counts
+from ..topology import (
+    ConvShape,
+    Linears,
+    MlpNode,
+    linear_modules,
+    packed_projections,
+    token_counts,
+)
 from ..topology.behaviour import added_behaviour, first_changed, own_behaviour
 from ..topology.find import walk_modules
 from ..topology.linears import PRUNED as PRUNED
@@ -53,6 +60,19 @@ class Layer:
     @property
     def bias(self) -> torch.Tensor | None:
         return getattr(self.module, self.parameter.replace("weight", "bias"))
+
+    @property
+    def path(self) -> str:
+        """Path of the weight in the model."""
+        return self._inside(self.name.removesuffix(".in_proj"))
+
+    @property
+    def below(self) -> str:
+        """Path of the weight below what runs the unit densely."""
+        return self._inside(self.inside)
+
+    def _inside(self, module: str) -> str:
+        return f"{module}.{self.parameter}".lstrip(".")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,13 +159,14 @@ def require_own_weight(layer: Layer) -> None:
     if layer.parameter not in layer.module._parameters:
         raise UnsupportedModelError(
             f"{layer.name}: its weight is computed from others (pruned or parametrized) and a "
-            f"further mask is given. Make it permanent first: {make_permanent(layer.module)}."
+            "further mask is given. Make it permanent first: "
+            f"{make_permanent(layer.module, layer.parameter)}."
         )
 
 
 def removes_nothing(model: nn.Module, name: str, mask: torch.Tensor) -> bool:
     """Whether the weights of the linear layer ``name`` that the mask removes are zero already."""
-    module = linear_modules(model).get(name)
+    module = {**packed_projections(model), **linear_modules(model)}.get(name)
     if module is None or module.weight.shape != mask.shape:
         return False
     return not bool((module.weight.detach()[~mask] != 0).any())
@@ -188,15 +209,15 @@ def linear_units(
             yield unit(found.name, "mlp", found.module, *own, mlp=found)
     for attention in linears.attentions:
         module = attention.module
-        if not is_pruned(module.in_proj_weight) and not is_pruned(module.out_proj.weight):
-            continue
         projections = (
             Layer(f"{attention.name}.in_proj", module, "attention", "in_proj_weight"),
             Layer(f"{attention.name}.out_proj", module.out_proj, "attention.out_proj"),
         )
+        if not any(layer.name in masks or is_pruned(layer.weight) for layer in projections):
+            continue
         for layer in projections:
             _check(layer.name, module, layer.weight, layer.bias)
-            kept[layer.name] = int(torch.count_nonzero(layer.weight.detach()))
+            kept[layer.name] = int(torch.count_nonzero(nonzero(layer.name, layer.weight, masks)))
         yield unit(attention.name, "attention", module, *projections)
 
 

@@ -178,8 +178,7 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
     linears = find_linears(model)
     found = tuple(linear_units(linears, pruned_linears(model), given))
     known = {node.name for node in trunk.convs()}
-    applied = (unit for unit in found if unit.role != "attention")
-    known |= {layer.name for unit in applied for layer in unit.layers}
+    known |= {layer.name for unit in found for layer in unit.layers}
     stray = [name for name in given if name not in known]
     if stray := [name for name in stray if not removes_nothing(model, name, given[name])]:
         why = linears.left_alone.get(stray[0]) or "; ".join(trunk.notes)
