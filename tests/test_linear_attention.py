@@ -76,26 +76,61 @@ def test_multihead_attention_is_packed(extension: None, batch_first: bool, tmp_p
 def test_other_calls_of_attention_run_as_they_were(
     extension: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for options, why in (
-        ({"need_weights": True}, "weights of attention"),
-        ({"need_weights": False, "attn_mask": torch.zeros(16, 16)}, "a mask was given"),
-    ):
-        model = prune_attention_(attentive())
-        dense = copy.deepcopy(model)
-        sparse(model)
-        for net in (model, dense):
-            net.blocks[0].attn.options = options
-        caplog.clear()
-        assert_same_network(model, dense)
-        model(image())
-        said = [r.message for r in caplog.records if "runs as it was" in r.message]
-        assert len(said) == 1 and why in said[0]
+    model = prune_attention_(attentive())
+    dense = copy.deepcopy(model)
+    sparse(model)
+    for net in (model, dense):
+        net.blocks[0].attn.options = {"need_weights": True}
+    assert_same_network(model, dense)
+    model(image())
+    said = [r.message for r in caplog.records if "runs as it was" in r.message]
+    assert len(said) == 1 and "weights of attention" in said[0]
+    for options in ({"attn_mask": torch.zeros(5, 5)}, {"is_causal": True}):
+        model.blocks[0].attn.options = {"need_weights": False, **options}
+        with pytest.raises(RuntimeError):  # torch's own words
+            model(image())
     model = prune_attention_(attentive())
     dense = copy.deepcopy(model)
     sparse(model)
     called: list[int] = []
     model.blocks[1].attn.attn.out_proj.register_forward_hook(lambda *_: called.append(1))
     assert_same_network(model, dense)
+
+
+CAUSAL = torch.full((16, 16), -torch.inf).triu(1)
+PADDING = torch.arange(16) >= torch.tensor([[16], [11]])
+OWN = torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(7)) < 0.3
+MASKED = {
+    "causal": {"attn_mask": CAUSAL},
+    "causal, bool": {"attn_mask": CAUSAL < 0},
+    "causal, as a hint": {"attn_mask": CAUSAL, "is_causal": True},
+    "padding": {"key_padding_mask": PADDING},
+    "padding, numbers": {"key_padding_mask": torch.randn(2, 16)},
+    "both": {"attn_mask": CAUSAL < 0, "key_padding_mask": PADDING},
+    "both, and the hint": {"attn_mask": CAUSAL, "key_padding_mask": PADDING.float() * -9,
+                           "is_causal": True},
+    "its own for every head": {"attn_mask": OWN},
+    "numbers for every head": {"attn_mask": OWN * 3.0, "key_padding_mask": PADDING.float() * -9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_masks_of_attention_are_applied(
+    extension: None, caplog: pytest.LogCaptureFixture, batch_first: bool
+) -> None:
+    model = prune_attention_(attentive(batch_first))
+    dense = copy.deepcopy(model)
+    sparse(model)
+    plain = model(image())
+    for what, options in MASKED.items():
+        for net in (model, dense):
+            for block in net.blocks:
+                block.attn.options = {"need_weights": False, **options}
+        with torch.no_grad():
+            found, want = model(image()), dense(image())
+        torch.testing.assert_close(found, want, msg=lambda m, what=what: f"{what}: {m}")
+        assert not torch.allclose(found, plain, atol=1e-3), f"{what}: the mask does nothing"
+    assert "runs as it was" not in caplog.text
 
 
 NAME = "blocks.0.attn.attn"

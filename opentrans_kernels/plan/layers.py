@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,6 @@ from ..topology import (
     token_counts,
 )
 from ..topology.behaviour import added_behaviour, first_changed, own_behaviour
-from ..topology.find import walk_modules
 from ..topology.linears import PRUNED as PRUNED
 from ..topology.linears import is_pruned
 
@@ -30,7 +29,6 @@ __all__ = [
     "LinearUnit",
     "linear_units",
     "nonzero",
-    "other_zeros",
     "reached",
     "removes_nothing",
     "require_own_weight",
@@ -256,37 +254,15 @@ def reached(
     return kept, shapes, notes
 
 
-def other_zeros(model: nn.Module, layers: Iterable[Layer], least: float = 0.0) -> str | None:
-    """Where zeros are outside of ``layers``: "96 of 128 weights of 1 ConvTranspose2d layer".
-
-    least: share of a weight that must be zero. None if there are none.
-    """
-    known = {id(layer.weight) for layer in layers}
-    found: dict[str, tuple[int, int, int]] = {}
-    for _, module in walk_modules(model):
-        for key, weight in module._parameters.items():
-            if weight is None or weight.dim() < 2 or id(weight) in known or weight.is_meta:
-                continue
-            if not key.endswith("weight") or not weight.is_floating_point():
-                continue
-            zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
-            layers, all_zeros, all_weights = found.get(type(module).__name__, (0, 0, 0))
-            if zeros > least * weight.numel():
-                found[type(module).__name__] = (
-                    layers + 1, all_zeros + zeros, all_weights + weight.numel()
-                )  # fmt: skip
-    if not found:
-        return None
-    return "; ".join(
-        f"{zeros} of {weights} weights of {layers} {kind} layer{'s' if layers > 1 else ''}"
-        for kind, (layers, zeros, weights) in found.items()
-    )
-
-
 def _check(name: str, module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     for label, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
+        if not tensor.is_floating_point() or type(tensor) not in (torch.Tensor, nn.Parameter):
+            raise UnsupportedModelError(
+                f"{name}: its {label} is a {type(tensor).__name__} of {tensor.dtype}, no plain "
+                "floating-point tensor (quantised?). Accelerate the model as it was before."
+            )
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             raise UnsupportedModelError(
                 f"{name}: its {label} is {tensor.dtype} on {tensor.device}; the sparse kernels "

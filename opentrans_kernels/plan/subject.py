@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -112,6 +112,7 @@ class PlanSubject:
     masks: every mask by layer name; empty if the weights' own zeros count.
     masks_hash: content hash of the masks, of the zeros' masks if none were given.
     shapes: feature map sizes of the convolutions that an image reaches; of linear layers, tokens.
+    left_alone: linear layer -> why it cannot be replaced alone.
     """
 
     model: nn.Module
@@ -124,6 +125,7 @@ class PlanSubject:
     units: tuple[Unit | LinearUnit, ...]
     collapse: Collapse
     notes: tuple[str, ...]
+    left_alone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_zeros(self) -> bool:
@@ -206,6 +208,7 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
         units=(*_units(trunk, given), *found),
         collapse=collapse,
         notes=(*notes, *collapse.notes()),
+        left_alone=linears.left_alone,
     )
 
 

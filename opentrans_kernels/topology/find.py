@@ -67,9 +67,15 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
         return trunks
     loose, pools, notes = _loose(model, set())
     if not loose:
+        linears = sum(isinstance(module, nn.Linear) for _, module in walk_modules(model))
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Conv2d that can be accelerated"
             + (f" ({'; '.join(notes)})" if notes else "")
+            + (
+                f"; its {linears} linear layers can only be, inside of a model that takes images"
+                if linears
+                else ""
+            )
             + ". Pass a convolutional network, for example the visual tower of a CLIP ResNet."
         )
     notes = ["no ResNet trunk (layer1, layer2, ... of residual blocks) found", *notes]
