@@ -27,7 +27,8 @@ ITERS, NEAR, K = 5, 25, 20  # of the published clustering: passes, candidates, n
 class VitShape:
     """A Segmenter: width, blocks and heads of encoder and decoder alike, MLP of four widths.
 
-    decoder_layers: of the mask transformer; 0: a linear decoder.
+    decoder_layers: of the mask transformer; 0: a linear decoder. kept: share of the weights of
+    blocks' linear layers that are not zero.
     """
 
     width: int
@@ -35,10 +36,15 @@ class VitShape:
     heads: int
     patch: int = 16
     decoder_layers: int = 2
+    kept: float = 1.0
 
     @property
     def hidden(self) -> int:
         return 4 * self.width
+
+    def linear(self, macs: int) -> int:
+        """What is left of products with the weights of blocks."""
+        return macs if self.kept == 1 else round(self.kept * macs)
 
     def embed(self, n: int) -> int:
         """Patch convolution of n tokens, with its bias."""
@@ -47,12 +53,14 @@ class VitShape:
     def attention(self, n: int, queries: int | None = None) -> int:
         """Norm, projections and attention of n tokens (from fewer queries, if given)."""
         d, q = self.width, n if queries is None else queries
-        products = 4 * n * d * d + 2 * d * q * n
+        products = self.linear(4 * n * d * d) + 2 * d * q * n
         return products + n * d + 2 * self.heads * q * n + 2 * n * d
 
     def feed(self, n: int) -> int:
         """Norm and MLP."""
-        return 2 * n * self.width * self.hidden + 2 * n * self.hidden + 2 * n * self.width
+        return (
+            self.linear(2 * n * self.width * self.hidden) + 2 * n * self.hidden + 2 * n * self.width
+        )
 
     def layer(self, n: int) -> int:
         return self.attention(n) + self.feed(n)
@@ -62,7 +70,7 @@ class VitShape:
         if not self.decoder_layers:
             return n * self.width * classes
         d, q = self.width, n + classes
-        layers = 12 * d * d * q + 2 * q * self.hidden + 4 * q * d
+        layers = self.linear(12 * d * d * q) + 2 * q * self.hidden + 4 * q * d
         return n * d * d + self.decoder_layers * layers + 2 * q * d + 2 * n * classes
 
     def decoder_products(self, n: int, classes: int) -> int:

@@ -139,17 +139,20 @@ class AcceleratedMlp(Replacement):
 class AcceleratedAttention(Replacement):
     """``nn.MultiheadAttention`` whose projections are packed, where it is self-attention.
 
-    That is: query, key and value are one tensor, no mask is given and no weights are asked for.
-    Any other call runs the original, which is said once, as after a hook was put on it.
+    That is: query, key and value are one tensor, and no weights are asked for; masks of attention
+    and padding are applied as they are there. Any other call runs the original, with the pruning
+    masks, which is said once, as after a hook was put on it.
     """
 
     PREPARED = "its weights are packed"
 
     def __init__(
-        self, original: nn.MultiheadAttention, into: Engine, out: Engine, name: str
-    ) -> None:
+        self, original: nn.MultiheadAttention, into: Engine, out: Engine, name: str,
+        masks: Mapping[str, torch.Tensor],
+    ) -> None:  # fmt: skip
+        """masks, name: see :class:`~opentrans_kernels.watch.Watch`."""
         super().__init__(original)
-        self.opentrans_watch = Watch.inside(original, name, self._modules, {})
+        self.opentrans_watch = Watch.inside(original, name, self._modules, masks)
         self.opentrans_into, self.opentrans_out = into, out
         self.opentrans_name = name
         self.__dict__["opentrans_told"] = False
@@ -164,33 +167,74 @@ class AcceleratedAttention(Replacement):
         x = self._checked(query)
         if (why := self.opentrans_watch.changed()) is None:
             why = self._why_not(query, key, value, key_padding_mask, need_weights, attn_mask)
+            why = "is_causal without attn_mask" if is_causal and attn_mask is None else why
         if why is not None:
             if not self.opentrans_told:
                 self.__dict__["opentrans_told"] = True
                 _log.warning("%s: %s; this attention runs as it was", self.opentrans_name, why)
-            return self.opentrans_original(
-                query, key, value, key_padding_mask, need_weights, attn_mask,
-                average_attn_weights, is_causal,
+            return self.opentrans_watch.masked(
+                self.opentrans_original, query, key, value, key_padding_mask, need_weights,
+                attn_mask, average_attn_weights, is_causal,
             )  # fmt: skip
         heads, width = self.num_heads, self.embed_dim
         qkv = self.opentrans_into.forward(x)
         one, two = x.shape[:2]
         order = (2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)
         q, k, v = qkv.view(one, two, 3, heads, width // heads).permute(order)
-        y = F.scaled_dot_product_attention(q, k, v)
+        causal = is_causal and key_padding_mask is None  # the mask is then not looked at
+        bias = None if causal else self._bias(x, key_padding_mask, attn_mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
         y = y.permute((0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)).reshape(x.shape)
         return self.opentrans_out.forward(y), None
+
+    def projected(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of ``[..., width]`` in one: ``[..., 3 width]``."""
+        return self.opentrans_into.forward(self._checked(x))
+
+    def joined(self, y: torch.Tensor) -> torch.Tensor:
+        """What heads gave, side by side, through the output projection."""
+        return self.opentrans_out.forward(self._checked(y))
 
     def _why_not(
         self, query: Any, key: Any, value: Any, padding: Any, weights: bool, mask: Any
     ) -> str | None:
         if key is not query or value is not query:
             return "query, key and value are not one tensor"
-        if padding is not None or mask is not None:
-            return "a mask was given"
         if weights:
             return "the weights of attention were asked for"
-        return None if query.dim() == 3 else "the input has no batch"
+        if query.dim() != 3:
+            return "the input has no batch"
+        batch, tokens = self._sizes(query)
+        whole = (batch * self.num_heads, tokens, tokens)
+        if mask is not None and tuple(mask.shape) not in (whole[1:], whole):
+            return f"attn_mask has shape {tuple(mask.shape)}"
+        if padding is not None and tuple(padding.shape) != (batch, tokens):
+            return f"key_padding_mask has shape {tuple(padding.shape)}"
+        return None
+
+    def _sizes(self, x: torch.Tensor) -> tuple[int, int]:
+        """(batch, tokens)."""
+        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
+
+    def _bias(
+        self, x: torch.Tensor, padding: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What is added to the logits, [batch or 1, heads or 1, tokens or 1, tokens]."""
+        bias = None
+        if mask is not None:
+            shape = (1, 1) if mask.dim() == 2 else (-1, self.num_heads)
+            bias = _added(mask, x.dtype).view(*shape, *mask.shape[-2:])
+        if padding is not None:
+            keys = _added(padding, x.dtype)[:, None, None]
+            bias = keys if bias is None else bias + keys
+        return bias
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as numbers to add: minus infinity where a bool one is true."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
 
 
 class SelfAttention(nn.Module):

@@ -38,6 +38,7 @@ from .pack import SparseWeight
 from .topology import ConvNode
 from .topology.behaviour import first_changed
 from .topology.blocks import plain_conv
+from .topology.cover import put_over_as
 from .topology.fold import is_plain_bn
 from .watch import RESTORE, Watch
 
@@ -80,6 +81,7 @@ class Replacement(Operators):
             own[key] = vars(original)[key]
         own["_modules"] = dict(original._modules)
         self.training = original.training
+        put_over_as(self, original)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         for key, now in self.state_dict().items():

@@ -80,8 +80,8 @@ class Watch:
     """The modules of one replaced part, and the masks that make it the masked dense part.
 
     modules: (name, module, the ``_modules`` that holds it or None).
-    masks: path of a convolution below the replaced module ("" for itself) -> bool mask, for
-        those whose mask is not in the weights.
+    masks: path of a parameter below the replaced module ("conv1.weight") -> bool mask, for those
+        whose mask is not in the weights.
     undo: the call that puts the original modules back, for messages.
     """
 
@@ -144,6 +144,13 @@ class Watch:
         # Another process counts its hooks anew, and copies have dicts of their own.
         return {**self.__dict__, "_newest": None, "_seen": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        known = self._masks.items()  # pickled when they were named after modules
+        self._masks = {
+            p if p.endswith("weight") else f"{p}.weight".lstrip("."): m for p, m in known
+        }
+
     def dense(self, original: nn.Module, x: torch.Tensor, why: str) -> torch.Tensor:
         """The masked dense part; said once per part, because it is slower."""
         if not self._told:
@@ -152,12 +159,15 @@ class Watch:
                 "%s since acceleration: this %s runs densely, so that it is called. Remove it to "
                 "be fast again.", why, type(original).__name__,
             )  # fmt: skip
+        return self.masked(original, x)
+
+    def masked(self, original: nn.Module, *args: Any) -> Any:
+        """Call the original with its masks applied."""
         if not self._masks:
-            return original(x)
+            return original(*args)
         weights = {}
         for path, (shape, bits) in self._masks.items():
-            conv = original.get_submodule(path)
             keep = np.unpackbits(bits, count=math.prod(shape)).view(np.bool_)
             mask = torch.from_numpy(keep).view(shape)
-            weights[f"{path}.weight".lstrip(".")] = conv.weight.detach() * mask
-        return torch.func.functional_call(original, weights, (x,))
+            weights[path] = original.get_parameter(path).detach() * mask
+        return torch.func.functional_call(original, weights, args)

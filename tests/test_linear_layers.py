@@ -287,24 +287,6 @@ def test_masks_of_convolutions_are_matched_as_before() -> None:
     assert "linear layer '1' has a weight of shape (4, 4)" in str(match)
 
 
-def test_zeros_elsewhere_are_named() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.patches, self.up = nn.Conv2d(3, 8, 8, 8), nn.ConvTranspose2d(8, 4, 2, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.up(self.patches(x))
-
-    model = Net().eval()
-    assert "no weight is zero" in str(make_plan(model, measure=False))
-    with torch.no_grad():
-        model.up.weight[:6] = 0
-    text = str(make_plan(model, measure=False))
-    assert "no weight is zero" not in text
-    assert "only 96 of 128 weights of 1 ConvTranspose2d layer are zero" in text
-
-
 def test_layers_that_are_read_and_not_called_stay(extension: None) -> None:
     class Reads(nn.Linear):
         pass

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from opentrans_kernels.tokens import TokenPlan
-from opentrans_kernels.tokens.cluster import Clusters, Pool, candidates, homes, pooled
+from opentrans_kernels.tokens.cluster import Clusters, Pool, bands, candidates, homes, pooled
 from opentrans_kernels.tokens.hashing import clustered_attention, query_clusters
 from opentrans_kernels.tokens.merge import Composed, keep_attended, kept_count, match, merge, take
 
@@ -66,6 +66,37 @@ def test_clusters_are_those_of_the_definition(window, iters, k, norm):
     torch.testing.assert_close(found.weights[1], weights)
     y = tokens(2, 12, 3, seed=5)
     torch.testing.assert_close(found.expand(y), found.weights @ y)
+
+
+@pytest.mark.parametrize("size, grid, window", [
+    ((7, 9), (3, 4), 5), ((8, 8), (8, 8), 3), ((5, 4), (1, 3), 1), ((6, 5), (4, 2), 9),
+    ((40, 40), (28, 28), 5),
+])  # fmt: skip
+def test_bands_hold_every_pair_that_may_join_once(size, grid, window):
+    near = candidates(size, grid, window)
+    count = torch.zeros(near.shape, dtype=torch.int64)
+    for band in bands(size, grid, window):
+        count[band.tokens, band.centres] += ~band.excluded
+        rows = band.tokens.stop - band.tokens.start
+        assert band.excluded.shape == (rows, band.centres.stop - band.centres.start)
+    assert torch.equal(count, near.long())
+    assert [b.tokens.start for b in bands(size, grid, window)][1:] == [
+        b.tokens.stop for b in bands(size, grid, window)
+    ][:-1], "all tokens, in order"
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 9])
+@pytest.mark.parametrize("temperature", ["auto", 0.3, 1e6])
+def test_bands_give_what_all_distances_give(window, temperature):
+    """With a gradient all distances are taken at once."""
+    given = plan(window=window, temperature=temperature)
+    x = tokens(3, 63, 5)
+    with torch.no_grad():
+        by_bands = Clusters(x, SIZE, given)
+    at_once = Clusters(x.clone().requires_grad_(), SIZE, given)
+    assert at_once.centres.requires_grad and not by_bands.centres.requires_grad
+    torch.testing.assert_close(by_bands.centres, at_once.centres.detach())
+    torch.testing.assert_close(by_bands.weights, at_once.weights.detach())
 
 
 def test_homes_are_whole_numbers_as_nearest_upsampling_gives_them():

@@ -47,7 +47,7 @@ class Vit(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = self.proj(image)
-        place = [torch.linspace(-1, 1, n, dtype=x.dtype) for n in x.shape[-2:]]
+        place = [torch.linspace(-1, 1, n).to(x) for n in x.shape[-2:]]
         x = x + (3 * place[0]).sin()[:, None] + (5 * place[1]).cos()
         x = x.flatten(2).transpose(1, 2)
         if hasattr(self, "cls_token"):

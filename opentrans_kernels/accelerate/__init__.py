@@ -25,6 +25,7 @@ from ..plan.choose import Choice
 from ..plan.layers import LinearUnit
 from ..plan.models import accelerated_parts, require_module
 from ..plan.subject import Masks, PlanSubject
+from ..topology.cover import states, switched
 from .compare import Culprit, Outcome, Swap
 from .cuda import CudaReport, accelerate_cuda
 from .parts import check_parts
@@ -53,7 +54,8 @@ def accelerate(
     """Replace layers of ``model`` in place by faster ones that compute the same masked network.
 
     Modules keep their names, and the ``state_dict`` its keys and shapes. Any input size and batch
-    works afterwards. For inference: forward raises in training mode.
+    works afterwards. For inference: forward raises in training mode. Tokens may be reduced
+    (``reduce_tokens``) before, so that the times are for those that are left, or after.
 
     Args:
         model: float32, eval mode, on the CPU.
@@ -102,8 +104,14 @@ def accelerate(
             )
         size, batch = plan.input_size, plan.batch
     batch = checked_batch(batch)
-    # Packed tensors made in inference mode could never take part in autograd.
-    with torch.inference_mode(False), thread_count(threads) as count:
+    require_module(model)
+    # Packed tensors made in inference mode could never take part in autograd. Rounding may decide
+    # which tokens a reduction keeps, so all are compared, and the reduced ones timed.
+    with (
+        torch.inference_mode(False),
+        thread_count(threads) as count,
+        switched(model, paused=True),
+    ):
         subject = prepare(model, masks, size)
         report = _accelerate(subject, plan, count, measure, batch)
     for line in report.notes:
@@ -121,6 +129,8 @@ def _accelerate(
             "global module hooks are registered (torch.nn.modules.module): modules inside a "
             "replaced part are not called, so these do not see them"
         )
+    if states(subject.model):
+        notes.append("tokens are reduced: compared with all of them, timed with the reduced ones")
     if given is None:
         plan, choices = plan_and_build(subject, threads, measure, batch)
     else:

@@ -19,6 +19,7 @@ from ..plan.layers import LinearUnit, require_own_weight
 from ..plan.subject import PlanSubject, Unit
 from ..timing.rounds import PairTiming, measure_pair
 from ..topology import Trunk, forward_trunk
+from ..topology.cover import switched
 from .parts import PartError, check_parts
 
 _log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class Outcome:
         if not self.measure:
             return
 
-        def switched(state: Callable[[], None]) -> Callable[[], torch.Tensor]:
+        def with_parts(state: Callable[[], None]) -> Callable[[], torch.Tensor]:
             def run() -> torch.Tensor:
                 state()
                 return self.whole(self.x)
@@ -193,7 +194,8 @@ class Outcome:
             return run
 
         try:
-            self.timing = measure_pair(switched(swap.off), switched(swap.on))
+            with switched(self.subject.model, paused=False):
+                self.timing = measure_pair(with_parts(swap.off), with_parts(swap.on))
         finally:
             swap.off()
         self.notes += self.timing.notes()
@@ -228,7 +230,7 @@ class Outcome:
                 continue
             require_own_weight(layer)
             weight = layer.weight.detach() * self.subject.masks[layer.name]
-            found[f"whole.model.{layer.name}.weight"] = weight
+            found[f"whole.model.{layer.path}"] = weight
         return found
 
     def _check(

@@ -167,7 +167,7 @@ def _masks(subject: PlanSubject, unit: Unit | LinearUnit) -> dict[str, torch.Ten
     if not unit.must_mask:
         return {}
     return {
-        f"{layer.inside}.weight".lstrip("."): subject.masks[layer.name]
+        layer.below: subject.masks[layer.name]
         for layer in unit.layers
         if layer.name in subject.masks
     }

@@ -23,14 +23,17 @@ from opentrans_kernels.compact import (
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks import MaskSet
 from opentrans_kernels.topology import (
+    Projections,
     Trunk,
     conv_shapes,
     find_trunk,
     linear_modules,
+    packed_projections,
     pruned_linears,
     token_counts,
 )
 from opentrans_kernels.topology.collapse import collapse_of, find_collapse
+from opentrans_kernels.topology.linears import is_pruned
 from opentrans_kernels.topology.shapes import checked_size
 
 
@@ -213,7 +216,7 @@ def audit(
         totals=_totals(
             rows,
             {name for _, path, _ in network.blocks for name in path[:-1]},
-            set() if model is None else set(linear_modules(model)),
+            set() if model is None else {*linear_modules(model), *packed_projections(model)},
         ),
         notes=network.notes,
     )
@@ -230,10 +233,17 @@ def _with_linears(
 ) -> tuple[Network, dict[str, torch.Tensor]]:  # fmt: skip
     """The network with the linear layers that have a mask or enough zeros of their own."""
     pruned = pruned_linears(model)
-    found = {n: m for n, m in linear_modules(model).items() if n in given or n in pruned}
+    linears = {**packed_projections(model), **linear_modules(model)}
+    found = {n: m for n, m in linears.items() if n in given or n in pruned or (
+        isinstance(m, Projections) and is_pruned(m.weight)
+    )}  # fmt: skip
     if not found:
         return network, own
-    tokens, why = token_counts(model, found, input_size)
+    # What an attention calls is itself.
+    called = {n: n.removesuffix(".in_proj") if isinstance(m, Projections) else n
+              for n, m in found.items()}  # fmt: skip
+    counts, why = token_counts(model, called.values(), input_size)
+    tokens = {name: counts[path] for name, path in called.items() if path in counts}
     reason = why or "not called for an image"
     notes = [f"{name} is not audited: {reason}" for name in found if name not in tokens]
     layers = tuple(

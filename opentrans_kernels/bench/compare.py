@@ -13,7 +13,9 @@ from typing import Any
 
 from ..errors import OpenTransError
 from .machines import machine_differences, machine_slug
-from .schema import Result, load_result
+from .schema import Result, check_result, kind_of, read_json
+from .tokens_form import KIND as TOKENS
+from .tokens_form import check_tokens, inexact
 
 #: Results of scripts in ``benchmarks/``, which have forms of their own.
 OTHER_FOLDERS = ("alpha", "trained", "training", "gpu", "ovs")
@@ -100,10 +102,17 @@ def load_results(places: Iterable[str | Path]) -> dict[str, Result]:
                 f"{place} holds no result files (*.json). Write some with "
                 f"'opentrans bench trunk ... --json {place}/NAME.json'."
             )
-        found.update({str(path): load_result(path) for path in files})
+        found.update({str(path): _load(path) for path in files})
     if not found:
         raise OpenTransError("no result file was given. Name at least one file or directory.")
     return found
+
+
+def _load(path: Path) -> Result:
+    data = read_json(path)
+    if kind_of(data)[0] == TOKENS:
+        return dict(check_tokens(data, path.name))
+    return check_result(data, path.name)
 
 
 def one_machine(results: Mapping[str, Result]) -> str:
@@ -275,7 +284,23 @@ def _training_ratios(result: Result) -> Iterable[tuple[str, str, Any, Mapping[st
                 yield name, "baseline", inverse, row
 
 
+def _token_ratios(result: Result) -> Iterable[tuple[str, str, Any, Mapping[str, Any]]]:
+    plan = result["plan"]
+    told = [f"{key} {plan[key]}" for key in ("alpha", "r", "keep") if plan.get(key) is not None]
+    told += ["grid " + "x".join(map(str, plan["grid"]))] if plan.get("grid") else []
+    system = f"{result['system']} {result['decoder']}, {result['classes']} classes"
+    size = f"{result['height']}x{result['width']}"
+    mask = result.get("mask")
+    run = [f"{result['threads']} t", result.get("opentrans_cpu_capability") or result["isa"]]
+    parts = [system, size, plan["method"], *told, *([mask["label"]] if mask else []), *run]
+    label = ", ".join(parts)
+    for row in result["rows"]:
+        if row["name"] != "eager" and not inexact(row):
+            yield f"tokens {label}: {row['name']}", "eager", row["over_eager"], row
+
+
 _RATIOS = {
+    "tokens": _token_ratios,
     "trunk": _trunk_ratios,
     "op": _row_ratios,
     "model": _row_ratios,
@@ -309,7 +334,7 @@ def _notes(base: Mapping[str, Result], new: Mapping[str, Result]) -> Iterable[st
 def _inexact(result: Result) -> str:
     """The inexact parts of a result, counted; empty when there are none."""
     rows = [*result.get("layers", ()), *result.get("rows", ())]
-    count = sum(not row["exact"] for row in rows)
+    count = sum(inexact(row) if "difference" in row else not row["exact"] for row in rows)
     parts = [] if result.get("exact", True) else ["the whole result"]
     parts += [f"{count} of {len(rows)} rows"] * (count > 0)
     return ", ".join(parts)

@@ -1,9 +1,10 @@
-"""``opentrans bench tokens``: a segmenter with fewer tokens against itself dense, against a smaller
-input of equal work, and against pooled tokens.
+"""``opentrans bench tokens``: a segmenter with fewer tokens against itself dense, and against what
+the same work buys otherwise: a smaller input, pooled tokens, fewer blocks.
 
-Sides share their parameters: copies of the model hold the same tensors. A reduced side is no exact
-copy of the dense one, so there is no bound on its error: what is shown is how far its logits are
-off, and how many pixels keep their class.
+Where its linear layers are pruned, each is also run by the sparse kernels, and what has the same
+work is sparse as well. Sides share their parameters: copies of the model hold the same tensors. A
+reduced side is no exact copy of the dense one, so there is no bound on its error: what is shown is
+how far its logits are off, and how many pixels keep their class.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..accelerate import accelerate
 from ..tokens import TokenPlan, reduce_tokens, token_state
 from ..tokens.blocks import ReducedBlock
 from ..tokens.cluster import Clusters, Pool
+from ..topology.linears import block_linears
 from .model import peak_bytes
 from .timing import TimingTable, interleave
 from .variants import freezing, relative_error
 
-__all__ = ["COMPILED", "EAGER", "POOLED", "SMALLER", "TokenSubject", "measure_tokens"]
+__all__ = ["COMPILED", "EAGER", "FEWER", "POOLED", "SMALLER", "SPARSE", "TokenSubject",
+           "measure_tokens"]  # fmt: skip
 
-EAGER, COMPILED = "eager", "compiled"
-SMALLER, POOLED = "smaller input, dense", "pooled tokens"
-#: What a side is to the reader.
-KINDS = {EAGER: "dense", COMPILED: "dense", SMALLER: "baseline", POOLED: "baseline"}
+EAGER, COMPILED, SPARSE = "eager", "compiled", "sparse"
+#: What costs the same; ", sparse" is appended where it runs on the kernels.
+SMALLER, POOLED, FEWER = "smaller input", "pooled tokens", "fewer blocks"
+#: What a side is to the reader, by the first part of its name; any other is reduced.
+KINDS = {EAGER: "dense", COMPILED: "dense", SMALLER: "baseline", POOLED: "baseline",
+         FEWER: "baseline"}  # fmt: skip
 PARTS = ("reducing", "way back")
 
 Size = tuple[int, int]
@@ -39,16 +45,25 @@ Size = tuple[int, int]
 class TokenSubject:
     """A model, images [1, 3, H, W] -> logits [1, K, H, W], in eval mode, and what to compare.
 
-    encoder: path of the part whose tokens are reduced. macs: of a size in pixels and a plan; None
-    where they depend on the image. patch: pixels of a token's side.
+    encoder: path of the part whose tokens are reduced; its ``blocks`` are a list. macs: of a size
+    in pixels, a plan, a number of blocks (None: all) and the share of their weights that is kept;
+    None where they depend on the image. patch: pixels of a token's side. masked: weights of blocks
+    are zero, so sides on the sparse kernels are timed as well.
     """
 
     name: str
     model: nn.Module
     encoder: str
     patch: int
-    macs: Callable[[Size, TokenPlan | None], int | None]
+    macs: Callable[[Size, TokenPlan | None, int | None, float], int | None]
     facts: dict[str, Any] = field(default_factory=dict)
+    masked: bool = False
+
+    def kept(self) -> float:
+        """Share of the weights of blocks' linear layers that are not zero."""
+        weights = [layer.weight for layer in block_linears(self.model).values()]
+        nonzero = sum(int(torch.count_nonzero(weight)) for weight in weights)
+        return nonzero / max(1, sum(weight.numel() for weight in weights))
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -57,27 +72,37 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def same_work(subject: TokenSubject, size: Size, target: int) -> Size:
-    """The input, of the shape of ``size``, whose dense work is nearest to ``target``."""
+def same_work(subject: TokenSubject, size: Size, target: int, kept: float = 1.0) -> Size:
+    """The input, of the shape of ``size``, whose work at all tokens is nearest to ``target``."""
     height, width = (side // subject.patch for side in size)
     sizes = [
         (rows * subject.patch, max(1, round(rows * width / height)) * subject.patch)
         for rows in range(1, height + 1)
     ]
-    return min(sizes, key=lambda one: abs((subject.macs(one, None) or 0) - target))
+    return min(sizes, key=lambda one: abs((subject.macs(one, None, None, kept) or 0) - target))
 
 
 class _Sides:
     """Calls of all sides on one image."""
 
-    def __init__(self, subject: TokenSubject, plan: TokenPlan, image: torch.Tensor) -> None:
-        self.subject, self.plan, self.image = subject, plan, image
+    def __init__(
+        self, subject: TokenSubject, plan: TokenPlan, image: torch.Tensor, measure: bool
+    ) -> None:
+        self.subject, self.plan, self.image, self.measure = subject, plan, image, measure
         self.size: Size = (image.shape[2], image.shape[3])
+        self.kept = subject.kept() if subject.masked else 1.0
         self.calls: dict[str, Callable[[], torch.Tensor]] = {}
         self.macs: dict[str, int | None] = {}
         self.unavailable: dict[str, str] = {}
+        self.replaced: dict[str, int] = {}
         self.smaller: Size | None = None
+        self.fewer: int | None = None
         self.parts: dict[str, Callable[[], object]] = {}
+
+    @property
+    def best(self) -> str:
+        """The reduced side that everything of the same work stands beside."""
+        return f"{SPARSE}, {self.plan.method}" if self.subject.masked else self.plan.method
 
     def run(self, model: nn.Module, image: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -85,33 +110,58 @@ class _Sides:
 
     def build(self, compiling: bool, step: Callable[[str], None]) -> None:
         subject, image = self.subject, self.image
-        self._add(EAGER, lambda: self.run(subject.model, image), subject.macs(self.size, None))
+        self._add(EAGER, lambda: self.run(subject.model, image), self._macs())
         if compiling:
             step(COMPILED)
             self._compiled()
         else:
             self.unavailable[COMPILED] = "not asked for (--no-compile)"
         step(self.plan.method)
-        reduced = self._reduced(self.plan)
-        work = subject.macs(self.size, self.plan)
-        self._add(self.plan.method, lambda: self.run(reduced, image), work)
-        if self.plan.method == "cluster":
-            pool = TokenPlan(
-                "pool", alpha=self.plan.alpha, grid=self.plan.grid, expand=self.plan.expand
-            )
-            pooled = self._reduced(pool)
-            self._add(POOLED, lambda: self.run(pooled, image), subject.macs(self.size, pool))
-        self._smaller(work)
+        reduced = self._side(self.plan.method, self.plan, sparse=False)
+        if subject.masked:
+            step(SPARSE)
+            self._side(SPARSE, None)
+            step(self.best)
+            reduced = self._side(self.best, self.plan)
+        self._same_work(step)
         if self.plan.method in ("cluster", "pool"):
             self._time_parts(reduced)
 
     def _add(self, name: str, call: Callable[[], torch.Tensor], macs: int | None) -> None:
         self.calls[name], self.macs[name] = call, macs
 
-    def _reduced(self, plan: TokenPlan) -> nn.Module:
-        own = twin(self.subject.model)
-        reduce_tokens(own.get_submodule(self.subject.encoder), plan)
-        return own
+    def _macs(
+        self, plan: TokenPlan | None = None, blocks: int | None = None, sparse: bool = False,
+        size: Size | None = None,
+    ) -> int | None:  # fmt: skip
+        kept = self.kept if sparse else 1.0
+        return self.subject.macs(size or self.size, plan, blocks, kept)
+
+    def _side(
+        self, name: str, plan: TokenPlan | None, *, blocks: int | None = None,
+        sparse: bool | None = None, size: Size | None = None,
+    ) -> nn.Module:  # fmt: skip
+        """One more side, of the model with fewer tokens or blocks, on the kernels where it is
+        masked, on an image of ``size``."""
+        model = twin(self.subject.model)
+        encoder: Any = model.get_submodule(self.subject.encoder)
+        encoder.blocks = encoder.blocks[:blocks]
+        if plan is not None:
+            reduce_tokens(encoder, plan)
+        on_kernels = self.subject.masked if sparse is None else sparse
+        if on_kernels:
+            report = accelerate(model, input_size=size or self.size, measure=self.measure)
+            self.replaced[name] = sum(unit.kind == "sparse" for unit in report.plan.units)
+        options: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
+
+        def call() -> torch.Tensor:
+            if size is None:
+                return self.run(model, self.image)
+            image = F.interpolate(self.image, size, antialias=True, **options)
+            return F.interpolate(self.run(model, image), self.size, **options)
+
+        self._add(name, call, self._macs(plan, blocks, on_kernels, size))
+        return model
 
     def _compiled(self) -> None:
         frozen = torch.compile(twin(self.subject.model), dynamic=False)
@@ -130,19 +180,29 @@ class _Sides:
             return
         self._add(COMPILED, call, self.macs[EAGER])
 
-    def _smaller(self, work: int | None) -> None:
+    def _same_work(self, step: Callable[[str], None]) -> None:
+        """What the work of the best reduced side buys otherwise."""
+        how = f", {SPARSE}" if self.subject.masked else ""
+        if self.plan.method == "cluster":
+            step(POOLED)
+            self._side(POOLED + how, TokenPlan(
+                "pool", alpha=self.plan.alpha, grid=self.plan.grid, expand=self.plan.expand
+            ))  # fmt: skip
+        work = self.macs[self.best]
         if work is None:
-            self.unavailable[SMALLER] = f"the work of {self.plan.method!r} depends on the image"
+            why = f"the work of {self.plan.method!r} depends on the image"
+            self.unavailable |= {SMALLER + how: why, FEWER + how: why}
             return
-        self.smaller = same_work(self.subject, self.size, work)
-        small, model = self.smaller, self.subject.model
-        options: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
-
-        def call() -> torch.Tensor:
-            image = F.interpolate(self.image, small, antialias=True, **options)
-            return F.interpolate(self.run(model, image), self.size, **options)
-
-        self._add(SMALLER, call, self.subject.macs(small, None))
+        step(SMALLER)
+        self.smaller = same_work(self.subject, self.size, work, self.kept)
+        self._side(SMALLER + how, None, size=self.smaller)
+        step(FEWER)
+        encoder: Any = self.subject.model.get_submodule(self.subject.encoder)
+        self.fewer = min(
+            range(1, len(encoder.blocks) + 1),
+            key=lambda n: abs((self._macs(None, n, self.subject.masked) or 0) - work),
+        )
+        self._side(FEWER + how, None, blocks=self.fewer)
 
     def _time_parts(self, reduced: nn.Module) -> None:
         """Calls of what reduction adds, on the tokens of this image."""
@@ -184,18 +244,20 @@ def measure_tokens(
     rounds: int = 5,
     threads: int = 1,
     compiling: bool = True,
+    measure: bool = True,
     step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """One result: what sides compute, then all of them interleaved, memory, and the two parts.
 
-    size: (height, width) in pixels, multiples of the patch.
+    size: (height, width) in pixels, multiples of the patch. measure: time the layers of sparse
+    sides, so that those stay dense that gain nothing; False: go by predictions.
 
     Raises:
         OpenTransError: the plan does not fit the model or the size.
     """
     torch.set_num_threads(threads)
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    sides = _Sides(subject, plan, image)
+    sides = _Sides(subject, plan, image, measure)
     sides.build(compiling, step)
     dense = sides.calls[EAGER]().clone()
     looks = {}
@@ -213,7 +275,7 @@ def measure_tokens(
     )  # fmt: skip
     step("memory")
     memory = {name: peak_bytes(call) for name, call in sides.calls.items()}
-    whole = table[plan.method].cpu.median
+    whole = table[sides.best].cpu.median
     return {
         "system": subject.name,
         **subject.facts,
@@ -223,6 +285,9 @@ def measure_tokens(
         "rounds": rounds,
         "baseline": _fastest(table, sides),
         "smaller": list(sides.smaller) if sides.smaller else None,
+        "fewer": sides.fewer,
+        "kept": sides.kept,
+        "replaced": sides.replaced,
         "unavailable": sides.unavailable,
         "rows": list(_rows(table, sides, looks, memory)),
         "parts": [
@@ -234,7 +299,12 @@ def measure_tokens(
 
 
 def _fastest(table: TimingTable, sides: _Sides) -> str:
-    return table.fastest([name for name in sides.calls if KINDS.get(name) == "dense"], "cpu")
+    return table.fastest([name for name in sides.calls if kind_of(name) == "dense"], "cpu")
+
+
+def kind_of(name: str) -> str:
+    """What a side is: "dense", "exact" (dense numbers on the kernels), "baseline" or "reduced"."""
+    return "exact" if name == SPARSE else KINDS.get(name.partition(",")[0], "reduced")
 
 
 def _rows(
@@ -249,7 +319,7 @@ def _rows(
         timing, macs = table[name], sides.macs[name]
         yield {
             "name": name,
-            "kind": KINDS.get(name, "reduced"),
+            "kind": kind_of(name),
             "ms": timing.wall.median,
             "cpu_ms": timing.cpu.median,
             "wall": timing.wall.to_dict(),

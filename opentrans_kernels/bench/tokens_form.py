@@ -8,6 +8,7 @@ from typing import Any
 from .schema import (
     COUNT,
     ENVELOPE,
+    FLAG,
     NUMBER,
     POSITIVE,
     SHARE,
@@ -18,9 +19,11 @@ from .schema import (
 )
 from .system_form import check_sides
 
-__all__ = ["KIND", "check_tokens"]
+__all__ = ["EXACT", "KIND", "check_tokens", "inexact"]
 
 KIND = "tokens"
+#: Difference of a side that computes the dense network, relative to its largest logit.
+EXACT = 1e-3
 ROW = {
     "name": TEXT,
     "kind": TEXT,
@@ -50,6 +53,10 @@ FORM = {
     "rounds": COUNT,
     "baseline": TEXT,
     "smaller": Maybe([COUNT]),
+    "fewer": Maybe(COUNT),
+    "kept": Maybe(SHARE),
+    "mask": Maybe({"label": TEXT, "synthetic": FLAG}),
+    "replaced": Maybe(Each(COUNT)),
     "unavailable": Each(TEXT),
     "rows": [ROW],
     "parts": [{"part": TEXT, "cpu_ms": POSITIVE, "share": SHARE}],
@@ -62,3 +69,8 @@ def check_tokens(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     name: of its file, for messages.
     """
     return check_sides(result, name, FORM, KIND, "opentrans bench tokens")
+
+
+def inexact(row: Mapping[str, Any]) -> bool:
+    """Whether a side that should compute the dense network computes something else."""
+    return row["kind"] in ("dense", "exact") and not row["difference"] <= EXACT

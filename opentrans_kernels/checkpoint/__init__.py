@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from datetime import UTC, datetime
 from typing import Any, overload
 
@@ -27,11 +27,11 @@ from ..errors import CheckpointError, MaskError, PlanError, UnsupportedModelErro
 from ..half import as_half
 from ..masks import MaskSet, atomic_write, make_permanent
 from ..masks.limits import brief
-from ..masks.names import find_prefixes, rename
+from ..masks.names import find_prefixes, owner_of, rename
 from ..masks.packed import pack_bits
 from ..plan import Plan
 from ..plan.subject import check_model
-from ..topology import original
+from ..topology import original, packed_projections, parameter_name
 from ..towers import NAMED, check_named, empty_tower, fill_storage, shapes_of
 from .file import (
     DENSE,
@@ -119,12 +119,12 @@ def save_accelerated(
     kept: dict[str, torch.Tensor] = {}
     state = model.state_dict()
     for name, (shape, packed) in bits.items():
-        weight = state.pop(f"{name}.weight", None)
+        weight = state.pop(parameter_name(name, state), None)
         if weight is None:  # computed from other tensors, which are stored as they are
+            layer = packed_projections(model).get(name) or original(model.get_submodule(name))
             raise PlanError(
                 f"{name}: its weight is computed from others (pruned or parametrized). Make it "
-                "permanent before accelerating: "
-                f"{make_permanent(original(model.get_submodule(name)))}."
+                f"permanent before accelerating: {make_permanent(*owner_of(layer))}."
             )
         keep = np.unpackbits(packed, count=math.prod(shape)).view(np.bool_)
         tensors[MASK + name] = torch.from_numpy(packed)
@@ -280,7 +280,8 @@ def _named(path: str, tensors: Mapping[str, torch.Tensor], header: Mapping[str, 
             f"built by name ({', '.join(NAMED)}). {ways}."
         )
     model = empty_tower(arch)
-    same_layout(path, shapes_of(model.state_dict()), shapes_of_file(tensors, header))
+    own = model.state_dict()
+    same_layout(path, shapes_of(own), shapes_of_file(tensors, header, own))
     return fill_storage(model)
 
 

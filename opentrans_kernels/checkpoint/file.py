@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..masks import open_checkpoint
 from ..masks.limits import Malformed, brief, parse_json
 from ..masks.packed import is_shape
+from ..topology import parameter_name
 from ..towers import shapes_of
 
 __all__ = [
@@ -83,7 +84,7 @@ def unpack(
     state: dict[str, torch.Tensor] = {}
     portable = header["format_version"] == PORTABLE
     dtype = DTYPES[header["values"]] if portable else torch.float32
-    same_layout(path, shapes_of(own), shapes_of_file(tensors, header))
+    same_layout(path, shapes_of(own), shapes_of_file(tensors, header, own))
     for name, shape in header["shapes"].items():
         values, packed = tensors.pop(VALUES + name, None), tensors.pop(MASK + name)
         count = math.prod(shape)
@@ -95,7 +96,8 @@ def unpack(
             raise _damaged(path, f"{name} has {values.numel()} values for another mask")
         weight = torch.zeros(count)
         weight[keep] = values.float()
-        state[f"{name}.weight"], masks[name] = weight.view(shape), keep.view(shape)
+        state[parameter_name(name, own)] = weight.view(shape)
+        masks[name] = keep.view(shape)
     for key in [key for key in tensors if key.startswith(DENSE)]:
         state[key.removeprefix(DENSE)] = tensors.pop(key)
     for key, tensor in state.items():
@@ -126,11 +128,11 @@ def same_layout(
 
 
 def shapes_of_file(
-    tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], own: Container[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Dense shapes of every entry, whole and sparse."""
+    """Dense shapes of every entry, whole and sparse, of a model with the keys ``own``."""
     whole = {k.removeprefix(DENSE): t for k, t in tensors.items() if k.startswith(DENSE)}
-    sparse = {f"{name}.weight": tuple(shape) for name, shape in header["shapes"].items()}
+    sparse = {parameter_name(n, own): tuple(shape) for n, shape in header["shapes"].items()}
     return shapes_of(whole) | sparse
 
 

@@ -26,6 +26,7 @@ from opentrans_kernels.masks.names import (
     conv_modules,
     masked_modules,
     match_masks,
+    owner_of,
 )
 from opentrans_kernels.masks.packed import (
     Provenance,
@@ -36,8 +37,8 @@ from opentrans_kernels.masks.packed import (
 from opentrans_kernels.masks.readers import READERS, read_masks
 from opentrans_kernels.masks.readers.checks import collect_masks, zeros_as_masks
 from opentrans_kernels.masks.readers.state import fold_masks, holds_masks, read_state_dict
-from opentrans_kernels.topology import pruned_linears
-from opentrans_kernels.topology.linears import kind_of
+from opentrans_kernels.topology import packed_projections, pruned_linears
+from opentrans_kernels.topology.linears import is_pruned, kind_of
 
 __all__ = [
     "READERS",
@@ -102,10 +103,12 @@ class MaskSet:
     def from_model_zeros(cls, model: nn.Module) -> MaskSet:
         """The exact zeros of the model's weights as masks, one per Conv2d and per pruned Linear.
 
-        A conv without zeros gets a mask that keeps everything. A linear layer counts from one zero
-        in a hundred weights. Raises MaskError if there is neither, or a weight is NaN or infinite.
+        A conv without zeros gets a mask that keeps everything. A linear layer, or the packed
+        projections of an attention, counts from one zero in a hundred weights. Raises MaskError if
+        there is neither, or a weight is NaN or infinite.
         """
-        layers = {**conv_modules(model), **pruned_linears(model)}
+        packed = {n: p for n, p in packed_projections(model).items() if is_pruned(p.weight)}
+        layers = {**conv_modules(model), **packed, **pruned_linears(model)}
         weights = {name: layer.weight for name, layer in layers.items()}
         if not weights:
             raise MaskError(
@@ -168,11 +171,12 @@ class MaskSet:
         match = self.match(model, strict=True)
         layers = masked_modules(model, match.masks)
         for name in match.masks:
-            if "weight" not in dict(layers[name].named_parameters(recurse=False)):
+            module, parameter = owner_of(layers[name])
+            if parameter not in module._parameters:
                 raise MaskError(
                     f"the weight of {kind_of(layers[name])} {name!r} is not a parameter but "
                     "computed (pruned or parametrized), so zeros written to it would not last. "
-                    f"Make it permanent first: {make_permanent(layers[name])}."
+                    f"Make it permanent first: {make_permanent(module, parameter)}."
                 )
         pairs = self._paired(model, match)
         with torch.no_grad():

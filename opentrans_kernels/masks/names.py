@@ -20,7 +20,12 @@ from torch import nn
 from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks.files import shorten
 from opentrans_kernels.masks.wrappers import without_wrappers
-from opentrans_kernels.topology import linear_modules, original
+from opentrans_kernels.topology import (
+    Projections,
+    linear_modules,
+    original,
+    packed_projections,
+)
 
 Shape = tuple[int, ...]
 
@@ -78,14 +83,23 @@ def conv_modules(model: nn.Module) -> dict[str, nn.Conv2d]:
     return {name: module for name, module in modules if isinstance(module, nn.Conv2d)}
 
 
-def masked_modules(
-    model: nn.Module, masks: Mapping[str, torch.Tensor]
-) -> dict[str, nn.Conv2d | nn.Linear]:
-    """The modules that ``masks`` may be for: Conv2d, and Linear if one of them is a matrix."""
-    convs: dict[str, nn.Conv2d | nn.Linear] = {**conv_modules(model)}
+MaskedLayer = nn.Conv2d | nn.Linear | Projections
+
+
+def masked_modules(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, MaskedLayer]:
+    """What ``masks`` may be for: Conv2d, and, if one of them is a matrix, Linear and the packed
+    projections of attention."""
+    convs: dict[str, MaskedLayer] = {**conv_modules(model)}
     if any(mask.dim() == 2 for mask in masks.values()):
-        convs |= linear_modules(model)
+        convs |= {**packed_projections(model), **linear_modules(model)}
     return convs
+
+
+def owner_of(layer: MaskedLayer) -> tuple[nn.Module, str]:
+    """The module that holds a layer's weight, and what it calls it."""
+    if isinstance(layer, Projections):
+        return layer.attention, "in_proj_weight"
+    return layer, "weight"
 
 
 def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatch:
@@ -130,10 +144,15 @@ def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatc
     )
 
 
-def _counted(found: Mapping[str, nn.Module]) -> str:
-    linear = sum(isinstance(module, nn.Linear) for module in found.values())
+def _counted(found: Mapping[str, MaskedLayer]) -> str:
+    kinds = Counter(
+        type(module) if isinstance(module, Projections) else isinstance(module, nn.Linear)
+        for module in found.values()
+    )
+    linear, packed = kinds[True], kinds[Projections]
     more = f" and {linear} linear layers" if linear else ""
-    return f"{len(found) - linear} convs{more}"
+    more += f" and {packed} packed projections of attention" if packed else ""
+    return f"{kinds[False]} convs{more}"
 
 
 def rename(name: str, prefix_mask: str, prefix_model: str) -> str | None:
@@ -222,8 +241,8 @@ def _why_not(
     if target in modules:
         kind = type(modules[target]).__name__
         return (
-            f"{mask}: the model's {target!r} is a {kind}, and only Conv2d and Linear modules are "
-            "masked"
+            f"{mask}: the model's {target!r} is a {kind}, and only Conv2d, Linear and the "
+            "in_proj_weight of nn.MultiheadAttention are masked"
         )
     close = difflib.get_close_matches(target, convs, n=1)
     hint = f" (closest: {close[0]!r})" if close else ""

@@ -6,6 +6,8 @@ the fastest; ``print(plan)`` shows what was decided and why. ``accelerate`` carr
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -13,11 +15,14 @@ from .. import native
 from ..errors import PlanError
 from ..flops import effective_macs, executed_macs, nominal_macs
 from ..topology import ConvShape
+from ..topology.cover import switched
 from .arguments import checked_batch, device_of, thread_count
 from .build import Builder
 from .choose import Choice, Chooser, predicted_layer_speedup
-from .layers import PRUNED, Layer, LinearUnit, other_zeros
+from .layers import PRUNED, Layer, LinearUnit
+from .models import require_module
 from .records import Plan, PlanRow, PlanUnit, totals_of
+from .remarks import other_zeros, unread_weights
 from .subject import Masks, PlanSubject, Unit, prepare
 
 __all__ = ["Plan", "PlanRow", "PlanUnit", "make_plan", "plan_and_build", "prepare"]
@@ -56,7 +61,12 @@ def make_plan(
             f"device={device!r}: this version accelerates on the CPU only. Pass device='cpu'."
         )
     batch = checked_batch(batch)
-    with torch.inference_mode(False), thread_count(threads) as count:
+    require_module(model)
+    with (
+        torch.inference_mode(False),
+        thread_count(threads) as count,
+        switched(model, paused=True),
+    ):
         subject = prepare(model, masks, input_size)
         return plan_and_build(subject, count, measure, batch, keep=False)[0]
 
@@ -97,17 +107,21 @@ def plan_and_build(
         choices[unit.name] = choice if keep else Choice(choice.kind, choice.reason, None, ms)
     notes = list(subject.notes)
     layers = [layer for unit in subject.units for layer in unit.layers]
-    if subject.has_zeros and (where := other_zeros(subject.model, layers, PRUNED)):
+    elsewhere = functools.partial(other_zeros, subject.model, layers, subject.left_alone)
+    if subject.has_zeros and (where := elsewhere(PRUNED)):
         notes.append(f"zeros that nothing is gained from: {where}")
+    unread = unread_weights(subject.model)
     if not subject.has_zeros:
-        where = other_zeros(subject.model, layers)
-        none = "no weight is zero" if where is None else (
+        where = elsewhere(0.0)
+        none = f"no weight {'that can be read ' if unread else ''}is zero" if where is None else (
             f"no layer that can be accelerated has enough zeros, only {where} are zero"
         )  # fmt: skip
         notes.append(
             f"{none}, so there is nothing to gain: everything stays dense. Pass the pruning "
             "masks, or a checkpoint whose pruned weights are zero."
         )
+    if unread:
+        notes.append(unread)
     if why := native.reason():
         notes.append(f"the sparse layers run on the slow reference kernels: {why}")
     plan = Plan(

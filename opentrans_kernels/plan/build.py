@@ -98,8 +98,7 @@ class Builder:
             for role, conv in folded.items()
         }
         block = unit.block
-        inside = len(block.name) + 1
-        masks = {name[inside:]: mask for name, mask in self._masks(unit).items()}
+        masks = self._inside(unit)
         module = AcceleratedBlock(
             block.module, engines, block.pool, block.down_pool, masks, block.name
         )
@@ -139,6 +138,12 @@ class Builder:
         given = self.subject.masks
         return {layer.name: given[layer.name] for layer in unit.layers if layer.name in given}
 
+    def _inside(self, unit: Unit | LinearUnit, cut: str = "") -> dict[str, torch.Tensor]:
+        """Path of a parameter below the unit's module -> its mask; ``cut`` stands before them."""
+        masks = self._masks(unit)
+        named = ((layer.below.removeprefix(cut), layer.name) for layer in unit.layers)
+        return {path: masks[name] for path, name in named if name in masks}
+
     def _linears(self, unit: LinearUnit, kind: str) -> Built:
         masks = self._masks(unit)
         engines: list[Engine] = []
@@ -150,9 +155,10 @@ class Builder:
         if unit.role == "linear":
             module: Replacement = AcceleratedLinear(unit.module, engines[0])
         elif unit.mlp is None:
-            module = AcceleratedAttention(unit.module, *engines, unit.name)
+            below = self._inside(unit, "attention.")
+            module = AcceleratedAttention(unit.module, *engines, unit.name, below)
         else:
-            inside = {la.inside: masks[la.name] for la in unit.layers if la.name in masks}
+            inside = self._inside(unit)
             named = dict(zip(("first", "second"), engines, strict=True))
             module = AcceleratedMlp(unit.module, named, unit.mlp.activation, inside, unit.name)
         held = {unit.name: unit.module} if unit.role == "attention" else {
@@ -188,7 +194,7 @@ class Builder:
         if node.act is not None and node.act_name is not None:
             swaps[node.act_name] = FoldedActivation(node.act)
         if len(swaps) > 1:
-            masks = {"": mask} if unit.must_mask and mask is not None else {}
+            masks = {"weight": mask} if unit.must_mask and mask is not None else {}
             watch_together(self.subject.model, swaps, masks, through=node.through)
         nnz = {node.name: module.opentrans_engine.nnz}
         return Built(kind, module, swaps, nnz, {node.name: tuple(weight.shape[:2])})

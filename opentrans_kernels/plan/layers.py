@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,15 @@ from ..errors import MaskError, UnsupportedModelError
 from ..finite import count_non_finite
 from ..masks import make_permanent
 from ..masks.files import shorten
-from ..topology import ConvShape, Linears, MlpNode, linear_modules, token_counts
+from ..topology import (
+    ConvShape,
+    Linears,
+    MlpNode,
+    linear_modules,
+    packed_projections,
+    token_counts,
+)
 from ..topology.behaviour import added_behaviour, first_changed, own_behaviour
-from ..topology.find import walk_modules
 from ..topology.linears import PRUNED as PRUNED
 from ..topology.linears import is_pruned
 
@@ -23,7 +29,6 @@ __all__ = [
     "LinearUnit",
     "linear_units",
     "nonzero",
-    "other_zeros",
     "reached",
     "removes_nothing",
     "require_own_weight",
@@ -53,6 +58,19 @@ class Layer:
     @property
     def bias(self) -> torch.Tensor | None:
         return getattr(self.module, self.parameter.replace("weight", "bias"))
+
+    @property
+    def path(self) -> str:
+        """Path of the weight in the model."""
+        return self._inside(self.name.removesuffix(".in_proj"))
+
+    @property
+    def below(self) -> str:
+        """Path of the weight below what runs the unit densely."""
+        return self._inside(self.inside)
+
+    def _inside(self, module: str) -> str:
+        return f"{module}.{self.parameter}".lstrip(".")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,13 +157,14 @@ def require_own_weight(layer: Layer) -> None:
     if layer.parameter not in layer.module._parameters:
         raise UnsupportedModelError(
             f"{layer.name}: its weight is computed from others (pruned or parametrized) and a "
-            f"further mask is given. Make it permanent first: {make_permanent(layer.module)}."
+            "further mask is given. Make it permanent first: "
+            f"{make_permanent(layer.module, layer.parameter)}."
         )
 
 
 def removes_nothing(model: nn.Module, name: str, mask: torch.Tensor) -> bool:
     """Whether the weights of the linear layer ``name`` that the mask removes are zero already."""
-    module = linear_modules(model).get(name)
+    module = {**packed_projections(model), **linear_modules(model)}.get(name)
     if module is None or module.weight.shape != mask.shape:
         return False
     return not bool((module.weight.detach()[~mask] != 0).any())
@@ -188,15 +207,15 @@ def linear_units(
             yield unit(found.name, "mlp", found.module, *own, mlp=found)
     for attention in linears.attentions:
         module = attention.module
-        if not is_pruned(module.in_proj_weight) and not is_pruned(module.out_proj.weight):
-            continue
         projections = (
             Layer(f"{attention.name}.in_proj", module, "attention", "in_proj_weight"),
             Layer(f"{attention.name}.out_proj", module.out_proj, "attention.out_proj"),
         )
+        if not any(layer.name in masks or is_pruned(layer.weight) for layer in projections):
+            continue
         for layer in projections:
             _check(layer.name, module, layer.weight, layer.bias)
-            kept[layer.name] = int(torch.count_nonzero(layer.weight.detach()))
+            kept[layer.name] = int(torch.count_nonzero(nonzero(layer.name, layer.weight, masks)))
         yield unit(attention.name, "attention", module, *projections)
 
 
@@ -235,37 +254,15 @@ def reached(
     return kept, shapes, notes
 
 
-def other_zeros(model: nn.Module, layers: Iterable[Layer], least: float = 0.0) -> str | None:
-    """Where zeros are outside of ``layers``: "96 of 128 weights of 1 ConvTranspose2d layer".
-
-    least: share of a weight that must be zero. None if there are none.
-    """
-    known = {id(layer.weight) for layer in layers}
-    found: dict[str, tuple[int, int, int]] = {}
-    for _, module in walk_modules(model):
-        for key, weight in module._parameters.items():
-            if weight is None or weight.dim() < 2 or id(weight) in known or weight.is_meta:
-                continue
-            if not key.endswith("weight") or not weight.is_floating_point():
-                continue
-            zeros = weight.numel() - int(torch.count_nonzero(weight.detach()))
-            layers, all_zeros, all_weights = found.get(type(module).__name__, (0, 0, 0))
-            if zeros > least * weight.numel():
-                found[type(module).__name__] = (
-                    layers + 1, all_zeros + zeros, all_weights + weight.numel()
-                )  # fmt: skip
-    if not found:
-        return None
-    return "; ".join(
-        f"{zeros} of {weights} weights of {layers} {kind} layer{'s' if layers > 1 else ''}"
-        for kind, (layers, zeros, weights) in found.items()
-    )
-
-
 def _check(name: str, module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     for label, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
+        if not tensor.is_floating_point() or type(tensor) not in (torch.Tensor, nn.Parameter):
+            raise UnsupportedModelError(
+                f"{name}: its {label} is a {type(tensor).__name__} of {tensor.dtype}, no plain "
+                "floating-point tensor (quantised?). Accelerate the model as it was before."
+            )
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
             raise UnsupportedModelError(
                 f"{name}: its {label} is {tensor.dtype} on {tensor.device}; the sparse kernels "

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -114,6 +114,7 @@ class PlanSubject:
     masks: every mask by layer name; empty if the weights' own zeros count.
     masks_hash: content hash of the masks, of the zeros' masks if none were given.
     shapes: feature map sizes of the convolutions that an image reaches; of linear layers, tokens.
+    left_alone: linear layer -> why it cannot be replaced alone.
     """
 
     model: nn.Module
@@ -126,6 +127,7 @@ class PlanSubject:
     units: tuple[Unit | LinearUnit, ...]
     collapse: Collapse
     notes: tuple[str, ...]
+    left_alone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_zeros(self) -> bool:
@@ -180,8 +182,7 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
     linears = find_linears(model)
     found = tuple(linear_units(linears, pruned_linears(model), given))
     known = {node.name for node in trunk.convs()}
-    applied = (unit for unit in found if unit.role != "attention")
-    known |= {layer.name for unit in applied for layer in unit.layers}
+    known |= {layer.name for unit in found for layer in unit.layers}
     stray = [name for name in given if name not in known]
     if stray := [name for name in stray if not removes_nothing(model, name, given[name])]:
         why = linears.left_alone.get(stray[0]) or "; ".join(trunk.notes)
@@ -209,6 +210,7 @@ def prepare(model: nn.Module, masks: Masks, input_size: tuple[int, int] | None) 
         units=(*_units(trunk, given), *found),
         collapse=collapse,
         notes=(*notes, *collapse.notes()),
+        left_alone=linears.left_alone,
     )
 
 

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..linears import AcceleratedAttention
+from ..topology.nodes import original
 
-__all__ = ["Anatomy", "anatomy_of", "attention_of"]
+__all__ = ["Anatomy", "anatomy_of", "attention_of", "length_first"]
 
 _NAMES = {
     "norm": ("norm1", "ln_1", "layernorm_before", "layer_norm1"),
@@ -42,6 +44,12 @@ def attention_of(block: nn.Module) -> nn.Module | None:
     return found[1] if all(one is not None for one in found) else None
 
 
+def length_first(block: nn.Module) -> bool:
+    """Whether a block takes tokens as [n, B, C]."""
+    a = original(attention_of(block) or block)
+    return isinstance(a, nn.MultiheadAttention) and not a.batch_first
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """Children of a block, looked up at each use, so that exchanged ones are used."""
@@ -58,6 +66,8 @@ class Anatomy:
     def _split(self, a: Any, x: torch.Tensor) -> Heads:
         if self.kind == "apart":
             three = [linear(x) for linear in (a.q_proj, a.k_proj, a.v_proj)]
+        elif isinstance(a, AcceleratedAttention):
+            three = list(a.projected(x).chunk(3, -1))
         elif self.kind == "packed":
             three = list(F.linear(x, a.in_proj_weight, a.in_proj_bias).chunk(3, -1))
         else:
@@ -84,6 +94,8 @@ class Anatomy:
         if self.kind == "qkv":
             y = getattr(a, "norm", _same)(y)
             y = getattr(a, "proj_drop", _same)(a.proj(y))
+        elif isinstance(a, AcceleratedAttention):
+            y = a.joined(y)
         else:
             y = (a.out_proj if hasattr(a, "out_proj") else a.o_proj)(y)
         return x + _through(block, _AFTER[0], y)
@@ -113,7 +125,7 @@ def _through(block: nn.Module, names: tuple[str, ...], y: torch.Tensor) -> torch
 
 def anatomy_of(path: str, block: nn.Module) -> Anatomy:
     """How ``block`` is made. Raises UnsupportedModelError for a form that is not known."""
-    a: Any = attention_of(block)
+    a: Any = original(attention_of(block) or block)
     why = "its attention has neither qkv, nor in_proj_weight, nor q_proj, k_proj and v_proj"
     if isinstance(a, nn.MultiheadAttention):
         if a.in_proj_weight is not None and a.bias_k is None and not a.add_zero_attn:

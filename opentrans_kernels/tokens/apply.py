@@ -6,7 +6,8 @@ from torch import nn
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan.models import require_module
-from .blocks import LINK, ReducedBlock, SeenPatches, give_back, put_over
+from ..topology.cover import give_back, put_over, states
+from .blocks import ReducedBlock, SeenPatches
 from .find import check_blocks, find_trunk, prove
 from .plan import TokenPlan
 from .state import TokenState
@@ -59,8 +60,7 @@ def restore_tokens(model: nn.Module) -> None:
     """Let all tokens through again; nothing to do if they are not reduced."""
     require_module(model)
     for module in list(model.modules()):
-        if LINK in vars(module):
-            give_back(module)
+        give_back(module)
 
 
 def token_state(model: nn.Module) -> TokenState | None:
@@ -69,9 +69,9 @@ def token_state(model: nn.Module) -> TokenState | None:
     Raises UnsupportedModelError if several transformers in it are reduced.
     """
     require_module(model)
-    states = {id(s): s for m in model.modules() if LINK in vars(m) for s in [vars(m)[LINK][0]]}
-    if len(states) > 1:
+    found = states(model)
+    if len(found) > 1:
         raise UnsupportedModelError(
-            f"{len(states)} transformers in this model are reduced. Pass the part that holds one."
+            f"{len(found)} transformers in this model are reduced. Pass the part that holds one."
         )
-    return next(iter(states.values()), None)
+    return next(iter(found), None)

@@ -1,13 +1,12 @@
 """What reduced blocks and the patch convolution of a model compute, as classes put over theirs.
 
 A module keeps its identity, parameters, children and name; only its class becomes one made from its
-own and a class here. So ``state_dict``, hooks, copies and what other tools replace inside a block
-stay as they are, and giving the old class back undoes it.
+own and a class here (``topology.cover``). So ``state_dict``, hooks, copies and what other tools
+replace inside a block stay as they are, and giving the old class back undoes it.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -16,27 +15,20 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..topology.behaviour import added_behaviour
+from ..topology.cover import LINK, Cover
 from .anatomy import Anatomy, attention_of
 from .cluster import Clusters, Pool
 from .hashing import clustered_attention
 from .merge import Composed, keep_attended, kept_count, merge
 from .state import TokenState
 
-__all__ = ["ReducedBlock", "SeenPatches", "give_back", "put_over"]
+__all__ = ["ReducedBlock", "SeenPatches"]
 
-LINK = "_opentrans_tokens"
 #: Arguments that, if true, want another attention than that of all tokens to all.
 _ASKING = ("is_causal", "output_attentions", "return_attention", "need_weights")
 
 
-class _Over(nn.Module):
-    """Over another class; ``LINK`` of the instance holds what it needs."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, type(self).__bases__, self.__getstate__()  # type: ignore[attr-defined]
-
-
-class SeenPatches(_Over):
+class SeenPatches(Cover):
     """The patch convolution, whose output has the size of the token map."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -45,11 +37,13 @@ class SeenPatches(_Over):
         return out
 
 
-class ReducedBlock(_Over):
+class ReducedBlock(Cover):
     """A block from the first reduced one on: [B, n, C] or [n, B, C] -> fewer tokens, or all."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         state, index, anatomy = vars(self)[LINK]
+        if state.paused:
+            return super().forward(x, *args, **kwargs)
         _refuse_extras(args, kwargs)
         x, turned = self._reduced_input(state, index, x)
         run, plan = state.run, state.plan
@@ -157,26 +151,3 @@ def _refuse_extras(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 "attention mask, a position table) or asks for attention weights. Leave it out, or "
                 "call restore_tokens(model)."
             )
-
-
-@functools.cache
-def _made(over: type, under: type) -> type:
-    return type(under.__name__, (over, under), {"__module__": under.__module__})
-
-
-def _blank(over: type, under: type) -> Any:
-    """An instance without contents, for copies and pickles."""
-    made = _made(over, under)
-    return made.__new__(made)
-
-
-def put_over(module: nn.Module, over: type, link: tuple[Any, ...]) -> None:
-    """Let ``module`` compute what ``over`` says, with ``link`` at hand."""
-    vars(module)[LINK] = link
-    module.__class__ = _made(over, type(module))
-
-
-def give_back(module: nn.Module) -> None:
-    """Undo :func:`put_over`."""
-    module.__class__ = type(module).__bases__[1]
-    del vars(module)[LINK]

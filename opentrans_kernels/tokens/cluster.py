@@ -3,6 +3,10 @@
 Liang et al., arXiv 2210.01035: centres start as the average-pooled map; a token joins the centres
 within a window around the cell it lies in; weights are exp(-T d) of squared distances d.
 
+Tokens whose cells lie in one row of the grid are neighbours in memory, and so are the centres that
+they may join. Where no gradient is wanted, each such band meets its own centres alone: of a 40x40
+map and a 28x28 grid that is a sixth of the distances.
+
 Distances are taken without the token's own length, and with the smallest of a row subtracted before
 exp: both cancel in a normalised row. So no row vanishes, however large T d is, and nearly equal
 tokens far from the origin do not drown in rounding.
@@ -11,13 +15,15 @@ tokens far from the origin do not drown in rounding.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .plan import TokenPlan
+from .wide import unrounded, wide_type
 
-__all__ = ["Clusters", "candidates", "homes", "pooled"]
+__all__ = ["Band", "Clusters", "bands", "candidates", "homes", "pooled"]
 
 #: T of "auto", times the median distance of tokens to their candidates.
 AUTO = 8.0
@@ -41,6 +47,30 @@ def candidates(size: tuple[int, int], grid: tuple[int, int], window: int) -> tor
     return both.reshape(size[0] * size[1], grid[0] * grid[1])
 
 
+@dataclass(frozen=True)
+class Band:
+    """Tokens that lie in one row of cells, the centres that any of them may join, and which pairs
+    are excluded: bool [tokens, centres]."""
+
+    tokens: slice
+    centres: slice
+    excluded: torch.Tensor
+
+
+@functools.lru_cache(maxsize=16)
+def bands(size: tuple[int, int], grid: tuple[int, int], window: int) -> tuple[Band, ...]:
+    """One per row of the grid; together they hold every token once, and all pairs that may join."""
+    reach, near = (window - 1) // 2, candidates(size, grid, window)
+    ends = [-(-row * size[0] // grid[0]) * size[1] for row in range(grid[0] + 1)]
+    found = []
+    for row in range(grid[0]):
+        tokens = slice(ends[row], ends[row + 1])
+        rows = max(0, row - reach), min(grid[0], row + reach + 1)
+        centres = slice(rows[0] * grid[1], rows[1] * grid[1])
+        found.append(Band(tokens, centres, ~near[tokens, centres]))
+    return tuple(found)
+
+
 def pooled(x: torch.Tensor, size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
     """[B, H W, C] -> [B, h w, C], averages over the cells of the grid."""
     maps = x.transpose(1, 2).unflatten(2, size)
@@ -60,8 +90,8 @@ class Clusters:
             raise TypeError("a plan without a grid")
         self.plan, self.size, self.grid = plan, size, plan.grid
         self._weights: torch.Tensor | None = None
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x if x.dtype == torch.float64 else x.float()
+        with unrounded(x):
+            wide = x.to(wide_type(x))
             # Distances do not change if all points move, and their rounding shrinks.
             origin = wide.detach().mean(1, keepdim=True)
             self._x = wide - origin
@@ -74,21 +104,35 @@ class Clusters:
 
     def _iterate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         c = pooled(x, self.size, self.grid)
-        near = candidates(self.size, self.grid, self.plan.window).to(x.device)
-        t = self._temperature(x, c, near)
+        shape = (self.size, self.grid, self.plan.window)
+        # One product of all is what a graph is short with, and what a GPU likes.
+        whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if whole or (torch.is_grad_enabled() and x.requires_grad):
+            excluded = ~candidates(*shape).to(x.device)
+            parts = (Band(slice(None), slice(None), excluded),)
+        else:
+            parts = bands(*shape)
+        t = self._temperature(x, c, parts)
         for _ in range(self.plan.iters):
-            a = (-t * _above_least(x, c, ~near)).softmax(-1)
-            mass = a.sum(1).unsqueeze(-1)
+            sums, mass = _joined(x, c, t, parts)
             # One that nobody joins stays where it is.
-            c = torch.where(mass > _LEAST, a.mT @ x / mass.clamp_min(_LEAST), c)
+            c = torch.where(mass > _LEAST, sums / mass.clamp_min(_LEAST), c)
         return c, t
 
-    def _temperature(self, x: torch.Tensor, c: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    def _temperature(
+        self, x: torch.Tensor, c: torch.Tensor, parts: tuple[Band, ...]
+    ) -> torch.Tensor:
         """[B, 1, 1], or [1] where it is a number: images do not depend on each other."""
         if self.plan.temperature != "auto":
             return torch.tensor([self.plan.temperature], dtype=x.dtype, device=x.device)
-        squares = _partial(x, c) + x.square().sum(-1, keepdim=True)
-        median = squares[:, near].median(-1).values.clamp_min(1e-12)  # of equal tokens it is 0
+        if x.is_meta:  # a selection by a mask has no shape without data
+            return x.new_empty(len(x), 1, 1)
+        found = []
+        for part in parts:
+            here = x[:, part.tokens]
+            squares = _partial(here, c[:, part.centres]) + here.square().sum(-1, keepdim=True)
+            found.append(squares[:, ~part.excluded])
+        median = torch.cat(found, 1).median(-1).values.clamp_min(1e-12)  # of equal tokens it is 0
         return (AUTO / median)[:, None, None]
 
     @property
@@ -100,7 +144,7 @@ class Clusters:
 
     def make_weights(self) -> torch.Tensor:
         """[B, H W, h w]: what a token of the full map takes from each centre."""
-        with torch.autocast(self._x.device.type, enabled=False):
+        with unrounded(self._x):
             above = _above_least(self._x, self._c)
             k = min(self.plan.k, self.count)
             limit = above.detach().topk(k, largest=False).values[..., -1:]
@@ -131,6 +175,27 @@ class Pool:
         maps = y.transpose(1, 2).unflatten(2, self.grid)
         maps = F.interpolate(maps, self.size, mode="bilinear", align_corners=False)
         return maps.flatten(2).transpose(1, 2)
+
+
+def _joined(
+    x: torch.Tensor, c: torch.Tensor, t: torch.Tensor, parts: tuple[Band, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the tokens that join each centre, [B, m, C], and of their weights, [B, m, 1]."""
+    if len(parts) == 1:
+        a = _shares(x, c, t, parts[0])
+        return a.mT @ x, a.sum(1).unsqueeze(-1)
+    sums, mass = torch.zeros_like(c), c.new_zeros(*c.shape[:2], 1)
+    for part in parts:
+        a = _shares(x, c, t, part)
+        sums[:, part.centres].baddbmm_(a.mT, x[:, part.tokens])
+        mass[:, part.centres] += a.sum(1).unsqueeze(-1)
+    return sums, mass
+
+
+def _shares(x: torch.Tensor, c: torch.Tensor, t: torch.Tensor, part: Band) -> torch.Tensor:
+    """[B, tokens, centres]: how much of a token joins each centre; rows sum to one."""
+    above = _above_least(x[:, part.tokens], c[:, part.centres], part.excluded)
+    return (-t * above).softmax(-1)
 
 
 def _partial(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..topology.behaviour import added_behaviour
-from .anatomy import anatomy_of, attention_of
-from .blocks import LINK
+from ..topology.cover import covered
+from ..topology.nodes import original
+from .anatomy import anatomy_of, attention_of, length_first
 
 __all__ = ["Trunk", "check_blocks", "find_trunk", "prove"]
 
@@ -77,10 +78,8 @@ def find_trunk(model: nn.Module) -> Trunk:
     holder = model.get_submodule(owner)
     prefix, has_class = _prefix(holder, stack[len(owner) :].strip("."))
     blocks = tuple((f"{stack}.{n}", block) for n, block in stacks[stack]._modules.items() if block)
-    attention = attention_of(blocks[0][1])
-    turned = isinstance(attention, nn.MultiheadAttention) and not attention.batch_first
     found_patches = (patches, model.get_submodule(patches))
-    return Trunk(holder, found_patches, blocks, prefix, has_class, length_first=turned)
+    return Trunk(holder, found_patches, blocks, prefix, has_class, length_first(blocks[0][1]))
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -96,6 +95,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_patches(module: nn.Module) -> bool:
+    module = original(module)
     if not isinstance(module, nn.Conv2d):
         return False
     plain = module.groups == 1 and set(module.dilation) == {1}
@@ -117,7 +117,7 @@ def _prefix(owner: nn.Module, stack: str) -> tuple[int, bool]:
 
 def check_blocks(model: nn.Module, trunk: Trunk, numbers: tuple[int, ...], method: str) -> None:
     """Raise UnsupportedModelError for what would not be computed as it is now."""
-    if any(LINK in vars(module) for module in model.modules()):
+    if any(map(covered, model.modules())):
         raise UnsupportedModelError(
             "tokens of this model are reduced already. Call restore_tokens(model) first."
         )
@@ -188,8 +188,7 @@ def prove(path: str, block: nn.Module, method: str) -> object:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 7, width, generator=random).to(parameter.device, parameter.dtype)
     order = torch.tensor([3, 0, 6, 1, 5], device=x.device)
-    attention = attention_of(block)
-    turned = isinstance(attention, nn.MultiheadAttention) and not attention.batch_first
+    turned = length_first(block)
     limit = min(1e3 * torch.finfo(x.dtype).eps, 0.1)
     try:
         block.eval()

@@ -12,6 +12,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .wide import unrounded, wide_type
+
 __all__ = ["clustered_attention", "query_clusters"]
 
 
@@ -33,9 +35,9 @@ def query_clusters(
     Returns int64 [B, heads, n], each query's cluster from 0, and [B, heads], how many there are.
     """
     b, heads, n, width = q.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_type(q)
     directions, offsets = _projections(heads, width, projections, cell, seed)
-    with torch.autocast(q.device.type, enabled=False):
+    with unrounded(q):
         along = q.detach().to(wide) @ directions.to(q.device, wide) + offsets.to(q.device, wide)
         codes = (along / cell).floor().long().flatten(0, 2)
     owner = torch.arange(b * heads, device=q.device).repeat_interleave(n)
@@ -61,6 +63,8 @@ def clustered_attention(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attention [B, heads, n, d] in which all but the first ``prefix`` queries go by clusters."""
+    if q.is_meta:  # how many clusters there are depends on the data, shapes do not
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     own, rest = q[:, :, :prefix], q[:, :, prefix:]
     number, counts = query_clusters(rest, projections=projections, cell=cell, seed=seed)
     most = int(counts.max())

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .wide import unrounded, wide_type
+
 __all__ = ["Composed", "keep_attended", "kept_count", "match", "merge"]
 
 
@@ -57,8 +59,7 @@ def match(metric: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, tor
     metric: [B, n, d]. Returns int64 (even tokens that stay [B, ceil(n/2) - r] in order, even tokens
     that merge [B, r], the odd ones they merge into [B, r]), numbered among even and odd ones.
     """
-    unit = metric.detach().float() if metric.dtype != torch.float64 else metric.detach()
-    unit = torch.nn.functional.normalize(unit, dim=-1)
+    unit = torch.nn.functional.normalize(metric.detach().to(wide_type(metric)), dim=-1)
     scores, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     gone = order[:, :r]
@@ -120,8 +121,8 @@ def keep_attended(
 
     @torch.no_grad()
     def where() -> torch.Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
+        wide = wide_type(x)
+        with unrounded(x):
             origin = survivors.to(wide).mean(1, keepdim=True)
             c = survivors.to(wide) - origin
             squares = torch.baddbmm(

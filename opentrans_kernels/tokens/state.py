@@ -42,6 +42,9 @@ class TokenState:
     model.
     """
 
+    #: All tokens go through for now.
+    paused = False
+
     def __init__(self, plan: TokenPlan, prefix: int, depth: int, length_first: bool) -> None:
         self.plan, self.prefix, self.depth = plan, prefix, depth
         self.length_first = length_first
@@ -56,25 +59,34 @@ class TokenState:
 
     def begin(self, size: tuple[int, int]) -> None:
         """A forward starts, on a map of (height, width) tokens."""
-        plan = self.plan
-        if plan.grid is not None and (plan.grid[0] > size[0] or plan.grid[1] > size[1]):
+        grid = None if self.paused else self.plan.grid
+        if grid is not None and (grid[0] > size[0] or grid[1] > size[1]):
             raise PlanError(
-                f"the plan's grid {plan.grid[0]}x{plan.grid[1]} is larger than the map of this "
+                f"the plan's grid {grid[0]}x{grid[1]} is larger than the map of this "
                 f"image, {size[0]}x{size[1]} tokens. Use a grid of at most {size[0]}x{size[1]}, or "
                 "a larger image."
             )
-        self._own.run = Run(size)
+        self.last = Run(size)
 
     @property
     def run(self) -> Run:
         """The last forward of this thread. Raises UnsupportedModelError before the first."""
-        found = getattr(self._own, "run", None)
+        found = self.last
         if found is None:
             raise UnsupportedModelError(
                 "no image went through the patch convolution of this model in this thread, so the "
                 "size of the token map is not known. Call the model on an image first."
             )
         return found
+
+    @property
+    def last(self) -> Run | None:
+        """The last forward of this thread, None before the first."""
+        return getattr(self._own, "run", None)
+
+    @last.setter
+    def last(self, run: Run | None) -> None:
+        self._own.run = run
 
     @property
     def map_size(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opentrans_kernels.activations import NONE
+from opentrans_kernels.topology.cover import own_class
 from opentrans_kernels.topology.fold import is_plain_bn
 from opentrans_kernels.topology.naming import child, naming_of_block
 from opentrans_kernels.topology.nodes import BlockNode, ConvNode, original
@@ -36,7 +37,7 @@ def plain_conv(module: nn.Module | None, grouped: bool = False) -> str | None:
     """
     if not isinstance(module, nn.Conv2d):
         return f"is {type(module).__name__}, not Conv2d"
-    own = type(module)
+    own = own_class(module)
     if own.forward is not nn.Conv2d.forward or own._conv_forward is not nn.Conv2d._conv_forward:
         return f"is a {own.__name__} with its own forward"
     return unusual_window(module, grouped)

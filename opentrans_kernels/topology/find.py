@@ -19,6 +19,7 @@ from opentrans_kernels.topology.blocks import (
     prove_block,
     read_block,
 )
+from opentrans_kernels.topology.cover import own_class
 from opentrans_kernels.topology.dataflow import dataflow
 from opentrans_kernels.topology.naming import (
     TRANSFORMERS,
@@ -66,9 +67,15 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
         return trunks
     loose, pools, notes = _loose(model, set())
     if not loose:
+        linears = sum(isinstance(module, nn.Linear) for _, module in walk_modules(model))
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Conv2d that can be accelerated"
             + (f" ({'; '.join(notes)})" if notes else "")
+            + (
+                f"; its {linears} linear layers can only be, inside of a model that takes images"
+                if linears
+                else ""
+            )
             + ". Pass a convolutional network, for example the visual tower of a CLIP ResNet."
         )
     notes = ["no ResNet trunk (layer1, layer2, ... of residual blocks) found", *notes]
@@ -248,8 +255,10 @@ def _loose(
     for name, module in walk_modules(model):
         if not isinstance(module, nn.Conv2d) or id(module) in taken:
             continue
-        own_forward = type(module).forward is not nn.Conv2d.forward
-        if own_forward or type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        own = own_class(module)
+        if own.forward is not nn.Conv2d.forward or (
+            own._conv_forward is not nn.Conv2d._conv_forward
+        ):
             notes.append(f"{name} {plain_conv(module)}: left alone")
         elif uses[id(module)] > 1:
             notes.append(f"{name} is used at {uses[id(module)]} places: left alone")

@@ -8,7 +8,7 @@ traced on the meta device, must be the expression second(activation(first(x))).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from opentrans_kernels.activations import NONE, Activation, Kind, activation_of
 from opentrans_kernels.errors import UnsupportedModelError
+from opentrans_kernels.topology.cover import switched
 from opentrans_kernels.topology.find import walk_modules
 from opentrans_kernels.topology.nodes import ConvShape, original
 from opentrans_kernels.topology.tracing import ShapesOnly, meta_copy, same_expression
@@ -27,11 +28,14 @@ __all__ = [
     "LinearNode",
     "Linears",
     "MlpNode",
+    "Projections",
     "block_linears",
     "find_linears",
     "is_pruned",
     "kind_of",
     "linear_modules",
+    "packed_projections",
+    "parameter_name",
     "proved_activation",
     "pruned_linears",
     "token_counts",
@@ -86,6 +90,18 @@ class AttentionNode:
 
 
 @dataclass(frozen=True)
+class Projections:
+    """The weight for queries, keys and values of an ``nn.MultiheadAttention``, as a layer."""
+
+    attention: nn.MultiheadAttention
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[3 width, width]."""
+        return self.attention.in_proj_weight
+
+
+@dataclass(frozen=True)
 class Linears:
     """What can be replaced, in order of definition; ``mlps`` hold some of ``layers``.
 
@@ -107,6 +123,26 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in found.items() if not is_lazy(module.weight)}
 
 
+def packed_projections(model: nn.Module) -> dict[str, Projections]:
+    """ "ATTENTION.in_proj" -> the weight of that name of each ``nn.MultiheadAttention``."""
+    return {
+        f"{name}.in_proj".lstrip("."): Projections(module)
+        for name, module in walk_modules(model)
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+    }
+
+
+def parameter_name(layer: str, known: Container[str] = ()) -> str:
+    """The parameter of a layer: its ``weight``, or the ``in_proj_weight`` of an attention.
+
+    known: names of parameters; without them a layer called "in_proj" is taken for a module.
+    """
+    plain = f"{layer}.weight".lstrip(".")
+    packed = f"{layer}_weight"
+    ends = layer.rpartition(".")[2] == "in_proj"
+    return packed if ends and plain not in known and packed in known else plain
+
+
 def pruned_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Those of which at least a hundredth of the weights is zero."""
     return {
@@ -120,8 +156,10 @@ def is_pruned(weight: torch.Tensor) -> bool:
     return zeros >= max(1, PRUNED * weight.numel())
 
 
-def kind_of(module: nn.Module) -> str:
+def kind_of(module: nn.Module | Projections) -> str:
     """What messages call a layer."""
+    if isinstance(module, Projections):
+        return "attention"
     return "conv" if isinstance(module, nn.Conv2d) else "linear layer"
 
 
@@ -179,17 +217,29 @@ def find_linears(model: nn.Module) -> Linears:
             node = _mlp(name, module, known)
             if node is not None:
                 mlps = [one for one in mlps if not name.startswith(f"{one.name}.")] + [node]
-    attentions = tuple(
-        AttentionNode(name, module)
-        for name, module in walk_modules(model)
-        if type(module) is nn.MultiheadAttention
-        and name
-        and module.in_proj_weight is not None
-        and module.bias_k is None
-        and not module.add_zero_attn
-        and uses[id(module)] == 1
-    )
-    return Linears(tuple(layers.values()), tuple(mlps), attentions, alone)
+    attentions: list[AttentionNode] = []
+    for name, module in walk_modules(model):
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        if why := _not_packed(name, module, uses[id(module)]):
+            alone |= {f"{name}.{part}".lstrip("."): why for part in ("in_proj", "out_proj")}
+        else:
+            attentions.append(AttentionNode(name, module))
+            alone.pop(f"{name}.out_proj", None)
+    return Linears(tuple(layers.values()), tuple(mlps), tuple(attentions), alone)
+
+
+def _not_packed(name: str, attention: nn.MultiheadAttention, uses: int) -> str | None:
+    """Why an attention cannot be replaced as a whole; None if it can."""
+    if type(attention) is not nn.MultiheadAttention:
+        return f"belongs to a {type(attention).__name__} of another make"
+    if not name:
+        return "belongs to the model itself; wrap it in nn.Sequential"
+    if attention.in_proj_weight is None:
+        return "belongs to an nn.MultiheadAttention whose keys have another width"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "belongs to an nn.MultiheadAttention that adds keys (add_bias_kv, add_zero_attn)"
+    return f"belongs to an nn.MultiheadAttention at {uses} places" if uses > 1 else None
 
 
 def _mlp(name: str, module: nn.Module, known: Mapping[int, LinearNode]) -> MlpNode | None:
@@ -256,7 +306,8 @@ def token_counts(
 ) -> tuple[dict[str, ConvShape], str | None]:
     """Tokens that reach each layer for one image (as ``tokens`` x 1 pixels), and what went wrong.
 
-    Layers that an image does not reach are absent. Runs on the meta device.
+    Layers that an image does not reach are absent. Where tokens are reduced, those that are left
+    count. Runs on the meta device.
     """
     wanted = set(names)
     found: dict[str, ConvShape] = {}
@@ -278,7 +329,7 @@ def token_counts(
         for name in wanted:
             twin.get_submodule(name).register_forward_pre_hook(record(name))
         shape = (1, first.in_channels, *input_size)
-        with torch.no_grad(), ShapesOnly():
+        with torch.no_grad(), switched(twin, paused=False), ShapesOnly():
             twin(torch.empty(shape, dtype=first.weight.dtype, device="meta"))
     except _Known:
         return found, None

@@ -12,6 +12,8 @@ from opentrans_kernels.finite import count_non_finite
 from opentrans_kernels.masks.files import shorten
 from opentrans_kernels.masks.wrappers import without_wrappers
 
+#: Of an nn.MultiheadAttention: queries, keys and values.
+PACKED = "in_proj_weight"
 MASK_SUFFIXES = (".weight_mask", ".weight.mask", ".mask", ".weight")
 Masks = dict[str, torch.Tensor]
 Notes = dict[str, str]
@@ -87,9 +89,18 @@ def countable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.long() if wide else tensor
 
 
+def is_weight(parameter: str) -> bool:
+    """Whether a parameter is the weight of a layer; attention has one of its own name."""
+    return parameter.rpartition(".")[2] in ("weight", PACKED)
+
+
 def module_name(key: str) -> str:
-    """Module name of a mask's key: "layer1.0.conv1.weight_mask" -> "layer1.0.conv1"."""
+    """Module name of a mask's key: "layer1.0.conv1.weight_mask" -> "layer1.0.conv1"; the layer
+    "attn.in_proj" of "attn.in_proj_weight_mask"."""
     key = without_wrappers(key)
+    bare = key.removesuffix(".mask").removesuffix("_mask")
+    if bare.rpartition(".")[2] == PACKED:
+        return bare.removesuffix("_weight")
     for suffix in MASK_SUFFIXES:
         if key.endswith(suffix):
             return key.removesuffix(suffix)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from opentrans_kernels.errors import MaskError
-from opentrans_kernels.masks.readers.checks import Masked
+from opentrans_kernels.masks.readers.checks import Masked, is_weight
 from opentrans_kernels.masks.wrappers import without_wrappers
 
 Tensors = Mapping[str, torch.Tensor]
@@ -45,7 +45,7 @@ def pruned(tensors: Tensors, origin: str) -> Iterator[Masked]:
                     "mixes two networks; save it again."
                 )
             yield Masked(without_wrappers(stem), key, mask, tensors[original], (key, original))
-        elif key.rpartition(".")[2] == "weight_mask":
+        elif is_weight(stem):
             yield Masked(without_wrappers(stem), key, mask, tensors.get(stem), (key, stem))
 
 

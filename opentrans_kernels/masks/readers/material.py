@@ -22,6 +22,7 @@ from opentrans_kernels.masks.readers.checks import (
     Notes,
     collect_masks,
     countable,
+    is_weight,
     module_name,
     to_mask,
 )
@@ -107,7 +108,7 @@ def weight_masks(groups: Mapping[str, list[Masked]], origin: str) -> tuple[Masks
     keys: dict[str, str] = {}
     others = []
     for masked in (m for group in groups.values() for m in group):
-        if masked.parameter.rpartition(".")[2] == "weight":
+        if is_weight(masked.parameter):
             chosen[masked.parameter] = to_mask(masked.key, masked.mask, origin)
             keys[masked.parameter] = masked.key
         else:
@@ -153,7 +154,7 @@ def pruned_matrices(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     found = {
         module_name(key): countable(t)
         for key, t in tensors.items()
-        if key.rpartition(".")[2] == "weight" and t.ndim == 2 and t.is_floating_point()
+        if is_weight(key) and t.ndim == 2 and t.is_floating_point()
     }
     return {name: t for name, t in found.items() if is_pruned(t)}
 

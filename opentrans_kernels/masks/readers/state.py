@@ -11,11 +11,12 @@ from opentrans_kernels.errors import MaskError
 from opentrans_kernels.masks.contents import Section, open_source, weights_section
 from opentrans_kernels.masks.files import shorten
 from opentrans_kernels.masks.names import find_prefixes, rename
-from opentrans_kernels.masks.readers.checks import Masked, Masks, module_name, to_mask
+from opentrans_kernels.masks.readers.checks import Masked, Masks, is_weight, module_name, to_mask
 from opentrans_kernels.masks.readers.families import masked_parameters, unmasked_parametrizations
 from opentrans_kernels.masks.readers.leftover import refuse_absent_masks, unread_masks
 from opentrans_kernels.masks.readers.material import Material, conv_weights, weight_masks
 from opentrans_kernels.masks.wrappers import without_wrappers
+from opentrans_kernels.topology.linears import parameter_name
 
 
 def read_state_dict(
@@ -48,7 +49,7 @@ def _entries(section: Section) -> list[Masked]:
     """The masks of a section that holds nothing else, each as that of its module's weight."""
     names = ((key, module_name(key), mask) for key, mask in section.tensors.items())
     return [
-        Masked(f"{name}.weight" if name else "weight", key, mask, None, (key,))
+        Masked(parameter_name(name), key, mask, None, (key,))
         for key, name, mask in names
         if mask.ndim > 1
     ]
@@ -110,14 +111,14 @@ def _placed(
     """Parameter name -> mask. Raises MaskError if one that removes something finds no weight."""
     if not masks:
         return {}
-    shapes = {module_name(n): tuple(t.shape) for n, t in tensors.items() if _is_weight(n)}
-    shapes |= {module_name(n): tuple(m.mask.shape) for n, m in own.items() if _is_weight(n)}
+    shapes = {module_name(n): tuple(t.shape) for n, t in tensors.items() if is_weight(n)}
+    shapes |= {module_name(n): tuple(m.mask.shape) for n, m in own.items() if is_weight(n)}
     off, on = find_prefixes({name: tuple(mask.shape) for name, mask in masks.items()}, shapes)
     placed: dict[str, torch.Tensor] = {}
     lost = []
     for name, mask in masks.items():
         module = rename(name, off, on)
-        parameter = f"{module}.weight" if module else "weight"
+        parameter = parameter_name(module or "", {**tensors, **own})
         fits = module is not None and shapes.get(module) == tuple(mask.shape)
         if fits and parameter in own:
             fits = torch.equal(own[parameter].mask != 0, mask)
@@ -132,7 +133,3 @@ def _placed(
             "Save masks and weights of one network, under the names of its modules."
         )
     return placed
-
-
-def _is_weight(name: str) -> bool:
-    return name.rpartition(".")[2] == "weight"
