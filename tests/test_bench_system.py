@@ -131,7 +131,9 @@ def test_one_thread_counts_cpu_time_and_more_count_wall_time(
         check_system({**data, "clock": "sun"}, "x.json")
 
 
-def test_a_mask_of_the_head_covers_what_is_not_the_tower() -> None:
+def test_a_mask_of_the_head_covers_what_is_not_the_tower(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     whole, other = small(), small()
     result = measured(whole, head_mask="uniform:0.75")
     measured(other)
@@ -145,6 +147,12 @@ def test_a_mask_of_the_head_covers_what_is_not_the_tower() -> None:
             assert torch.equal(weight, plain), name
     assert all(row["match"]["equal"] for row in result["rows"])
     check_system(stored(result), "head.json")
+    show(stored(result), Output(None))
+    shown = capsys.readouterr().out
+    assert "head uniform:0.75" in shown and f"head: {result['head']['done'][0]}" in shown
+    assert any("most weights are zero" in line for line in result["head"]["done"])
+    counted = [int(line.partition(" x ")[0]) for line in result["head"]["done"]]
+    assert sum(counted) == result["head"]["replaced"]
     with pytest.raises(MaskError, match="must be a uniform one"):
         measured(head_mask="global:0.90")
 

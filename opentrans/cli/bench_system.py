@@ -166,5 +166,7 @@ def show(result: dict[str, Any], out: Output) -> None:
         for p in result["parts"]
     ]  # fmt: skip
     out.table(None, ("part", "eager ms", "our ms", "ratio", "what was done"), cells)
+    for line in result["head"]["done"]:
+        out.text(f"head: {line}")
     for line in result["head"]["left"]:
         out.text(f"left as it was: {line}")

@@ -57,7 +57,7 @@ FORM = {
     "clock": Maybe(CLOCK),  # files from before: cpu
     "unavailable": Each(TEXT),
     "accelerated_layers": COUNT,
-    "head": {"replaced": COUNT, "left": [TEXT]},
+    "head": {"replaced": COUNT, "left": [TEXT], "done": Maybe([TEXT])},
     "rows": [SYSTEM_ROW],
     "parts": [{"part": TEXT, "dense_ms": NUMBER, "ms": NUMBER, "what": TEXT}],
 }

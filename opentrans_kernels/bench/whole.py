@@ -269,6 +269,7 @@ def measure_whole(
         "accelerated_layers": len(accelerated_parts(model.get_submodule(whole.tower))),
         "head": {
             "replaced": len(heads.replaced),
+            "done": heads.done(),
             "left": [f"{part.path}: {part.reason}" for part in heads.left],
         },
     }
