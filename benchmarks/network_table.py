@@ -9,7 +9,13 @@ from markdown_tables import EMPTY, origin, table
 from performance_tables import SHOWN
 
 from opentrans_kernels.bench.compare import run_label
-from opentrans_kernels.bench.derive import Beside, agreeing, beside, timed_variants
+from opentrans_kernels.bench.derive import (
+    Beside,
+    agreeing,
+    beside,
+    median_round,
+    timed_variants,
+)
 from opentrans_kernels.bench.part import title
 from opentrans_kernels.bench.peers.registry import BUILT_IN
 
@@ -102,8 +108,7 @@ def _system_rows(r: Result) -> Iterator[Row]:
     )
     for row in r["rows"]:
         if row["ours"] and row["speedup"] is not None:
-            its = row.get("baseline_cpu_ms", dense["cpu_ms"])
-            cells = _cells(agreeing(its, row["cpu_ms"], row["speedup"]), r)
+            cells = _cells(agreeing(*median_round(row, dense), row["speedup"]), r)
             against = f"{r['baseline']} (fastest of {count})"
             yield (f"{title}: {row['name']}", *_where(r), against, *cells)
 

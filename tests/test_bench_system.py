@@ -19,13 +19,15 @@ pytest.importorskip("open_clip")
 from d2_models import MaskFormer, Segmenter, tower  # noqa: E402
 
 from opentrans.cli import main  # noqa: E402
-from opentrans.cli.bench_system import SYSTEM_NAMES, failures  # noqa: E402
+from opentrans.cli.bench_system import SYSTEM_NAMES, failures, show  # noqa: E402
+from opentrans.cli.render import Output  # noqa: E402
 from opentrans.systems_whole import WHOLE_SYSTEMS, build_whole  # noqa: E402
 from opentrans_kernels.bench import whole as whole_module  # noqa: E402
 from opentrans_kernels.bench.machines import machine_slug  # noqa: E402
 from opentrans_kernels.bench.parts import WHOLE, Toggle  # noqa: E402
 from opentrans_kernels.bench.system_form import check_system  # noqa: E402
-from opentrans_kernels.bench.whole import (  # noqa: E402  # noqa: E402
+from opentrans_kernels.bench.timing import Timing, TimingTable  # noqa: E402
+from opentrans_kernels.bench.whole import (  # noqa: E402
     ALL,
     BOTH,
     EAGER,
@@ -85,7 +87,53 @@ def test_every_side_is_the_same_network() -> None:
     assert head_parts(whole.model) and accelerated_parts(whole.model.backbone)
 
 
-def test_a_mask_of_the_head_covers_what_is_not_the_tower() -> None:
+@pytest.mark.parametrize(
+    ("threads", "clock", "baseline", "times"),
+    [(1, "cpu", LAST, (120.0, 90.0)), (2, "wall", EAGER, (100.0, 50.0))],
+)
+def test_one_thread_counts_cpu_time_and_more_count_wall_time(
+    threads: int,
+    clock: str,
+    baseline: str,
+    times: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tables: ModuleType,
+) -> None:
+    wall_and_cpu = {EAGER: (100.0, 150.0), LAST: (110.0, 120.0)}
+
+    def timed(calls: dict[str, Any], *, rounds: int, **_: Any) -> TimingTable:
+        made = {}
+        for name in calls:
+            wall, cpu = wall_and_cpu.get(name, (50.0, 90.0))
+            made[name] = Timing(name, 1, [wall] * rounds, [cpu] * rounds)
+        return TimingTable(made, rounds, 0.0)
+
+    monkeypatch.setattr(whole_module, "interleave", timed)
+    before = torch.get_num_threads()
+    try:
+        result = measured(threads=threads)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert (result["clock"], result["baseline"]) == (clock, baseline)
+    ours = next(row for row in result["rows"] if row["name"] == BOTH)
+    assert ours["median_round"] == {"baseline_ms": times[0], "ms": times[1]}
+    assert ours["speedup"]["median"] == pytest.approx(times[0] / times[1])
+    assert (ours["ms"], ours["cpu_ms"]) == (50.0, 90.0)
+    data = check_system(stored(result) | {"threads": threads}, "x.json")
+    show(dict(data), Output(None))
+    shown = capsys.readouterr().out
+    assert ("CPU ms" if clock == "cpu" else "wall ms") in shown
+    assert ("compared by wall time" in shown) == (clock == "wall")
+    assert f"{'CPU' if clock == 'cpu' else 'wall'} ms" in tables.system_table(data)
+    with pytest.raises(OpenTransError, match="clock"):
+        check_system({**data, "clock": "sun"}, "x.json")
+
+
+def test_a_mask_of_the_head_covers_what_is_not_the_tower(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     whole, other = small(), small()
     result = measured(whole, head_mask="uniform:0.75")
     measured(other)
@@ -99,6 +147,12 @@ def test_a_mask_of_the_head_covers_what_is_not_the_tower() -> None:
             assert torch.equal(weight, plain), name
     assert all(row["match"]["equal"] for row in result["rows"])
     check_system(stored(result), "head.json")
+    show(stored(result), Output(None))
+    shown = capsys.readouterr().out
+    assert "head uniform:0.75" in shown and f"head: {result['head']['done'][0]}" in shown
+    assert any("most weights are zero" in line for line in result["head"]["done"])
+    counted = [int(line.partition(" x ")[0]) for line in result["head"]["done"]]
+    assert sum(counted) == result["head"]["replaced"]
     with pytest.raises(MaskError, match="must be a uniform one"):
         measured(head_mask="global:0.90")
 

@@ -125,8 +125,8 @@ def show(result: dict[str, Any], out: Output) -> None:
     rows = [
         [
             row["name"] + (" (fastest dense)" if row["name"] == result["baseline"] else ""),
-            f"{row['cpu_ms']:.0f}",
-            f"{row['baseline_cpu_ms']:.0f}",
+            f"{row['median_round']['ms']:.0f}",
+            f"{row['median_round']['baseline_ms']:.0f}",
             ratio_cell(row["speedup"]),
             match_cell(row["match"]),
             f"{row['argmax']:.3%}",
@@ -136,7 +136,7 @@ def show(result: dict[str, Any], out: Output) -> None:
     ]
     columns = (
         "side",
-        "CPU ms",
+        "CPU ms" if result["clock"] == "cpu" else "wall ms",
         "fastest dense beside it",
         "speed-up",
         "match",
@@ -147,6 +147,11 @@ def show(result: dict[str, Any], out: Output) -> None:
     out.text(
         f"errors against {result['reference']}; dense float32's own: {result['dense_error']:.1e}"
     )
+    if result["clock"] == "wall":
+        out.text(
+            f"{result['threads']} threads are compared by wall time, which other work on the "
+            "machine lengthens; one thread by CPU time"
+        )
     if result.get("queries"):
         out.text(
             "a masked decoder's attention masks are thresholds: one rounding may move a pixel, so "
@@ -161,5 +166,7 @@ def show(result: dict[str, Any], out: Output) -> None:
         for p in result["parts"]
     ]  # fmt: skip
     out.table(None, ("part", "eager ms", "our ms", "ratio", "what was done"), cells)
+    for line in result["head"]["done"]:
+        out.text(f"head: {line}")
     for line in result["head"]["left"]:
         out.text(f"left as it was: {line}")

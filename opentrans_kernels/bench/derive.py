@@ -66,6 +66,16 @@ class RooflinePoint:
         return self.gflops / self.limit_gflops
 
 
+def median_round(row: Mapping[str, Any], dense: Mapping[str, Any]) -> tuple[float, float]:
+    """(baseline ms, ms) of the round whose ratio is the speed-up of a whole model's row.
+
+    dense: the baseline's row. Files from before have CPU times, some without the baseline's.
+    """
+    if (found := row.get("median_round")) is not None:
+        return found["baseline_ms"], found["ms"]
+    return row.get("baseline_cpu_ms", dense["cpu_ms"]), row["cpu_ms"]
+
+
 def crossovers(rows: Iterable[Mapping[str, Any]]) -> list[Crossover]:
     """Crossover density of every (shape, backend, batch), interpolated in log density and log
     speed-up between the measured points; the highest crossing counts. Inexact rows are left out.

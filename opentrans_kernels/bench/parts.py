@@ -67,6 +67,8 @@ def trunk_path(tower: str, head: Sequence[str], model: nn.Module) -> str:
     Trees walk a tower attribute by attribute, so what is called is something around it.
     """
     steps = tower.split(".") if tower else []
+    # A part around the tower, FC-CLIP's backbone, is the head's in one of its methods alone.
+    head = [part for part in head if not f"{tower}.".startswith(f"{part}.")]
     for length in range(1, len(steps) + 1):
         path = ".".join(steps[:length])
         if any(part == path or part.startswith(f"{path}.") for part in head):
@@ -208,13 +210,19 @@ def _done(model: nn.Module, rows: dict[str, str], report: HeadReport | None) -> 
     done: dict[str, str] = {}
     trunk = next((path for path, row in rows.items() if row == "trunk"), None)
     if trunk is not None:
-        count = sum("opentrans_original" in vars(m) for m in model.get_submodule(trunk).modules())
+        count = sum(
+            "opentrans_original" in vars(module) and not isinstance(module, HeadPart)
+            for module in model.get_submodule(trunk).modules()
+        )
         done["trunk"] = f"{count} parts accelerated" if count else ""
     counts: dict[str, Counter[str]] = {}
     for part in report.replaced if report is not None else ():
         outer = [path for path in rows if part.path == path or part.path.startswith(f"{path}.")]
         if outer:
-            counts.setdefault(rows[max(outer, key=len)], Counter())[part.kind] += 1
+            row = rows[max(outer, key=len)]
+            # What is fast about a part around the trunk is called when the head is done.
+            row = REST if row == "trunk" else row
+            counts.setdefault(row, Counter())[part.kind] += 1
     for row, kinds in counts.items():
         done[row] = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     return done

@@ -17,6 +17,7 @@ from .schema import (
     TEXT,
     VERSION,
     Each,
+    Leaf,
     Maybe,
     kind_of,
     problems,
@@ -25,6 +26,7 @@ from .schema import (
 __all__ = ["KIND", "check_sides", "check_system"]
 
 KIND = "system"
+CLOCK = Leaf("cpu or wall", lambda v: v in ("cpu", "wall"))
 SYSTEM_ROW = {
     "name": TEXT,
     "ours": FLAG,
@@ -32,7 +34,8 @@ SYSTEM_ROW = {
     "cpu_ms": POSITIVE,
     "wall": SPREAD,
     "speedup": Maybe(SPREAD),
-    "baseline_cpu_ms": Maybe(POSITIVE),
+    "baseline_cpu_ms": Maybe(POSITIVE),  # of files from before, beside cpu_ms of the same round
+    "median_round": Maybe({"baseline_ms": POSITIVE, "ms": POSITIVE}),
     "match": {"equal": FLAG, "error": Maybe(NUMBER), "bound": NUMBER},
     "argmax": SHARE,
     "peak_bytes": Maybe(COUNT),
@@ -51,9 +54,10 @@ FORM = {
     "reference": TEXT,
     "dense_error": NUMBER,
     "baseline": TEXT,
+    "clock": Maybe(CLOCK),  # files from before: cpu
     "unavailable": Each(TEXT),
     "accelerated_layers": COUNT,
-    "head": {"replaced": COUNT, "left": [TEXT]},
+    "head": {"replaced": COUNT, "left": [TEXT], "done": Maybe([TEXT])},
     "rows": [SYSTEM_ROW],
     "parts": [{"part": TEXT, "dense_ms": NUMBER, "ms": NUMBER, "what": TEXT}],
 }

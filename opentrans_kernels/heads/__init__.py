@@ -16,6 +16,7 @@ from . import (
     decoder,
     deform,
     encoder,
+    masked_pool,
     masks,
     named_decoder,
     pixel_decoder,
@@ -49,6 +50,7 @@ FINDERS = (
     named_decoder.find,
     task_decoder.find,
     masks.find,
+    masked_pool.find,
     atrous.find,
     zeros.find,
 )

@@ -41,7 +41,8 @@ class HeadReport:
             "left": [{"path": p.path, "kind": p.kind, "reason": p.reason} for p in self.left],
         }
 
-    def __str__(self) -> str:
+    def done(self) -> list[str]:
+        """ "6 x deformable attention: HOW; error ..., as it was ..." of every kind and way."""
         lines = []
         counts = Counter((part.kind, part.reason) for part in self.replaced)
         for (kind, how), count in counts.items():
@@ -52,7 +53,11 @@ class HeadReport:
             ]
             worst = max(errors, key=lambda e: e.error / e.bound, default=None)
             exact = f"; error {worst.error:.1e}, as it was {worst.dense_error:.1e}" if worst else ""
-            lines.append(f"head: {count} x {kind}: {how}{exact}")
+            lines.append(f"{count} x {kind}: {how}{exact}")
+        return lines
+
+    def __str__(self) -> str:
+        lines = [f"head: {line}" for line in self.done()]
         lines += [
             f"head: {part.path} ({part.kind}) stays as it was: {part.reason}" for part in self.left
         ]

@@ -37,7 +37,7 @@ const ScoresIsa& scores_isa() {
 
 constexpr int64_t kTileFloats = 1 << 18;   // enlarged masks of a tile
 constexpr int64_t kClassFloats = 3 << 15;  // classes that a tile meets before it starts over
-constexpr int64_t kTileRows = 2;
+constexpr int64_t kTileRows = 4;
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
