@@ -1,5 +1,5 @@
-"""Networks by name: CLIP's ResNets, the edge detector HED, and towers of open_clip, torchvision, timm
-and transformers."""
+"""Networks by name: CLIP's ResNets, the edge detector HED, and towers of open_clip, torchvision,
+timm and transformers."""
 
 from __future__ import annotations
 
