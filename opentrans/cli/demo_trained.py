@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from opentrans_kernels import Report
+    from opentrans_kernels.accelerate import Report
     from opentrans_kernels.bench.variants import Variant
     from opentrans_kernels.report import Picture
 
