@@ -109,7 +109,7 @@ def show(result: dict[str, Any], out: Output) -> None:
         _show_scaling(result["thread_scaling"], result["threads"], result["exact"], out)
     if result["layers"]:
         show_losing(result["losing_layers"], len(result["layers"]), out)
-    for name, why in result["layers_left_out"].items():
+    for name, why in result.get("layers_left_out", {}).items():
         out.text(f"{name} {why}: not measured alone")
     show_peers(result["peers"], result["exact"], out)
     show_canary(result["canary"], out)

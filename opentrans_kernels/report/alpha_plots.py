@@ -92,7 +92,7 @@ def alphas_svg(table: AlphaTable, freezing: Freezing | None = None) -> str:
     for index, row in enumerate(table):
         parts.append(_alpha_row(row, top + index * _ROW + 8, left, place, freezing))
     parts.append(
-        f'<text class="soft" x="{left}" y="{bottom + 30}">alpha by {escape(table.fit)}, '
+        f'<text class="soft" x="{left}" y="{bottom + 30}">alpha by {escape(table.label)}, '
         "logarithmic; small alpha = heavy tail = well trained</text>"
     )
     return _svg(parts, bottom + 38, f"alpha of {len(table)} layers")
