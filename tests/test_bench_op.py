@@ -12,8 +12,15 @@ from opentrans.cli import main
 from opentrans_kernels import dispatch, native
 from opentrans_kernels.bench import cases, derive, ops, schema
 from opentrans_kernels.bench.environment import isa_environment
+from opentrans_kernels.bench.linear_ops import LinearCase, linear_cases
 
 SMALL = cases.ConvCase(8, 12, 3, 1, 9, 10)
+#: Ops on another form of case.
+SHAPES = {
+    "sparse_bottleneck": cases.BlockCase(8, 4, 2, True, 9, 10),
+    "sparse_linear": LinearCase(24, 40, 13),
+    "sparse_mlp": LinearCase(24, 24, 13, 40),
+}
 
 
 @pytest.fixture
@@ -72,8 +79,7 @@ def test_no_case_comes_twice() -> None:
 @pytest.mark.parametrize("op", sorted(ops.BUILDERS))
 @pytest.mark.parametrize("batch", [1, 2])
 def test_every_row_is_exact_and_counted(op: str, batch: int) -> None:
-    shape = cases.BlockCase(8, 4, 2, True, 9, 10) if op == "sparse_bottleneck" else SMALL
-    case = ops.BUILDERS[op](shape, 0.3, batch)
+    case = ops.BUILDERS[op](SHAPES.get(op, SMALL), 0.3, batch)
     rows = ops.measure_case(case, rounds=2, warmup_s=0)
     backends = {row["backend"] for row in rows}
     assert "reference" in backends and ("cpu" in backends) == native.load()
@@ -86,6 +92,24 @@ def test_every_row_is_exact_and_counted(op: str, batch: int) -> None:
         assert macs["nominal"] == 8 * 12 * 9 * 9 * 10 * batch
         assert macs["effective"] == rows[0]["nnz"] * 90 * batch
         assert macs["effective"] <= macs["executed"]
+    if op == "sparse_mlp":
+        assert rows[0]["case"] == "24->40->24, 13 tokens" and rows[0]["h_out"] == 13
+        assert rows[0]["macs"]["nominal"] == 2 * 24 * 40 * 13 * batch
+
+
+def test_linear_layers_are_those_of_vision_transformers() -> None:
+    layers = [(c.cin, c.cout, c.tokens) for c in linear_cases("sparse_linear")]
+    assert layers[0] == (768, 3072, 197) and (1024, 4096, 1601) in layers
+    assert [c.name for c in linear_cases("sparse_mlp")] == [
+        "768->3072->768, 197 tokens", "1024->4096->1024, 1601 tokens"
+    ]  # fmt: skip
+    made = list(ops.build_cases(ops=("sparse_linear",), densities=(0.1,), quick=True))
+    assert [one.name for one in made] == ["768->3072, 197 tokens"]
+    assert "eager" in made[0].dense and made[0].macs["nominal"] == 768 * 3072 * 197
+    only = ops.build_cases(
+        ops=("sparse_mlp",), densities=(0.1,), only=("768->3072->768, 197 tokens",)
+    )
+    assert [one.kind for one in only] == ["mlp"]
 
 
 def test_an_inexact_row_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +142,7 @@ def test_the_reference_row_is_held_to_the_operator_it_is(monkeypatch: pytest.Mon
     assert not any(row["exact"] for name, row in rows.items() if name != "reference")
     monkeypatch.setattr(ops.dispatch.Resolution, "function", function)
     for op, build in ops.BUILDERS.items():
-        shape = cases.BlockCase(8, 4, 2, True, 9, 10) if op == "sparse_bottleneck" else SMALL
-        case = build(shape, 0.3, 1)
+        case = build(SHAPES.get(op, SMALL), 0.3, 1)
         assert ops.relative_error(case.select(case.plain()), case.reference) < 1e-5
 
 

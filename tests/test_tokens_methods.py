@@ -99,6 +99,17 @@ def test_bands_give_what_all_distances_give(window, temperature):
     torch.testing.assert_close(by_bands.weights, at_once.weights.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size, grid", [((7, 9), (3, 4)), ((4, 6), (4, 1)), ((40, 40), (28, 28))])
+def test_pooling_is_that_of_torch(size, grid, dtype):
+    x = tokens(2, size[0] * size[1], 5).to(dtype)
+    maps = x.double().mT.reshape(2, 5, *size)
+    right = F.adaptive_avg_pool2d(maps, grid).flatten(2).mT.to(dtype)
+    torch.testing.assert_close(pooled(x, size, grid), right)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(pooled(x, size, grid), right)
+
+
 def test_homes_are_whole_numbers_as_nearest_upsampling_gives_them():
     for count, cells in ((40, 28), (48, 32), (30, 20), (300, 257), (7, 7), (9, 4)):
         index = torch.arange(cells, dtype=torch.float64).view(1, 1, cells, 1)
@@ -188,6 +199,16 @@ def test_a_centre_without_tokens_stays():
     x = torch.tensor([0.0, 0.0, 6.0, 30.0]).double().view(1, 4, 1)
     found = Clusters(x, (1, 4), TokenPlan(alpha=0, grid=(1, 4 - 1), temperature=1e9, window=5))
     assert torch.isfinite(found.centres).all() and found.centres.max() > 20
+
+
+def test_what_is_kept_between_calls_serves_any_later_call():
+    size, grid = (11, 13), (4, 5)  # of no other test
+    given, x = plan(grid=grid), tokens(1, 143, 4)
+    with torch.inference_mode(), torch.device("meta"):
+        Clusters(x, size, given)
+    leaf = x.clone().requires_grad_()
+    Clusters(leaf, size, given).centres.square().sum().backward()
+    assert leaf.grad.abs().min() > 0
 
 
 def test_gradients_through_clusters_and_weights():

@@ -1,4 +1,5 @@
-"""``opentrans bench op``: every row of the dispatch table on the trunk's shapes, dense beside it.
+"""``opentrans bench op``: every row of the dispatch table on the shapes of RN50's trunk and of
+vision transformers, dense beside it.
 
 A case is built once; all rows that run here and all dense sides take turns on it. Weights, masks
 (uniform random) and inputs are random. Each row's result is compared with float64 before it is
@@ -8,7 +9,6 @@ timed, and a row that is not exact gets no speed-up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,16 +17,15 @@ from torch.nn import functional
 
 from .. import dispatch
 from ..errors import OpenTransError
-from ..flops import executed_macs
 from ..pack import SparseWeight
 from .cases import DENSITIES, BlockCase, ConvCase, block_cases, conv_cases, representative
 from .layers import ERROR_LIMIT, dense_calls
+from .linear_ops import LINEAR_OPS, linear_case, linear_cases
+from .op_case import Call, Case, macs_of, masked_weight, random_values
 from .rows import matched
 from .timing import interleave
 from .variants import relative_error
 
-Call = Callable[[], torch.Tensor]
-_LANES = {"avx512": 16, "avx2": 8, "neon": 4}
 #: Ops that other commands time, and which.
 ELSEWHERE = {
     "sparse_stage": "opentrans bench trunk",
@@ -36,8 +35,6 @@ ELSEWHERE = {
     "ms_deform_attn": "benchmarks/bench_deform.py",
     "ms_deform_attn_backward": "benchmarks/bench_deform.py",
     "depthwise_conv2d": "opentrans bench trunk --arch torchvision:mobilenet_v2",
-    "sparse_linear": "opentrans bench trunk --arch timm:vit_base_patch16_224",
-    "sparse_mlp": "opentrans bench trunk --arch timm:vit_base_patch16_224",
     "mask_scores": "opentrans bench model --system ovs-mask",
     "relu_bits": "opentrans bench training",
     "relu_bits_backward": "opentrans bench training",
@@ -46,31 +43,6 @@ ELSEWHERE = {
 POOLS = {"avg_pool2d": (2, 2, 0), "max_pool2d": (3, 2, 1), "window_avg_pool2d": (3, 2, 1)}
 #: Ops of the GPU path; their reference rows are oracles, not rivals.
 ON_GPUS = ("implicit_gemm_conv2d", "bottleneck_chain", "fused_stem", "sparse_conv2d_nhwc")
-
-
-@dataclass
-class Case:
-    """One op on one shape at one density, ready to run.
-
-    ``arguments``: of the op, in schema order. ``dense``: the competitors. ``plain``: the same in
-    eager PyTorch on contiguous tensors, which is what the reference row runs. ``reference``:
-    float64 result. ``select``: brings a dense result into the form of the op's. ``macs``: nominal
-    and effective multiply-adds of one call.
-    """
-
-    op: str
-    name: str
-    kind: str
-    shape: dict[str, int]
-    density: float
-    asked: float
-    nnz: int
-    macs: dict[str, int]
-    arguments: tuple[Any, ...]
-    dense: dict[str, Call]
-    plain: Call
-    reference: torch.Tensor
-    select: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda found: found)
 
 
 def build_cases(
@@ -94,7 +66,9 @@ def build_cases(
     """
     convs, blocks = conv_cases(size), block_cases(size)
     pool_names = {_pool_name(case, op) for case in convs for op in POOLS}
-    unknown = set(only) - {case.name for case in [*convs, *blocks]} - pool_names
+    linears = {op: linear_cases(op) for op in LINEAR_OPS}
+    named = {case.name for case in [*convs, *blocks, *(c for cs in linears.values() for c in cs)]}
+    unknown = set(only) - named - pool_names
     if unknown:
         raise OpenTransError(
             f"no case is called {min(unknown)!r} at {size[0]}x{size[1]} pixels. The table of "
@@ -102,11 +76,12 @@ def build_cases(
         )
     if quick and not only:
         convs, blocks = representative(convs), blocks[1:2]
+        linears = {op: cases[:1] for op, cases in linears.items()}
     for op, build in BUILDERS.items():
         if ops and op not in ops:
             continue
         pools = set()  # convolutions of one input have the same pool behind them
-        for case in blocks if op == "sparse_bottleneck" else convs:
+        for case in blocks if op == "sparse_bottleneck" else linears.get(op, convs):
             if op in POOLS:
                 shape = (case.cin, case.height, case.width)
                 if min(shape[1:]) >= 2 and case.kind == "3x3" and shape not in pools:
@@ -218,23 +193,11 @@ def yardstick(backend: str, dense: float, plain: float) -> float:
     return max(dense, plain) if backend == "reference" else dense
 
 
-def _random(shape: Sequence[int], seed: int) -> torch.Tensor:
-    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed)) - 0.5
-
-
-def masked_weight(cout: int, cin: int, kernel: int, density: float) -> torch.Tensor:
-    """Float32 ``[cout, cin, k, k]`` whose kept entries are spread uniformly at random."""
-    made = torch.Generator().manual_seed(cout * 7919 + cin)
-    shape = (cout, cin, kernel, kernel)
-    weight = torch.randn(shape, generator=made) / (cin * kernel * kernel * density) ** 0.5
-    return weight * (torch.rand(shape, generator=made) < density)
-
-
 def _conv_parts(case: ConvCase, density: float, batch: int) -> tuple[Any, ...]:
     weight = masked_weight(case.cout, case.cin, case.kernel, density)
-    bias = _random([case.cout], 1)
+    bias = random_values([case.cout], 1)
     packed = SparseWeight.from_dense(weight, bias, stride=case.stride, padding=case.padding)
-    return weight, bias, packed, _random([batch, case.cin, case.height, case.width], 2)
+    return weight, bias, packed, random_values([batch, case.cin, case.height, case.width], 2)
 
 
 def _conv_shape(case: ConvCase, batch: int) -> dict[str, int]:
@@ -246,21 +209,7 @@ def _conv_shape(case: ConvCase, batch: int) -> dict[str, int]:
 
 def _conv_macs(case: ConvCase, nnz: int, batch: int) -> dict[str, int]:
     h, w = case.out
-    return _macs([(nnz, case.cin * case.cout * case.kernel**2, h, w, case.kernel)], batch)
-
-
-def _macs(convs: Sequence[tuple[int, int, int, int, int]], batch: int) -> dict[str, int]:
-    """Counts of several (nnz, numel, h_out, w_out, kernel)."""
-    from .. import native
-
-    lanes = _LANES.get(native.cpu_capability() if native.available() else "", 8)
-    return {
-        "nominal": sum(numel * h * w for _, numel, h, w, _ in convs) * batch,
-        "effective": sum(nnz * h * w for nnz, _, h, w, _ in convs) * batch,
-        "executed": sum(
-            executed_macs(nnz, h, w, batch, kernel, lanes) for nnz, _, h, w, kernel in convs
-        ),
-    }
+    return macs_of([(nnz, case.cin * case.cout * case.kernel**2, h, w, case.kernel)], batch)
 
 
 def _forward(case: ConvCase, density: float, batch: int) -> Case:
@@ -283,7 +232,7 @@ def _forward(case: ConvCase, density: float, batch: int) -> Case:
 
 def _weight_gradient(case: ConvCase, density: float, batch: int) -> Case:
     weight, _, packed, x = _conv_parts(case, density, batch)
-    grad = _random([batch, case.cout, *case.out], 3)
+    grad = random_values([batch, case.cout, *case.out], 3)
 
     def gradient(image: torch.Tensor, outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
         sides = [case.stride] * 2, [case.padding] * 2, [1, 1]
@@ -314,7 +263,7 @@ def _pool_name(case: ConvCase, op: str) -> str:
 def _pool(op: str, case: ConvCase, density: float, batch: int) -> Case:
     k, s, p = geometry = POOLS[op]
     run = functional.max_pool2d if op == "max_pool2d" else functional.avg_pool2d
-    x = _random([batch, case.cin, case.height, case.width], 2)
+    x = random_values([batch, case.cin, case.height, case.width], 2)
     last = x.contiguous(memory_format=torch.channels_last)
     reference = run(x.double(), *geometry)
     shape = {
@@ -340,12 +289,12 @@ def _block(case: BlockCase, density: float, batch: int) -> Case:
     shapes = [(case.cin, case.planes, 1), (case.planes, case.planes, 3), (case.planes, out, 1)]
     shapes += [(case.cin, out, 1)] * case.down
     weights = [masked_weight(cout, cin, k, density) for cin, cout, k in shapes]
-    biases = [_random([cout], 5 + i) for i, (_, cout, _) in enumerate(shapes)]
+    biases = [random_values([cout], 5 + i) for i, (_, cout, _) in enumerate(shapes)]
     packs = [
         SparseWeight.from_dense(w, b, stride=1, padding=k // 2)
         for w, b, (_, _, k) in zip(weights, biases, shapes, strict=True)
     ]
-    x = _random([batch, case.cin, case.height, case.width], 2)
+    x = random_values([batch, case.cin, case.height, case.width], 2)
     parts: list[Any] = [t for p in packs for t in (p.structure, p.values, p.bias)]
     parts += [None] * (12 - len(parts))
     down_pool = case.pool if case.down else 1
@@ -371,7 +320,7 @@ def _block(case: BlockCase, density: float, batch: int) -> Case:
         "sparse_bottleneck", case.name, "block",
         {"cin": case.cin, "cout": out, "kernel": 3, "stride": case.pool, "h_out": h, "w_out": w,
          "batch": batch},
-        nnz / sum(weight.numel() for weight in weights), density, nnz, _macs(counts, batch),
+        nnz / sum(weight.numel() for weight in weights), density, nnz, macs_of(counts, batch),
         (x, *parts, out, case.pool, down_pool),
         {
             "contiguous": lambda: dense(x, weights, biases),
@@ -387,4 +336,5 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "sparse_conv2d_wgrad": _weight_gradient,
     "sparse_bottleneck": _block,
     **{op: partial(_pool, op) for op in POOLS},
+    **{op: partial(linear_case, op) for op in LINEAR_OPS},
 }
