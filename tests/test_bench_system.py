@@ -24,7 +24,7 @@ from opentrans.cli.render import Output  # noqa: E402
 from opentrans.systems_whole import WHOLE_SYSTEMS, build_whole  # noqa: E402
 from opentrans_kernels.bench import whole as whole_module  # noqa: E402
 from opentrans_kernels.bench.machines import machine_slug  # noqa: E402
-from opentrans_kernels.bench.parts import WHOLE, Toggle  # noqa: E402
+from opentrans_kernels.bench.parts import REST, WHOLE, Toggle, time_parts  # noqa: E402
 from opentrans_kernels.bench.system_form import check_system  # noqa: E402
 from opentrans_kernels.bench.timing import Timing, TimingTable  # noqa: E402
 from opentrans_kernels.bench.whole import (  # noqa: E402
@@ -39,7 +39,8 @@ from opentrans_kernels.bench.whole import (  # noqa: E402
     measure_whole,
 )
 from opentrans_kernels.errors import MaskError, OpenTransError  # noqa: E402
-from opentrans_kernels.heads.parts import head_parts  # noqa: E402
+from opentrans_kernels.heads import HeadReport  # noqa: E402
+from opentrans_kernels.heads.parts import Found, HeadPart, head_parts, swap_in  # noqa: E402
 from opentrans_kernels.plan.models import accelerated_parts  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -188,6 +189,33 @@ def test_a_toggle_puts_the_very_same_modules_back() -> None:
         assert dict(model.named_modules()) == before
         toggle.accelerated()
         assert dict(model.named_modules()) == ours
+
+
+class Positioned(nn.Module):
+    """Calls ``position``; :class:`Kept` does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.mix = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(x) + self.position(torch.ones_like(x))
+
+
+class Kept(HeadPart):
+    def fast(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(x) + self.mix(x)
+
+
+def test_a_part_that_is_called_on_one_side_only_has_no_time_on_the_other() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Positioned()).eval()
+    found = [Found("1", "kind", Kept(model[1]), "how"), Found("1.mix", "kind", None, "why")]
+    swap_in(model, found)
+    x = torch.randn(1, 3, 32, 32)
+    times = time_parts(model, lambda: model(x), "", HeadReport(found), rounds=2)
+    rows = {part: (dense, ours) for part, dense, ours, _ in times.rows()}
+    assert rows["1.position"][0] > 0 and rows["1.position"][1] == 0
+    assert list(rows)[-2:] == [REST, WHOLE] and "1.position" in str(times)
 
 
 def test_a_dense_side_that_fails_keeps_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

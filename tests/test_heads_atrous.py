@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.heads import atrous
 from opentrans_kernels.heads.embeddings import LateEmbeddings, late_embeddings
 from opentrans_kernels.heads.enlarged import add_convolution_of_enlarged, pays
+from opentrans_kernels.heads.zeros import PackedConv
 
 pytestmark = pytest.mark.usefixtures("extension")
 WIDTHS = {"res2": 12, "res3": 10, "res5": 24}
@@ -219,6 +221,51 @@ def test_a_decoder_of_two_inputs(align: bool) -> None:
         assert_exact(ours(x, low), dense(x, low), exact)
         last = low.contiguous(memory_format=torch.channels_last)
         assert_exact(ours(x, last), dense(x, low), exact)
+
+
+def sparse(head: nn.Module) -> nn.Module:
+    """Most weights of the convolutions with a window are zero."""
+    made = torch.Generator().manual_seed(5)
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.weight.data.mul_(torch.rand(module.weight.shape, generator=made) < 0.1)
+    return head
+
+
+@pytest.mark.parametrize("form", ("own", "detectron2", "two inputs"))
+def test_convolutions_most_of_which_is_zero(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    made = torch.Generator().manual_seed(1)
+    given: tuple[Any, ...] = (features(),)
+    if form == "own":
+        options = {"shallow": ("res3", "res2"), "width": 16, "project": 6, "rates": (1, 2, 3)}
+        head: nn.Module = DeepLabHead(WIDTHS, 40, **options)
+    elif form == "detectron2":
+        head = Staged(None)
+    else:
+        head = TwoInputs(True)
+        given = tuple(torch.randn(2, *s, generator=made) for s in ((16, 3, 4), (12, 11, 13)))
+    dense, ours, report = pair(sparse(head))
+    packed = [part.path for part in report.replaced if isinstance(part.replacement, PackedConv)]
+    assert packed and any(isinstance(p.replacement, atrous._Atrous) for p in report.replaced)
+
+    def double(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: one.double() for key, one in value.items()}
+        return value.double()
+
+    with torch.no_grad():
+        exact = copy.deepcopy(dense).double()(*map(double, given))
+        assert_exact(ours(*given) + 0, dense(*given), exact)
+        for model in (dense, ours):
+            for name, weight in model.named_parameters():
+                if name.removesuffix(".weight") in packed:
+                    weight.mul_(2)
+        with caplog.at_level(logging.WARNING):
+            assert_exact(ours(*given) + 0, dense(*given), copy.deepcopy(dense).double()(
+                *map(double, given)))  # fmt: skip
+    assert "was written to" in caplog.text
+    otk.restore_heads(ours)
+    assert not any(isinstance(module, PackedConv) for module in ours.modules())
 
 
 def test_what_is_not_a_chain_stays_with_its_reason() -> None:

@@ -191,17 +191,20 @@ def time_parts(
     rows = boundaries(model, tower, head)
     toggle = Toggle(model)
     found = PartTimes(done=_done(model, rows, report))
-    sides = {"dense": (toggle.dense, found.dense), "ours": (toggle.accelerated, found.accelerated)}
+    calls: dict[str, list[dict[str, float]]] = {"dense": [], "ours": []}
     try:
-        for number in range(rounds + 1):
-            for switch, times in sides.values():
+        for _ in range(rounds + 1):
+            for side, switch in (("dense", toggle.dense), ("ours", toggle.accelerated)):
                 switch()
-                once = _one_call(model, rows, call)
-                if number:
-                    for name, value in once.items():
-                        times.setdefault(name, []).append(value)
+                calls[side].append(_one_call(model, rows, call))
     finally:
         toggle.accelerated()
+    # Some are called on one side only: what is made once per size, say.
+    names = dict.fromkeys(name for side in calls.values() for once in side[1:] for name in once)
+    for name in [*(name for name in names if name not in (REST, WHOLE)), REST, WHOLE]:
+        found.dense[name], found.accelerated[name] = (
+            [once.get(name, 0.0) for once in calls[side][1:]] for side in ("dense", "ours")
+        )
     found.fold()
     return found
 

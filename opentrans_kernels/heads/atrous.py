@@ -11,18 +11,21 @@ the decoder of two inputs that ZS3 and others took from one another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.sparse_conv2d import sparse_conv2d
 from ..topology.fold import is_plain_bn, scale_shift
 from .embeddings import late_embeddings
 from .enlarged import add_convolution_of_enlarged, pays
 from .linear import has_kernel
+from .packed import Packed
 from .parts import Found, HeadPart, NotTheSame, prove
+from .zeros import PackedConv
 
 __all__ = ["AlignedAtrousDecoder", "AtrousDecoder", "AtrousHead", "StagedAtrousHead", "find"]
 
@@ -32,11 +35,12 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class _Link:
-    """A convolution, the batch norm and the ReLU behind it."""
+    """A convolution, the batch norm and the ReLU behind it. packed: its sparse weight, if any."""
 
     conv: nn.Conv2d
     norm: nn.Module | None
     relu: bool
+    packed: Packed | None = None
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with the batch norm in them."""
@@ -53,6 +57,10 @@ class _Link:
         return list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
 
     def run(self, x: Tensor) -> Tensor:
+        if self.packed is not None and self.packed.serves(x):
+            out = sparse_conv2d(x, self.packed.weight)
+            out = out if self.norm is None else self.norm(out)
+            return out.relu_() if self.relu else out
         weight, bias = self.folded()
         act = "relu" if self.relu else "none"
         return _convolution(x, weight, bias, *self.geometry(), act, [], "")
@@ -92,6 +100,9 @@ def links_of(module: nn.Module) -> list[_Link]:
     """The convolutions of a chain of them; NotTheSame for anything else in it."""
     links: list[_Link] = []
     for child in _flat(module):
+        packed = None
+        if isinstance(child, PackedConv):  # put in when this part was: its dense weight is the same
+            packed, child = child.opentrans_packed, child.opentrans_original
         if isinstance(child, nn.Conv2d):
             if child.padding_mode != "zeros" or isinstance(child.padding, str):
                 raise NotTheSame(f"has a convolution with padding {child.padding_mode}")
@@ -100,11 +111,11 @@ def links_of(module: nn.Module) -> list[_Link]:
                 raise NotTheSame("has a convolution with an activation other than ReLU")
             if norm is not None and not is_plain_bn(norm):
                 raise NotTheSame(f"has a {type(norm).__name__} behind a convolution")
-            links.append(_Link(child, norm, activation is not None))
+            links.append(_Link(child, norm, activation is not None, packed))
         elif type(child) is nn.ReLU and links and not links[-1].relu:
-            links[-1] = _Link(links[-1].conv, links[-1].norm, True)
+            links[-1] = replace(links[-1], relu=True)
         elif links and links[-1].norm is None and not links[-1].relu and is_plain_bn(child):
-            links[-1] = _Link(links[-1].conv, child, False)
+            links[-1] = replace(links[-1], norm=child)
         elif not isinstance(child, (nn.Dropout, nn.Dropout2d, nn.Identity)):
             raise NotTheSame(f"has a {type(child).__name__} between convolutions")
     if not links:
