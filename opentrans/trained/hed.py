@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,28 +35,43 @@ def load_hed(path: str | os.PathLike[str], model: Hed | None = None) -> Hed:
             for place, conv in _convolutions(model):
                 for part, number in (("weight", 0), ("bias", 1)):
                     key = f"{place}/vars/{number}"
-                    if not isinstance(file.get(key), h5py.Dataset):
-                        raise _other(path, f"has no array {key}")
-                    stored = torch.from_numpy(file[key][()]).float()
-                    if part == "weight" and stored.dim() == 4:
-                        stored = stored.permute(3, 2, 0, 1)
+                    wanted = getattr(conv, part)
+                    stored = _array(file, key, tuple(wanted.shape), path)
                     if place == "block1/layers/conv2d" and part == "weight":
                         stored = stored.flip(1)
-                    wanted = getattr(conv, part)
-                    if stored.shape != wanted.shape:
-                        raise _other(
-                            path,
-                            f"has shape {tuple(stored.shape)} at {key}, not {tuple(wanted.shape)}",
-                        )
                     if not torch.isfinite(stored).all():
                         raise _other(path, f"has values at {key} that are not finite")
                     with torch.no_grad():
                         wanted.copy_(stored)
-    except OSError as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # damage, each its own
         raise CheckpointError(
             f"{path} cannot be read as an HDF5 file ({error}). Fetch it again."
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def _array(
+    file: Any, key: str, shape: tuple[int, ...], path: str | os.PathLike[str]
+) -> torch.Tensor:
+    """The array of a convolution, turned to PyTorch's ``shape``, which is compared before reading:
+    a small file may announce any."""
+    found = file.get(key)
+    if found is None or not hasattr(found, "dtype") or found.dtype.kind != "f":
+        raise _other(path, f"has no array of numbers at {key}")
+    if found.external or found.file != file:
+        raise _other(path, f"keeps the values of {key} in another file")
+    kernel = len(shape) == 4
+    kept = (*shape[2:], shape[1], shape[0]) if kernel else shape  # as Keras lays kernels
+    if tuple(found.shape) != kept:
+        raise _other(path, f"has shape {tuple(found.shape)} at {key}, not {kept}")
+    stored = torch.from_numpy(found[()].astype("float32"))
+    return stored.permute(3, 2, 0, 1) if kernel else stored
 
 
 def _convolutions(model: Hed) -> Iterator[tuple[str, nn.Conv2d]]:
