@@ -108,6 +108,7 @@ trained: .venv/.built
 	for network in hed resnet50-half; do \
 	  $(STUDY)/study.py --network $$network && $(STUDY)/latency.py --network $$network \
 	  && $(STUDY)/freezing.py --network $$network || exit 1; done
+	$(STUDY)/alpha.py
 	$(MAKE) readme-tables
 
 QUICK := --network hed --quick --out build/trained-quick --work build/trained-quick/work

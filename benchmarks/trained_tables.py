@@ -57,6 +57,7 @@ def tables(folder: Path) -> dict[str, dict[str, str]]:
         made[f"untrained-{name}"] = untrained_table(name, results.get(name))
         made[f"trained-{name}"] = trained_table(name, results.get(name))
         made[f"freezing-{name}"] = freezing_table(name, results.get(f"{name}-freezing"))
+    made["alpha"] = alpha_table(results.get("alpha"))
     return {PAGE: made}
 
 
@@ -172,6 +173,35 @@ def freezing_table(name: str, result: Result | None) -> str:
     before = f"{result['before'][key]:.{digits + 1}f}"
     told = f"{seeds} seeds, mean ± standard error. Before fine-tuning: {before}."
     return table(head.split("|"), rows) + "\n\n" + told
+
+
+def alpha_table(result: Result | None) -> str:
+    """Median alpha of the dense weights, how masks move it, and what that does to the freeze set."""
+    if result is None:
+        return EMPTY
+    rows = []
+    for name, found in result["networks"].items():
+        dense = found["stages"][0]["estimates"]
+        for label, first in dense.items():
+            moved = []
+            for stage in found["stages"][1:]:
+                if not stage["name"].startswith("global:"):
+                    continue
+                now = stage["estimates"][label]
+                changed = now["moved"]
+                count = len(set(now["frozen"]) ^ set(first["frozen"]))
+                moved.append(f"{now['median']:.2f}, {count}" if changed else "-")
+            layers = len(first["alpha"])
+            flagged = len(first["remarks"])
+            rows.append((name, label, str(layers), str(flagged), f"{first['median']:.2f}", *moved))
+    stages = [s["name"] for s in next(iter(result["networks"].values()))["stages"]]
+    masks = [name for name in stages if name.startswith("global:")]
+    head = ["network", "estimate", "layers", "with a remark", "dense: median", *masks]
+    told = (
+        "In the columns of masks: median alpha, and layers that enter or leave the freeze set of the "
+        "dense weights."
+    )
+    return table(head, rows) + "\n\n" + told
 
 
 def _cells(result: Result | None, prefix: str) -> dict[str, Result]:
