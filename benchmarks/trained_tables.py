@@ -176,7 +176,7 @@ def freezing_table(name: str, result: Result | None) -> str:
 
 
 def alpha_table(result: Result | None) -> str:
-    """Median alpha of the dense weights, how masks move it, and what that does to the freeze set."""
+    """Median alpha of the dense weights, and what masks do to it and to the freeze set."""
     if result is None:
         return EMPTY
     rows = []
@@ -198,8 +198,8 @@ def alpha_table(result: Result | None) -> str:
     masks = [name for name in stages if name.startswith("global:")]
     head = ["network", "estimate", "layers", "with a remark", "dense: median", *masks]
     told = (
-        "In the columns of masks: median alpha, and layers that enter or leave the freeze set of the "
-        "dense weights."
+        "In the columns of masks: median alpha, and layers that enter or leave the freeze set "
+        "of the dense weights."
     )
     return table(head, rows) + "\n\n" + told
 
