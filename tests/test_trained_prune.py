@@ -1,0 +1,86 @@
+"""``opentrans trained prune``: from photographs in a folder to masks, weights and a judgement."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from opentrans.cli import main
+from opentrans.trained import catalog, judge
+from opentrans.trained.load import Loaded
+from opentrans.trained.photographs import folder_photographs
+from opentrans_kernels.hed import Hed
+from opentrans_kernels.masks import MaskSet
+
+STEPS = ["--rounds", "2", "--period", "1", "--recovery", "2", "--crops", "2"]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A narrow network in the place of the published one, and two photographs of noise."""
+    torch.manual_seed(0)
+    model = Hed(((4, 4), (6, 6))).eval().requires_grad_(False)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def load(name: str) -> Loaded:
+        fresh = Hed(((4, 4), (6, 6))).eval().requires_grad_(False)
+        fresh.load_state_dict(state)
+        return Loaded(catalog.network(name), fresh, lambda x: x.float() / 64 - 2)
+
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(2):
+        pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    # The package exports the function under the name of its module.
+    module = importlib.import_module("opentrans.trained.load")
+    monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(judge, "photographs", lambda split: folder_photographs(folder))
+    return folder
+
+
+def run(folder: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> dict:
+    words = ["trained", "prune", "hed", "--images", str(folder), "--output", str(out), *STEPS]
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_masks_weights_and_agreement(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extension: None
+) -> None:
+    found = run(small, tmp_path / "run", capsys)
+    assert found["density"] == pytest.approx(0.1, abs=0.01)
+    assert set(found["agreement"]["photographs"]) == {"0.png", "1.png"}
+    assert 0 <= found["agreement"]["mean"]["f_score"] <= 1
+    assert found["recipe"]["rounds"] == 2 and found["recipe"]["allocation"] == "macs"
+    masks = MaskSet.load(tmp_path / "run" / "masks.safetensors")
+    weights = load_file(tmp_path / "run" / "weights.safetensors")
+    assert masks.content_hash() == found["content_hash"]
+    assert set(masks.masks) == {"blocks.0.2", "blocks.1.1", "blocks.1.3"}
+    for name, mask in masks.masks.items():
+        assert not weights[f"{name}.weight"][~mask].any()
+    again = run(small, tmp_path / "run", capsys)
+    assert again["content_hash"] == found["content_hash"], "a finished run is not run again"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["focus"], "how to prune 'focus'"),
+        (["hed", "--allocation", "nonsense"], "nonsense"),
+        (["hed", "--images", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_bad_words_are_one_line(
+    words: list[str], said: str, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [] if "--images" in words else ["--images", str(small)]
+    out = ["--output", str(tmp_path / "bad")]
+    assert main(["trained", "prune", *words, *more, *out, *STEPS]) == 2
+    assert said in capsys.readouterr().err
