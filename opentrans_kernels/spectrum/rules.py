@@ -158,19 +158,20 @@ def keep(values: torch.Tensor, threshold: float, fit: str = "xmin_peak") -> Kept
 
     values: float64, ascending, with exact zeros where an eigenvalue is zero.
     """
-    kept = values[values > threshold]
-    unstable = ""
+    margin = _FLOAT32 * math.sqrt(threshold * float(values[-1])) if values.numel() else 0.0
+    bounds = torch.tensor([threshold, 0.0, threshold + margin], dtype=torch.float64)
+    # How many are at most the threshold, not positive, at most the threshold and the margin.
+    at_most = torch.searchsorted(values, bounds.to(values.device), right=True).tolist()
+    first, zeros, near = at_most
+    kept, unstable = values[first:], ""
     if kept.numel() == 0 and MODES[fit].fallback:
-        kept = values[values > 0]
+        kept = values[zeros:]
         if 0 < kept.numel() < values.numel():
             unstable = "rank-deficient, and every eigenvalue is below the threshold"
-    if values.numel() == 0 or threshold == 0:
+    if threshold == 0:
         return Kept(kept, unstable=unstable)
-    margin = _FLOAT32 * (threshold * values[-1]).sqrt()
-    fewer = ((values > threshold) & (values <= threshold + margin)).sum()
-    more = ((values <= threshold) & (values >= threshold - margin) & (values > 0)).sum()
-    fewer, more = torch.stack([fewer, more]).tolist()
-    return Kept(kept, fewer, more, unstable)
+    below = int(torch.searchsorted(values, threshold - margin))
+    return Kept(kept, near - first, first - max(below, zeros) if first > zeros else 0, unstable)
 
 
 def fit_rows(

@@ -22,6 +22,9 @@ struct EigenIsa {
   enum Mode { kSet, kAdd, kSubtract };
   void (*product)(double* c, const double* const* a, const double* const* b, int count, Mode mode,
                   bool transposed);
+  // The same where the result is symmetric; its lower half is computed and mirrored.
+  void (*symmetric)(double* c, const double* const* a, const double* const* b, int count, Mode mode,
+                    bool transposed);
   // One column of a panel [rows][32], rows > 0: row -= row[column] * w, then row[column] *= scale,
   // and z += row[column + 1] * row over rows >= 1. column -1 only sums.
   void (*panel)(double* rows, int64_t count, int column, const double* w, double scale, double* z);

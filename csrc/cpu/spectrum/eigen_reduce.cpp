@@ -49,7 +49,7 @@ Doubles::~Doubles() {
 namespace {
 
 constexpr int kSuper = 4;  // tiles per side of a block that stays in the second cache level
-constexpr int kDepth = 8;  // tiles of the Gram's inner dimension at a time
+constexpr int kDepth = 4;  // tiles of the Gram's inner dimension at a time: all then fit that level
 
 void transpose(const double* from, double* to) {
   for (int r = 0; r < kTile; ++r)
@@ -89,8 +89,8 @@ void gram_tiles(const MatrixView& a, const TileTriangle& out) {
           for (int64_t j = j0; j < j0 + kSuper && j <= i; ++j) {
             const double *left[kDepth], *right[kDepth];
             for (int k = 0; k < count; ++k) left[k] = at(i, k), right[k] = at(j, k);
-            isa.product(out.tile(i, j), left, right, count,
-                        k0 == 0 ? EigenIsa::kSet : EigenIsa::kAdd, true);
+            (i == j ? isa.symmetric : isa.product)(
+                out.tile(i, j), left, right, count, k0 == 0 ? EigenIsa::kSet : EigenIsa::kAdd, true);
           }
   }
 }
@@ -165,7 +165,8 @@ void reduce_to_band(const TileTriangle& a, SymmetricBand& band, Doubles& factors
   const auto update = [&](int64_t i, int64_t j) {
     const double* left[] = {v.tile(i), w.tile(i)};
     const double* right[] = {wt.tile(j), vt.tile(j)};
-    isa.product(a.tile(i, j), left, right, 2, EigenIsa::kSubtract, false);
+    (i == j ? isa.symmetric : isa.product)(a.tile(i, j), left, right, 2, EigenIsa::kSubtract,
+                                           false);
   };
   for (int64_t c = 0; c < side; ++c) {
     if (c > 0)
