@@ -312,3 +312,18 @@ def test_rn50_is_audited_in_under_two_seconds():
         assert time.process_time() - start < 2
         assert report.totals["layers"] == 55
         assert report.totals["nominal_macs"] == pytest.approx(5.37e9, rel=2e-3)
+
+
+def test_what_is_not_audited_is_told_once_for_every_reason() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, (3, 1)), nn.Conv2d(8, 8, 1),
+    ).eval()  # fmt: skip
+    masks = {"0": torch.ones(8, 3, 3, 3), "4": torch.ones(8, 8, 1, 1)}
+    report = audit(masks, model, (32, 32))
+    assert [row.name for row in report.rows] == ["0", "4"]
+    told = [note for note in report.notes if "not audited" in note]
+    assert told == ["3 convolutions (1 .. 3) are not audited: grouped or not square"]
+    del model[2:4]
+    masks["2"] = masks.pop("4")
+    assert "1 is not audited: grouped or not square" in audit(masks, model, (32, 32)).notes
