@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.fx
 from torch import Tensor, nn
 from trained_files import randomise
 
@@ -301,6 +302,13 @@ def test_a_graph_that_is_not_the_transformer(
     path = write_focus(tmp_path / "w.onnx", randomise(small_focus()))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=words):
         load_focus(change(path, edit), small_focus())
+
+
+def test_the_transformer_can_be_traced_and_keeps_its_table() -> None:
+    model = randomise(small_focus())
+    x = torch.randn(1, 3, 12, 20)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    assert torch.equal(model.encoder.positions((3, 5)), model.encoder.pos_embed)
 
 
 def test_tokens_of_the_transformer_can_be_reduced() -> None:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opentrans.trained import load, photographs, pixels
+from opentrans.trained import folder_photographs, load, photographs, pixels
 from opentrans_kernels import TokenPlan, reduce_tokens
 from opentrans_kernels.bench.environment import machine, versions
 from opentrans_kernels.bench.timing import interleave
@@ -107,11 +107,12 @@ def sides() -> list[Side]:
     return found
 
 
-def squares() -> dict[str, Tensor]:
-    """The middle square of every held-out photograph, as the network takes it."""
+def squares(folder: str | None = None) -> dict[str, Tensor]:
+    """The middle square of every held-out photograph (or those of a folder), as the network
+    takes it."""
     network = load("focus")
     found = {}
-    for photo in photographs("holdout"):
+    for photo in photographs("holdout") if folder is None else folder_photographs(folder):
         image = pixels(photo, 1024)
         side = min(image.shape[1:])
         top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
@@ -130,9 +131,8 @@ def agreement(found: Tensor, dense: Tensor) -> dict[str, float | None]:
     }
 
 
-def measure_agreement(model: nn.Module) -> dict[str, Any]:
+def measure_agreement(model: nn.Module, images: dict[str, Tensor]) -> dict[str, Any]:
     """Every side's maps against the dense ones: name -> photograph -> numbers."""
-    images = squares()
     dense = {name: model(image).sigmoid() for name, image in images.items()}
     found: dict[str, Any] = {}
     for side in sides():
@@ -145,9 +145,8 @@ def measure_agreement(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def measure_times(model: nn.Module, rounds: int) -> dict[str, Any]:
+def measure_times(model: nn.Module, image: Tensor, rounds: int) -> dict[str, Any]:
     """Every side on one photograph, interleaved: name -> milliseconds and ratio to dense."""
-    image = squares()["voc"]
     calls = {}
     for side in sides():
         call = side.make(model)
@@ -227,6 +226,7 @@ def main() -> None:
     parser.add_argument("--json", required=True, metavar="PATH")
     parser.add_argument("--part", choices=("agreement", "times", "both"))
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default 7")
+    parser.add_argument("--images", metavar="DIR", help="photographs of your own instead")
     parser.add_argument("--plot", metavar="PATH", help="SVG of agreement over speed-up")
     parser.add_argument("--table", action="store_true", help="print the table in Markdown")
     options = parser.parse_args()
@@ -235,12 +235,12 @@ def main() -> None:
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     part = options.part or (None if options.plot or options.table else "both")
     if part is not None:
-        model = load("focus").module
+        model, images = load("focus").module, squares(options.images)
         with torch.no_grad():
             if part in ("agreement", "both"):
-                result["agreement"] = measure_agreement(model)
+                result["agreement"] = measure_agreement(model, images)
             if part in ("times", "both"):
-                result["times"] = measure_times(model, options.rounds)
+                result["times"] = measure_times(model, list(images.values())[-1], options.rounds)
                 result["machine"], result["versions"] = machine(), versions()
         result |= {"network": "focus", "size": [SIZE, SIZE], "threshold": THRESHOLD}
         if "agreement" in result:
