@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.fx
 from torch import Tensor, nn
 from trained_files import randomise
 
@@ -203,7 +204,7 @@ def test_the_resnet_is_accelerated_as_it_is() -> None:
 
 
 def small_focus() -> FocusNet:
-    return FocusNet(width=64, depth=2, patch=4, grid=(3, 5), channels=(4, 3, 2))
+    return FocusNet(width=64, depth=2, patch=4, grid=(3, 5), channels=(8, 7, 6))
 
 
 def write_focus(path: Path, model: FocusNet) -> Path:
@@ -260,6 +261,9 @@ def test_the_transformer_comes_out_as_it_went_in(tmp_path: Path) -> None:
     loaded = load_focus(write_focus(tmp_path / "w.onnx", model), small_focus())  # type: ignore[arg-type]
     x = torch.randn(2, 3, 12, 20)
     assert torch.equal(loaded(x), model(x)) and loaded(x).shape == (2, 1, 12, 20)
+    assert loaded(x).std() > 1e-3
+    stored = model.state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in loaded.state_dict().items())
     assert loaded(torch.randn(1, 3, 17, 9)).shape == (1, 1, 17, 9)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
@@ -298,6 +302,13 @@ def test_a_graph_that_is_not_the_transformer(
     path = write_focus(tmp_path / "w.onnx", randomise(small_focus()))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=words):
         load_focus(change(path, edit), small_focus())
+
+
+def test_the_transformer_can_be_traced_and_keeps_its_table() -> None:
+    model = randomise(small_focus())
+    x = torch.randn(1, 3, 12, 20)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    assert torch.equal(model.encoder.positions((3, 5)), model.encoder.pos_embed)
 
 
 def test_tokens_of_the_transformer_can_be_reduced() -> None:

@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from opentrans.trained import Loaded, fetch, load, photographs, pixels
+from opentrans.trained import Loaded, fetch, folder_photographs, load, photographs, pixels
 from opentrans_kernels.masks.atomic import atomic_write
 
 LONGEST = 320
@@ -119,9 +119,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--python", required=True, help="of the environment with the runtimes")
     parser.add_argument("--json", required=True, metavar="PATH")
+    parser.add_argument("--images", metavar="DIR", help="photographs of your own instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pictures = {photo.name: pixels(photo, LONGEST) for photo in photographs("holdout")}
+    photos = folder_photographs(options.images) if options.images else photographs("holdout")
+    pictures = {photo.name: pixels(photo, LONGEST) for photo in photos}
     rows = []
     for each in compare(options.python, pictures):
         rows.append(each)

@@ -32,8 +32,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        three = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(*three, scale=self.scale)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -95,15 +95,14 @@ class Encoder(nn.Module):
 
     def positions(self, size: tuple[int, int]) -> Tensor:
         """[1, 1 + h w, width], for a map of (h, w) tokens."""
-        if size == self.grid:
-            return self.pos_embed
         table = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, self.grid)
         table = F.interpolate(table, size, mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, image: Tensor) -> Tensor:
         maps = self.patch_embed(image)
-        x = torch.cat([self.cls_token.expand(len(maps), -1, -1), maps.flatten(2).mT], 1)
+        first = self.cls_token.expand(maps.shape[0], -1, -1)
+        x = torch.cat([first, maps.flatten(2).mT], 1)
         x = x + self.positions((maps.shape[2], maps.shape[3]))
         for block in self.blocks:
             x = block(x)
