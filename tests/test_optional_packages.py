@@ -17,8 +17,8 @@ from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.lazy import PIP_NAMES, optional_module, require_packages
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Asks for its packages itself, because the demo goes on without them; and runs in an environment of
-#: its own, which has them.
+#: The one asks for its packages itself, because the demo goes on without them; the other runs in an
+#: environment of its own, which has them.
 OWN_WAY = {"opentrans/cli/weights.py", "opentrans_kernels/bench/peers/workers/onnx_graph.py"}
 
 NEEDS = [

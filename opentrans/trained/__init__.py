@@ -15,7 +15,10 @@ _EXPORTS = {
     "Network": "catalog",
     "Crops": "crops",
     "fetch": "fetch",
+    "load_efficientnet_lite0": "efficientnet",
+    "load_focus": "focus",
     "load_hed": "hed",
+    "load_resnet_half": "resnet_half",
     "Loaded": "load",
     "load": "load",
     "Photograph": "photographs",
@@ -32,13 +35,16 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .catalog import Network as Network
     from .crops import Crops as Crops
     from .crops import pixels as pixels
+    from .efficientnet import load_efficientnet_lite0 as load_efficientnet_lite0
     from .fetch import fetch as fetch
+    from .focus import load_focus as load_focus
     from .hed import load_hed as load_hed
     from .load import Loaded as Loaded
     from .load import load as load
     from .photographs import Photograph as Photograph
     from .photographs import folder_photographs as folder_photographs
     from .photographs import photographs as photographs
+    from .resnet_half import load_resnet_half as load_resnet_half
     from .shipped import shipped as shipped
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
