@@ -15,7 +15,7 @@ PYTEST      := $(BIN)/python -m pytest -q -rs -n $(WORKERS) --maxprocesses 8 --d
 .PHONY: help dev test test-all test-isa neon test-torch test-python demo bench bench-quick bench-all bench-ops peers trained trained-quick readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv
 
 help:
-	@echo "make demo          install, build, then masked CLIP RN50 end to end -> demo-report/"
+	@echo "make demo          install, build, then a pruned edge detector and masked RN50 -> demo-report/"
 	@echo "make test          install, build, then every test that is not slow (TESTS=tests/test_ops.py)"
 	@echo "make test-all      the slow tests too"
 	@echo "make test-isa      the suite once per instruction set of this CPU (ISA=avx2 ...)"

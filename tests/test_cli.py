@@ -270,7 +270,7 @@ def test_demo_writes_a_report(
 ) -> None:
     folder = tmp_path / "report"
     arguments = ["--mask", mask_file, "--arch", TINY, "--size", "40", "--rounds", "2"]
-    arguments += ["--variants", "eager", "--no-download", "--output", str(folder)]
+    arguments += ["--variants", "eager", "--no-download", "--no-trained", "--output", str(folder)]
     assert cli.main(["demo", *arguments]) == 0
     assert sorted(path.name for path in folder.iterdir()) == ["index.html", "report.json"]
     page, result = (
@@ -279,13 +279,17 @@ def test_demo_writes_a_report(
     )
     assert "SYNTHETIC weights" in page and page.count("<svg") == 4
     assert f"{result['speedup']:.2f}x" in page and result["banner"]
+    assert result["trained"] == {"skipped": "--no-trained was given."}
+    assert "Left out: --no-trained was given." in page and "<img" not in page
     assert "fastest of the 1 dense variants that were timed: eager." in page
     shown = capsys.readouterr()
     assert "eager is the fastest of 1 dense variants timed: eager\n" in shown.out
     assert "SYNTHETIC weights" in shown.err
 
 
-@pytest.mark.parametrize("command", ["demo --no-download --output report", "bench trunk"])
+@pytest.mark.parametrize(
+    "command", ["demo --no-download --no-trained --output report", "bench trunk"]
+)
 def test_demo_and_benchmark_time_the_same_dense_variants(
     command: str, limited: None, mask_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

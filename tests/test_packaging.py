@@ -76,6 +76,9 @@ def test_without_a_compiler_the_package_is_pure_python_and_says_so(tree: Path) -
     assert record["not_built"]["_C_cuda"] == "this version has no CUDA kernels"
     assert record["version"] == opentrans_kernels.__version__
     assert str(tree) not in json.dumps(record)
+    shipped = Path("opentrans", "trained", "data")
+    names = {path.name for path in (ROOT / shipped).iterdir()}
+    assert "NOTICE.txt" in names and names == {p.name for p in (tree / "out" / shipped).iterdir()}
 
 
 def test_a_compiler_that_fails_is_named(tree: Path) -> None:
@@ -145,6 +148,9 @@ def test_the_wheel_is_one_abi3_wheel_with_the_extension(tree: Path) -> None:
         library = packed.read("opentrans_kernels/_C.abi3.so")
     assert record["built"] == ["_C"] and record["torch_target"] == "2.11"
     assert {"opentrans_kernels/py.typed", "opentrans/__init__.py", "opentrans/py.typed"} <= {*names}
+    data = {path.name for path in (ROOT / "opentrans" / "trained" / "data").iterdir()}
+    assert "NOTICE.txt" in data
+    assert {f"opentrans/trained/data/{name}" for name in data} <= {*names}
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "csrc"))]
     assert str(tree).encode() not in library, "a build path would show in error messages"
     assert not list((tree / "opentrans_kernels").glob("_*.so")), "a wheel leaves the sources alone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def _measure(
         Picture(png(photo), size, "The photograph", f"{size[0]}x{size[1]} pixels"),
         Picture(
             png(reference), size, f"Dense: {pair.before_ms:.0f} ms",
-            f"the answer of all weights; time of {best.name}, the fastest dense one",
+            f"every weight; time of the fastest dense PyTorch here, {best.name}",
         ),
         Picture(
             png(pruned), size, f"Pruned, accelerated: {pair.after_ms:.0f} ms",
@@ -121,7 +122,7 @@ def _measure(
         "plan": str(report),
         "notes": pair.notes(),
         "origin": origin,
-        "frontier": frontier(_RESULTS / "hed.json"),
+        "frontier": _frontier(out),
     }, pictures
 
 
@@ -130,7 +131,7 @@ def _network(path: Path) -> tuple[nn.Module, Report, list[str]]:
     from opentrans_kernels.checkpoint import load_accelerated, provenance_of
 
     own = ("created", "model", "torch")
-    origin = [text for key, text in provenance_of(path).items() if key not in own]
+    origin = [f"{key}: {text}" for key, text in provenance_of(path).items() if key not in own]
     return (*load_accelerated(path), origin)
 
 
@@ -180,6 +181,16 @@ def _fastest_dense(
     return next(one for one in built if one.name == best), unavailable
 
 
+def _frontier(out: Output) -> list[dict[str, Any]]:
+    from opentrans_kernels.errors import CheckpointError
+
+    try:
+        return frontier(_RESULTS / "hed.json")
+    except CheckpointError as error:
+        out.warn(f"the figure of the study is left out: {error}")
+        return []
+
+
 def frontier(path: Path) -> list[dict[str, Any]]:
     """Agreement of the study's runs: "way", "macs_left", "f_score" each; none without its file.
 
@@ -187,23 +198,23 @@ def frontier(path: Path) -> list[dict[str, Any]]:
     """
     from opentrans_kernels.errors import CheckpointError
 
-    if not path.is_file():
+    if not path.is_file():  # installed without the source tree
         return []
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [
-            {
-                "way": _way(name),
-                "macs_left": float(cell["macs_left"]),
-                "f_score": float(cell["agreement"]["mean"]["f_score"]),
-            }
+        found = {
+            name: (float(cell["macs_left"]), float(cell["agreement"]["mean"]["f_score"]))
             for name, cell in cells.items()
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if "agreement" in cell
+        }
+        if not all(math.isfinite(number) for pair in found.values() for number in pair):
+            raise ValueError("a number is not finite")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no result of the study of pruned networks ({type(error).__name__}: "
-            f"{error}). Remove it, or restore it from the repository."
+            f"{error}). Restore it from the repository, or remove it."
         ) from error
+    return [{"way": _way(n), "macs_left": left, "f_score": f} for n, (left, f) in found.items()]
 
 
 def _way(cell: str) -> str:

@@ -41,8 +41,8 @@ def _trained(page: Page, found: Mapping[str, Any], pictures: Sequence[Picture]) 
             f"speed-up over {found['dense_kind']}": f"{timing['speedup']:.2f}x",
             "ms accelerated": f"{timing['after_ms']:.0f}",
             "ms best dense PyTorch": f"{timing['before_ms']:.0f}",
-            "F-score against the dense answer": f"{agreement['f_score']:.3f}",
-            "mean absolute difference": f"{agreement['mae']:.3f}",
+            "F-score (dense: 1)": f"{agreement['f_score']:.3f}",
+            "mean difference (dense: 0)": f"{agreement['mae']:.3f}",
         }
     )
     page.pictures(pictures)
@@ -52,11 +52,13 @@ def _trained(page: Page, found: Mapping[str, Any], pictures: Sequence[Picture]) 
         "Both sides run the same masked network; PyTorch multiplies by the zeros, so the dense "
         f"one takes as long there. They differ by {found['difference']:.1e} of the largest value. "
         "The F-score takes pixels where the dense answer exceeds 0.5 as edges, and the best "
-        "threshold for the other; 1 is the same map.",
+        "threshold for the other; the difference is the mean of absolute ones.",
         "soft",
     )
-    for line in (*found["notes"], *found["origin"]):
+    for line in found["notes"]:
         page.paragraph(line, "soft")
+    if found["origin"]:
+        page.paragraph(f"From the file: {'; '.join(found['origin'])}", "soft")
     for name, error in found["unavailable"].items():
         page.paragraph(f"{name} could not be run: {error}", "soft")
     page.preformatted(found["plan"], "Show what was done with each layer")
