@@ -211,6 +211,9 @@ def test_the_figure_of_the_study(data: Path, tmp_path: Path) -> None:
     assert len(drawings) == 5 and "What other ways and amounts of pruning keep" in page
     circles = list(ElementTree.fromstring(drawings[0]).iter("circle"))
     assert len(circles) == 4
+    texts = [one.text for one in ElementTree.fromstring(drawings[0]).iter("text")]
+    assert {"untrained/global", "imp, single runs"} <= {*texts}
+    assert drawings[0].count("<polyline") == 1 and "imp/2:4: 50.0% left, F-score 0.950" in page
     for text in ("", "[]", "{}", '{"cells": [1]}', json.dumps({"cells": {"a": {"agreement": 1}}}),
                  json.dumps({"cells": {"a": cell(float("nan"), 1.0)}})):  # fmt: skip
         path.write_text(text)

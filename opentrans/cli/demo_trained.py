@@ -192,7 +192,8 @@ def _frontier(out: Output) -> list[dict[str, Any]]:
 
 
 def frontier(path: Path) -> list[dict[str, Any]]:
-    """Agreement of the study's runs: "way", "macs_left", "f_score" each; none without its file.
+    """Agreement of the study's runs: "run", "way", "macs_left", "f_score" each; none without its
+    file.
 
     Raises CheckpointError if the file holds something else.
     """
@@ -214,7 +215,10 @@ def frontier(path: Path) -> list[dict[str, Any]]:
             f"{path} is no result of the study of pruned networks ({type(error).__name__}: "
             f"{error}). Restore it from the repository, or remove it."
         ) from error
-    return [{"way": _way(n), "macs_left": left, "f_score": f} for n, (left, f) in found.items()]
+    return [
+        {"run": name, "way": _way(name), "macs_left": left, "f_score": score}
+        for name, (left, score) in found.items()
+    ]
 
 
 def _way(cell: str) -> str:

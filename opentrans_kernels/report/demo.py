@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,20 +66,31 @@ def _trained(page: Page, found: Mapping[str, Any], pictures: Sequence[Picture]) 
         _frontier(page, found["frontier"])
 
 
-def _frontier(page: Page, cells: Sequence[Mapping[str, Any]]) -> None:
-    """Agreement over work left, one colour per way of pruning."""
-    ways: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for cell in cells:
-        ways[cell["way"]].append((cell["macs_left"], cell["f_score"]))
+def _frontier(page: Page, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Agreement over work left: a curve per way of pruning, single runs as points by their kind."""
+    several = {way for way, count in Counter(run["way"] for run in runs).items() if count > 1}
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs:
+        way = run["way"]
+        groups[way if way in several else f"{way.partition('/')[0]}, single runs"].append(run)
     page.subheading("What other ways and amounts of pruning keep")
     page.paragraph(
         "Mean F-score over photographs that nothing was trained on, against the dense answer, by "
         "the share of multiply-adds left. Up and to the left is better. From "
-        "benchmarks/results/trained.",
+        "benchmarks/results/trained; point at a dot for its run.",
         "soft",
     )
-    curves = [
-        Curve(way, sorted(points), colour(index), joined=len(points) > 1)
-        for index, (way, points) in enumerate(sorted(ways.items()))
-    ]
+    curves = []
+    for index, (label, members) in enumerate(sorted(groups.items())):
+        ordered = sorted(members, key=lambda run: (run["macs_left"], run["f_score"]))
+        points = [(run["macs_left"], run["f_score"]) for run in ordered]
+        tips = [
+            f"{r['run']}: {r['macs_left']:.1%} left, F-score {r['f_score']:.3f}" for r in ordered
+        ]
+        joined = label in several
+        curves.append(Curve(label, points, colour(index), joined=joined, tips=tips))
     page.svg(plot(curves, Axis("share of multiply-adds left"), Axis("F-score"), height=320))
+    ranked = sorted(runs, key=lambda run: -run["f_score"])
+    rows = [[r["run"], f"{r['macs_left']:.1%}", f"{r['f_score']:.3f}"] for r in ranked]
+    with page.folded("Every run of that study"):
+        page.table(("run", "multiply-adds left", "F-score"), rows)
