@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -270,3 +271,15 @@ def test_lapack_serves_where_the_kernel_does_not(fit: str, set_env) -> None:
     for row in there:
         if row.name != "orthogonal half":  # exact ties: set by rounding
             assert same(here[row.name].alpha, row.alpha), row.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 3, 4, 37, 1152])
+def test_rows_have_one_eigenvalue_each(dtype: torch.dtype, columns: int) -> None:
+    a = torch.randn(columns, 5, 1, dtype=dtype).permute(1, 2, 0)  # strided, as depthwise weights
+    values, redone = gram_eigenvalues(a, 0.5)
+    torch.testing.assert_close(values, 0.5 * a.double().square().sum(2), rtol=1e-14, atol=0)
+    assert not redone.any()
+    a[2, 0, 0], a[3] = math.inf, 0
+    values, _ = gram_eigenvalues(a, 0.5)
+    assert math.isnan(values[2, 0]) and values[3, 0] == 0

@@ -89,8 +89,8 @@ void gram_tiles(const MatrixView& a, const TileTriangle& out) {
           for (int64_t j = j0; j < j0 + kSuper && j <= i; ++j) {
             const double *left[kDepth], *right[kDepth];
             for (int k = 0; k < count; ++k) left[k] = at(i, k), right[k] = at(j, k);
-            (i == j ? isa.symmetric : isa.product)(
-                out.tile(i, j), left, right, count, k0 == 0 ? EigenIsa::kSet : EigenIsa::kAdd, true);
+            (i == j ? isa.symmetric : isa.product)(out.tile(i, j), left, right, count,
+                                                   k0 == 0 ? EigenIsa::kSet : EigenIsa::kAdd, true);
           }
   }
 }
