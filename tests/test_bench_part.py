@@ -258,3 +258,25 @@ def test_transformers_networks_are_named_in_one_place() -> None:
         assert torch.equal(WholeModule(found.tower)(image()), maps[0])
     with pytest.raises(OpenTransError, match="no network 'bert'.*resnet50"):
         build_tower("transformers:bert")
+
+
+def test_two_threads_are_told_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.isa_environment("native", 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(trunk, "accelerate", unmeasured)
+    options = trunk.TrunkOptions(
+        height=SIZE[0], width=SIZE[1], threads=2, rounds=2, warmup_s=0, variants=("eager",),
+        layers=False,
+    )  # fmt: skip
+    threads = torch.get_num_threads()
+    try:
+        result = trunk.run(subject_of(Chain()), options)
+    finally:
+        torch.set_num_threads(threads)
+    stages = [row["part"] for row in result["thread_scaling"]["stages"]]
+    assert stages == ["features.0", "features.3", "features.6", "features.7", "the whole"]
+    assert not list(schema.problems(result, schema.FORMS["trunk"]))
+    result["exact"] = True  # so that ratios are shown
+    shown = io.StringIO()
+    bench_trunk.show(result, Output(stdout=shown))
+    assert "efficiency" in shown.getvalue() and "features.7" in shown.getvalue()
