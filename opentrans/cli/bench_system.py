@@ -117,6 +117,8 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 def show(result: dict[str, Any], out: Output) -> None:
     """Sides, what could not be timed, and times by part."""
+    from opentrans_kernels.bench.parts import part_ratio
+
     size = f"{result['height']}x{result['width']}"
     masks = result["mask"]["label"]
     if "head_mask" in result:
@@ -162,7 +164,7 @@ def show(result: dict[str, Any], out: Output) -> None:
     out.text()
     cells = [
         [p["part"], f"{p['dense_ms']:.1f}", f"{p['ms']:.1f}",
-         f"{p['dense_ms'] / max(p['ms'], 1e-6):.2f}x", p["what"]]
+         part_ratio(p["dense_ms"], p["ms"]), p["what"]]
         for p in result["parts"]
     ]  # fmt: skip
     out.table(None, ("part", "eager ms", "our ms", "ratio", "what was done"), cells)

@@ -23,7 +23,7 @@ from ..errors import OpenTransError
 from ..heads import HeadPart, HeadReport
 from .timing import median_pair
 
-__all__ = ["PartTimes", "Toggle", "boundaries", "time_parts", "trunk_path"]
+__all__ = ["PartTimes", "Toggle", "boundaries", "part_ratio", "time_parts", "trunk_path"]
 
 REST, WHOLE = "the rest, after the head too", "the whole"
 SMALL = 0.01  # of the whole, on either side: a part below it belongs to the rest
@@ -160,10 +160,15 @@ class PartTimes:
         width = max(len(row[0]) for row in rows)
         lines = [f"{'part':<{width}}  {'dense ms':>9}  {'our ms':>9}  {'ratio':>6}  done"]
         lines += [
-            f"{part:<{width}}  {dense:9.1f}  {ours:9.1f}  {dense / max(ours, 1e-6):5.2f}x  {what}"
+            f"{part:<{width}}  {dense:9.1f}  {ours:9.1f}  {part_ratio(dense, ours):>6}  {what}"
             for part, dense, ours, what in rows
         ]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def part_ratio(dense: float, ours: float) -> str:
+    """``2.50x``; nothing for a part that is called on one side only."""
+    return f"{dense / ours:.2f}x" if dense > 0 and ours > 0 else ""
 
 
 def time_parts(
