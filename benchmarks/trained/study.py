@@ -283,6 +283,7 @@ def main() -> int:
         say(f"  {name}")
         if isinstance(cell, Recipe):
             folder = folder_of(options.work, options.network, name)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             found = run_recipe(data, cell, folder, scope)
         elif len(cell) == 3:
             found = run_untrained(data, *cell, scope)
