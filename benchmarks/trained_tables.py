@@ -41,7 +41,10 @@ WAYS = ("global", "uniform", "macs", "random")
 def load(folder: Path) -> dict[str, Result]:
     """File stem -> result. Raises OpenTransError for a file of another form."""
     found = {}
+    names = {f"{network}{kind}" for network in NETWORKS for kind in ("", "-freezing")}
     for path in sorted((folder / FOLDER).glob("*.json")):
+        if path.stem not in {*names, "alpha"}:
+            continue  # another script's, with a table of its own
         result = read_json(path)
         if not isinstance(result, Mapping) or "schema" not in result:
             raise OpenTransError(f"{path.name} is no result of the study. Move it elsewhere.")
@@ -191,9 +194,8 @@ def alpha_table(result: Result | None) -> str:
                 changed = now["moved"]
                 count = len(set(now["frozen"]) ^ set(first["frozen"]))
                 moved.append(f"{now['median']:.2f}, {count}" if changed else "-")
-            layers = len(first["alpha"])
-            flagged = len(first["remarks"])
-            rows.append((name, label, str(layers), str(flagged), f"{first['median']:.2f}", *moved))
+            counts = str(first["layers"]), str(first["remarks"])
+            rows.append((name, label, *counts, f"{first['median']:.2f}", *moved))
     stages = [s["name"] for s in next(iter(result["networks"].values()))["stages"]]
     masks = [name for name in stages if name.startswith("global:")]
     head = ["network", "estimate", "layers", "with a remark", "dense: median", *masks]

@@ -48,7 +48,25 @@ def measure(name: str, model: nn.Module, folder: Path | None) -> dict[str, Any]:
         for two in labels[i + 1 :]:
             apart = set(dense.frozen[one]) ^ set(dense.frozen[two])
             differ[f"{one} and {two}"] = sorted(apart)
-    return {"stages": found.to_dict()["stages"], "methods_differ": differ}
+    return {"stages": short(found.to_dict()["stages"]), "methods_differ": differ}
+
+
+def short(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what can be computed again: alphas of single layers stay for the dense weights."""
+    for number, stage in enumerate(stages):
+        stage.pop("layer_zeros")
+        for estimate in stage["estimates"].values():
+            estimate.pop("ks_distance")
+            estimate["layers"] = len(estimate["alpha"])
+            estimate["remarks"] = len(estimate["remarks"])
+            if number:
+                estimate.pop("alpha")
+            else:
+                estimate["alpha"] = {
+                    name: round(value, 4) if isinstance(value, float) else value
+                    for name, value in estimate["alpha"].items()
+                }
+    return stages
 
 
 def main() -> int:
