@@ -178,7 +178,7 @@ def test_one_layer_can_be_measured_alone() -> None:
     assert [row.name for row in rows] == names == ["layer1.0.conv2"]
     made = rows[0].to_dict()
     assert made["match"]["equal"] == made["exact"] is True
-    with pytest.raises(OpenTransError, match=r"no masked convolution of the trunk is called 'x'"):
+    with pytest.raises(OpenTransError, match=r"no masked convolution that .* is called 'x'"):
         measure_layers(subject, (64, 64), only=["x"])
 
 

@@ -214,4 +214,4 @@ def test_every_command_speaks_first() -> None:
     assert [line.split(":")[0].removeprefix("opentrans ") for line in lines[::2]] == [
         "info", "inspect", "plan", "alpha", "accelerate", "flops", "prune", "freeze",
     ]  # fmt: skip
-    assert set(RESTARTING) == {"bench", "demo", "report"}
+    assert set(RESTARTING) == {"bench", "demo", "report", "trained"}

@@ -247,6 +247,7 @@ def test_example_images_are_found_where_they_are_installed(
     (tmp_path / "skimage" / "__init__.py").write_text("")
     for name in ("coffee.png", "rocket.jpg", "multipage.tif"):
         (tmp_path / "skimage" / "data" / name).write_bytes(b"")
+    monkeypatch.delitem(sys.modules, "skimage", raising=False)  # where another test imported it
     monkeypatch.syspath_prepend(tmp_path)
     assert [file.name for file in training.example_images()] == ["coffee.png", "rocket.jpg"]
 

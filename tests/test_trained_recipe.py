@@ -171,6 +171,8 @@ def test_batches_are_passes_in_another_order(bank: Bank) -> None:
     assert torch.equal(twice[0], twice[2]) and not torch.equal(twice[0], twice[1])
     for images in twice:
         assert {i.sum().item() for i in images} == {i.sum().item() for i in bank.images}
+    bank.seed = 7
+    assert not torch.equal(bank.batch(0, 5)[0], twice[0]), "the seed of a later run is not taken"
     with pytest.raises(OpenTransError, match="as many targets"):
         Bank(bank.images, [bank.targets[0][:2]])
 

@@ -41,7 +41,7 @@ class Bank:
                 f"{[len(t) for t in targets]} targets. Build it with Bank.build."
             )
         self.images, self.targets, self.seed = images, targets, seed
-        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+        self._order: tuple[tuple[int, int], torch.Tensor] = ((0, -1), torch.empty(0))
 
     @classmethod
     def build(
@@ -86,9 +86,10 @@ class Bank:
         picked = []
         for i in range(step * size, (step + 1) * size):
             turn, place = divmod(i, len(self))
-            if self._order[0] != turn:
+            if self._order[0] != (self.seed, turn):  # a run may set another seed
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-                self._order = turn, torch.randperm(len(self), generator=generator)
+                order = torch.randperm(len(self), generator=generator)
+                self._order = (self.seed, turn), order
             picked.append(int(self._order[1][place]))
         return self.images[picked], [t[picked] for t in self.targets]
 
