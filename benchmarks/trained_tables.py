@@ -116,7 +116,7 @@ def trained_table(name: str, result: Result | None) -> str:
                 f"{found['macs_left']:.3f}",
                 *_values(name, found),
                 *_latency(found),
-                f"{found['cpu_seconds'] / 60:.1f}",
+                f"{found['cpu_seconds'] / 60:.1f}" if "cpu_seconds" in found else "-",
             )
         )
     head = [
