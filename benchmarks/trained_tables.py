@@ -33,7 +33,7 @@ SETS = {
     "above": "alpha above the median (alpha*)",
     "random": "random half",
     "prefix": "first half",
-    "affine": "all convolutions (norms and classifier train)",
+    "classifier": "everything but the classifier",
 }
 WAYS = ("global", "uniform", "macs", "random")
 

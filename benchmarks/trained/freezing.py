@@ -34,7 +34,7 @@ from opentrans_kernels.spectrum import estimate_alpha
 
 SCHEMA = 1
 FIT = "xmin_peak"
-SETS = ("none", "below", "above", "random", "prefix", "affine")
+SETS = ("none", "below", "above", "random", "prefix", "classifier")
 
 
 def frozen_of(which: str, data: Data, seed: int, plans: dict[str, FreezePlan]) -> list[str]:
@@ -42,7 +42,7 @@ def frozen_of(which: str, data: Data, seed: int, plans: dict[str, FreezePlan]) -
     convs = [n for n, m in data.dense.named_modules() if isinstance(m, nn.Conv2d)]
     if which == "none":
         return []
-    if which == "affine":  # convolution weights stay; norms (and the classifier) train
+    if which == "classifier":  # a norm is frozen with its convolution, so that alone trains
         return convs
     if which == "prefix":
         return convs[: len(convs) // 2]
