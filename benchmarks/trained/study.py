@@ -1,7 +1,7 @@
 """What pruning does to the answers of trained networks, on photographs nobody trained on.
 
     python benchmarks/trained/study.py --network hed --out benchmarks/results/trained   # hours
-    python benchmarks/trained/study.py --network hed --quick --out /tmp/quick           # minutes
+    python benchmarks/trained/study.py --network hed --quick --out build/quick        # minutes
 
 Every cell is one way of pruning under one budget. A cell that is in the JSON already is not run
 again, and a run that was stopped within a cell continues there (``--work``).
