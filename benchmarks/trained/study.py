@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from opentrans.trained import Crops, Loaded, load, photographs
@@ -33,6 +34,7 @@ from opentrans_kernels.masks import MaskSet, atomic_write
 
 SCHEMA = 1
 BUDGET = 300  # steps of every trained cell
+TIMED = "imp/macs-0.2"  # whose training step is timed with and without the sparse kernels
 
 
 @dataclass
@@ -163,7 +165,7 @@ def random_masks(model: nn.Module, scope: list[str], density: float, seed: int) 
     return MaskSet.from_tensors(found)
 
 
-def speed_of_a_round(data: Data, masks: MaskSet, weights: nn.Module, steps: int) -> dict[str, Any]:
+def speed_of_a_step(data: Data, masks: MaskSet, weights: nn.Module, steps: int) -> dict[str, Any]:
     """Seconds of a training step: plain PyTorch against sparse kernels, interleaved; medians."""
     from statistics import median
 
@@ -291,6 +293,15 @@ def main() -> int:
             found = run_random(data, *cell, scope)
         say(f"    {found['agreement']['mean']}, multiply-adds left {found['macs_left']:.3f}")
         result["cells"][name] = found
+        store(path, result)
+    timed = folder_of(options.work, options.network, TIMED)
+    if "training_step" not in result and (timed / "weights.safetensors").exists():
+        weights = copy.deepcopy(data.dense)
+        weights.load_state_dict(load_file(timed / "weights.safetensors"))
+        masks = MaskSet.load(timed / "masks.safetensors")
+        steps = 1 if options.quick else 5
+        result["training_step"] = speed_of_a_step(data, masks, weights, steps)
+        say(f"  training step, plain over sparse: {result['training_step']['ratio']:.2f}x")
         store(path, result)
     say(f"wrote {path}")
     return 0
