@@ -91,11 +91,18 @@ def untrained_table(name: str, result: Result | None) -> str:
     if not cells:
         return EMPTY
     rows = []
+    key, title, digits = NETWORKS[name][1][0]
+    again = any("recalibrated" in found for found in cells.values())
     for cell, found in cells.items():
         _, way, density = cell.split("/")
-        left = f"{found['macs_left']:.3f}"
-        rows.append((way, f"{1 - float(density):.0%}", left, *_values(name, found)))
-    return table(["allocation", "zeros", "multiply-adds left", *_heads(name)], rows)
+        row = [way, f"{1 - float(density):.0%}", f"{found['macs_left']:.3f}", *_values(name, found)]
+        if again:
+            row.append(f"{found['recalibrated']['mean'][key]:.{digits}f}")
+        rows.append(row)
+    head = ["allocation", "zeros", "multiply-adds left", *_heads(name)]
+    if again:
+        head.append(f"{title}, statistics measured again")
+    return table(head, rows)
 
 
 def trained_table(name: str, result: Result | None) -> str:

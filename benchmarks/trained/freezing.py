@@ -141,6 +141,7 @@ def main() -> int:
         start, data.subject.objective, data.bank, data.prepare,
         Recipe(rounds=1, period=1, recovery=0, lr=0.0), scope=scope, input_size=data.subject.size,
     )  # fmt: skip
+    data.measure(start)
     plans = {
         "below": freeze_plan(data.dense, estimate_alpha(data.dense, fit=FIT), rule="median"),
         "above": freeze_plan(data.dense, estimate_alpha(data.dense, fit=FIT), rule="above_median"),

@@ -28,12 +28,14 @@ from opentrans.trained import Crops, Loaded, load, photographs
 from opentrans.trained.bank import Bank
 from opentrans.trained.judge import Unseen, holdout, judge
 from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs, save_weights
+from opentrans.trained.statistics import bank_inputs, recalibrate
 from opentrans.trained.subjects import SUBJECTS, Subject
 from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.masks import MaskSet, atomic_write
 
 SCHEMA = 1
-BUDGET = 300  # steps of every trained cell
+BUDGET = 300  # steps of every trained cell but the long ones
+LONG = 3000  # steps of those: the whole recipe, 22 rounds and a recovery
 TIMED = "imp/macs-0.2"  # whose training step is timed with and without the sparse kernels
 
 
@@ -46,6 +48,7 @@ class Data:
     loaded: Loaded
     bank: Bank
     holdout: list[Unseen]
+    work: Path
 
     @property
     def dense(self) -> nn.Module:
@@ -59,21 +62,33 @@ class Data:
         """Means over the hold-out photographs, and the values of each."""
         return judge(model, self.loaded, self.subject, self.holdout)
 
+    def measure(self, model: nn.Module) -> None:
+        """Batch norms of a pruned copy, measured again; nothing where there are none."""
+        if crops := self.subject.statistics:
+            plain = copy.deepcopy(self.dense)
+            recalibrate(model, plain, bank_inputs(self.bank, self.prepare, crops))
+
 
 def prepare_data(name: str, work: Path, quick: bool) -> Data:
     """Network, bank and hold-out; the bank is kept in ``work``."""
     subject = SUBJECTS[name]
     loaded = load(name)
-    train = Crops(photographs("train"), subject.crop, 1, seed=0)
     count = 40 if quick else BUDGET * subject.batch  # nobody sees a crop twice
-    say(f"{name}: the dense network's answers for {count} crops")
-    bank = Bank.build(
-        loaded.module, subject.objective, train, count, loaded.prepare,
-        path=work / f"{name}-bank-{count}.safetensors",
-    )  # fmt: skip
+    bank = build_bank(loaded, subject, work, count)
+    subject.ready(loaded.module, bank, loaded.prepare)
     photos = photographs("holdout")
     unseen = holdout(loaded, subject, photos[:3] if quick else photos)
-    return Data(name, subject, loaded, bank, unseen)
+    return Data(name, subject, loaded, bank, unseen, work)
+
+
+def build_bank(loaded: Loaded, subject: Subject, work: Path, count: int) -> Bank:
+    """``count`` crops of the training photographs with the dense network's answers."""
+    name = loaded.network.name
+    say(f"{name}: the dense network's answers for {count} crops")
+    return Bank.build(
+        loaded.module, subject.objective, Crops(photographs("train"), subject.crop, 1, seed=0),
+        count, loaded.prepare, path=work / f"{name}-bank-{count}.safetensors",
+    )  # fmt: skip
 
 
 # --- cells -------------------------------------------------------------------------------------
@@ -93,10 +108,12 @@ def shares(masks: MaskSet, model: nn.Module, size: tuple[int, int]) -> dict[str,
 
 def run_recipe(data: Data, recipe: Recipe, folder: Path | None, scope: list[str]) -> dict[str, Any]:
     """One pruning run: agreement, what is left, seconds of training."""
-    model = copy.deepcopy(data.dense)
+    model, bank = copy.deepcopy(data.dense), data.bank
+    if recipe.steps() > BUDGET and len(bank) < data.subject.crops:
+        bank = build_bank(data.loaded, data.subject, data.work, data.subject.crops)
     began, cpu = time.perf_counter(), time.process_time()
     masks = prune_on_photographs(
-        model, data.subject.objective, data.bank, data.prepare, recipe, scope=scope,
+        model, data.subject.objective, bank, data.prepare, recipe, scope=scope,
         input_size=data.subject.size, out_dir=folder, on_progress=_progress(),
     )  # fmt: skip
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -127,17 +144,23 @@ def run_untrained(data: Data, allocation: str, strength: float, density: float, 
             model, data.subject.objective, data.bank, data.prepare, recipe, scope=scope,
             input_size=data.subject.size,
         )  # fmt: skip
-    return {
+    found = {
         **shares(masks, model, data.subject.size),
         "agreement": data.agreement(model),
         "seconds": 0.0,
     }
+    if data.subject.statistics:
+        data.measure(model)
+        found["recalibrated"] = data.agreement(model)
+    return found
 
 
 def run_random(data: Data, density: float, steps: int, lr: float, batch: int, scope: list[str]):
     """Random zeros, trained as long as the others."""
     model = copy.deepcopy(data.dense)
     masks = random_masks(model, scope, density, 0)
+    masks.apply_(model)
+    data.measure(model)
     began, cpu = time.perf_counter(), time.process_time()
     fine_tune(
         model, data.subject.objective, data.bank, data.prepare, masks, steps=steps, lr=lr,
@@ -205,8 +228,8 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
             found[f"untrained/{allocation}/{density:g}"] = (allocation, strength, density)
     budget = 6 if quick else BUDGET
     rounds, period = (2, 1) if quick else (11, budget // 20)
-    batch, lr = SUBJECTS[name].batch, SUBJECTS[name].lr
-    same = {"batch": batch, "lr": lr / 2, "recovery_lr": lr}
+    batch, lr, statistics = SUBJECTS[name].batch, SUBJECTS[name].lr, SUBJECTS[name].statistics
+    same = {"batch": batch, "lr": lr / 2, "recovery_lr": lr, "statistics": statistics}
     recovery = budget - 1 - (rounds - 1) * period
     trained = {
         "imp/global": Recipe(rounds, 0.1, period, recovery, **same),
@@ -237,6 +260,8 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
         found["random"] = (0.1, budget, lr, batch)
         for density in (0.2, 0.05):
             found[f"imp/global/{density:g}"] = Recipe(rounds, density, period, recovery, **same)
+        whole = same | {"lr": lr, "recovery_lr": 2 * lr}
+        found["long/global"] = Recipe(22, 0.1, 25, LONG - 526, **whole)
     return found
 
 

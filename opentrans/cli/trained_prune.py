@@ -57,13 +57,14 @@ def run(options: argparse.Namespace, out: Output) -> int:
         rounds=options.rounds, density=options.density, period=options.period,
         recovery=options.recovery, lr=chosen.lr / 2, recovery_lr=chosen.lr, batch=chosen.batch,
         allocation=options.allocation, strength=options.strength, pattern=options.pattern,
-        seed=options.seed, sparse=not options.dense_training,
+        seed=options.seed, sparse=not options.dense_training, statistics=chosen.statistics,
     )  # fmt: skip
     loaded = load(options.name)
     folder.mkdir(exist_ok=True)
     bank = _bank(options, loaded, chosen, folder, out)
     unseen = holdout(loaded, chosen)
     model = loaded.module
+    chosen.ready(model, bank, loaded.prepare)
     with progress_bar(out, "prune") as bar:
         masks = prune_on_photographs(
             model, chosen.objective, bank, loaded.prepare, recipe, scope=chosen.scope(model),

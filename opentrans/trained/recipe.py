@@ -8,6 +8,7 @@ where they were stopped.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import time
@@ -28,6 +29,7 @@ from ..saved import check_entries, count, mapping, tensors
 from ..state import check_parts, differences, load_optimizer, write_state
 from .bank import Bank
 from .objective import Objective
+from .statistics import bank_inputs, recalibrate
 
 __all__ = ["Recipe", "fine_tune", "prune_on_photographs", "save_weights"]
 
@@ -50,6 +52,8 @@ class Recipe:
         ``lr``) to 0 along a cosine.
     lr, batch: of Adam, in crops. allocation, strength, pattern: see ``docs/pruning.md``.
     sparse: train on the sparse kernels.
+    statistics: crops on which batch norms measure their running mean and variance again after every
+        round; 0: they keep those of the dense network.
     """
 
     rounds: int = 22
@@ -64,10 +68,15 @@ class Recipe:
     pattern: str = "unstructured"
     seed: int = 0
     sparse: bool = True
+    statistics: int = 0
 
     def steps(self) -> int:
         """Of training, in all."""
         return 1 + (self.rounds - 1) * self.period + self.recovery
+
+    def after_rounds(self) -> range:
+        """Numbers of the steps that follow a round; the last one is the first of the recovery."""
+        return range(1, 2 + (self.rounds - 1) * self.period, self.period)
 
     def rate(self) -> float:
         """Share of the remaining weights that a round removes."""
@@ -101,8 +110,14 @@ def prune_on_photographs(
     model.requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
     bank.seed = recipe.seed
+    plain = copy.deepcopy(model) if recipe.statistics else None
+
+    def measure(network: nn.Module, iteration: int) -> None:
+        if plain is not None and iteration in recipe.after_rounds():
+            recalibrate(network, plain, bank_inputs(bank, prepare, recipe.statistics))
 
     def step(network: nn.Module, iteration: int) -> torch.Tensor:
+        measure(network, iteration)
         return _step(network, objective, bank, prepare, recipe.batch, optimizer, iteration)
 
     def show(progress: Progress) -> None:
@@ -115,6 +130,7 @@ def prune_on_photographs(
         strength=recipe.strength, pattern=recipe.pattern, optimizer=optimizer, out_dir=out_dir,
         input_size=input_size, run_config=asdict(recipe), sparse=recipe.sparse, on_progress=show,
     )  # fmt: skip
+    measure(model, recipe.steps() - recipe.recovery)
     fine_tune(
         model, objective, bank, prepare, result.masks, steps=recipe.recovery,
         lr=recipe.lr if recipe.recovery_lr is None else recipe.recovery_lr, batch=recipe.batch,

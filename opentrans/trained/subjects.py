@@ -9,7 +9,10 @@ from torch import nn
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.synthetic import maskable_convs
 
+from .bank import Bank
+from .load import Prepare
 from .objective import EdgeMaps, Features, Objective
+from .statistics import bank_inputs, centre
 
 __all__ = ["SUBJECTS", "Subject", "subject"]
 
@@ -20,7 +23,8 @@ class Subject:
 
     crop: side of training crops in pixels. longest: of hold-out photographs; None: crops of
     ``crop``. size: (height, width) that ``macs`` weighs by. crops: how many different ones. lr,
-    batch: of Adam. within: where the convolutions to prune are, the first one never.
+    batch: of Adam. within: where the convolutions to prune are, the first one never. statistics:
+    crops that batch norms are measured on (``statistics``); 0: there are none.
     """
 
     objective: Objective
@@ -31,6 +35,12 @@ class Subject:
     lr: float
     batch: int
     within: tuple[str, ...] = ("",)
+    statistics: int = 0
+
+    def ready(self, model: nn.Module, bank: Bank, prepare: Prepare) -> None:
+        """Bring the dense ``model`` into a form that trains well, in place; same outputs."""
+        if self.statistics:
+            centre(model, bank_inputs(bank, prepare, self.statistics))
 
     def scope(self, model: nn.Module) -> list[str]:
         """Names of the convolutions to prune."""
@@ -40,7 +50,7 @@ class Subject:
 #: By the names of the catalog. Left out of the edge detector: its 1x1 side outputs, 1,472 weights.
 SUBJECTS = {
     "hed": Subject(EdgeMaps(), 160, 480, (320, 480), 800, 2e-4, 1, ("blocks.",)),
-    "resnet50-half": Subject(Features(), 224, None, (224, 224), 1200, 2e-4, 4),
+    "resnet50-half": Subject(Features(), 224, None, (224, 224), 1200, 2e-4, 4, statistics=64),
 }
 
 
