@@ -22,6 +22,7 @@ _EXPORTS = {
     "restore_skipped": "gradskip",
     "skip_frozen": "gradskip",
     "ImpSchedule": "imp",
+    "reconstruct": "least_squares",
     "Pruner": "imp",
     "iterative_magnitude_pruning": "imp",
     "MaskedOptimizer": "masked",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # "as" marks a re-export for type checkers
     from .imp import ImpSchedule as ImpSchedule
     from .imp import Pruner as Pruner
     from .imp import iterative_magnitude_pruning as iterative_magnitude_pruning
+    from .least_squares import reconstruct as reconstruct
     from .masked import MaskedOptimizer as MaskedOptimizer
     from .masked import preserve_masks as preserve_masks
     from .state import TrainingState as TrainingState

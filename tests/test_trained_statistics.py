@@ -19,7 +19,7 @@ from opentrans.trained.subjects import SUBJECTS
 from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.masks import MaskSet
 
-RECIPE = Recipe(rounds=3, density=0.2, period=2, recovery=3, lr=1e-3, batch=2, statistics=8)
+RECIPE = Recipe(rounds=3, density=0.2, period=2, recovery=3, lr=1e-3, batch=2, statistics=8, fit=4)
 
 
 class Noise:
@@ -139,7 +139,7 @@ def test_rounds_are_followed_by_a_measurement(bank: Bank, dense: ResNetHalf) -> 
     means = {}
     for crops in (0, 8):
         model = copy.deepcopy(dense)
-        recipe = Recipe(**{**RECIPE.__dict__, "statistics": crops, "recovery": 0})
+        recipe = Recipe(**{**RECIPE.__dict__, "statistics": crops, "fit": 0, "recovery": 0})
         prune_on_photographs(model, Features(), bank, prepare, recipe)
         means[crops] = model.layer2[0].bn3.running_mean
     assert torch.equal(means[0], dense.layer2[0].bn3.running_mean)
@@ -175,3 +175,21 @@ def test_which_networks_are_measured(dense: ResNetHalf, bank: Bank) -> None:
     before = dense.bn1.running_var.clone()
     SUBJECTS["resnet50-half"].ready(dense, bank, prepare)
     assert not torch.equal(dense.bn1.running_var, before)
+
+
+def test_kept_weights_are_refitted_after_rounds(bank: Bank, dense: ResNetHalf) -> None:
+    """Only where few are left; masks stay, and the answers come nearer without a training step."""
+    fits = {}
+    for density, fit in ((0.3, 0), (0.3, 8), (0.6, 0), (0.6, 8)):
+        model = copy.deepcopy(dense)
+        recipe = Recipe(1, density, 1, 0, lr=0.0, batch=2, fit=fit)
+        masks = prune_on_photographs(model, Features(), bank, prepare, recipe)
+        with torch.no_grad():
+            outputs = Features().outputs(model, prepare(bank.images))
+            apart = float((outputs[0] - bank.targets[0].float()).square().mean())
+        weight = model.layer2[0].conv3.weight
+        assert torch.equal(weight != 0, masks.masks["layer2.0.conv3"])
+        fits[density, fit] = weight.detach(), apart
+    assert torch.equal(fits[0.6, 0][0], fits[0.6, 8][0]), "above the limit nothing is refitted"
+    assert not torch.equal(fits[0.3, 0][0], fits[0.3, 8][0])
+    assert fits[0.3, 8][1] < fits[0.3, 0][1]

@@ -25,6 +25,8 @@ from opentrans_kernels.masks import MaskSet, atomic_write, open_checkpoint
 
 from ..gradskip import restore_skipped, skip_frozen
 from ..imp import Progress, iterative_magnitude_pruning
+from ..imp.scope import prunable_convs
+from ..least_squares import reconstruct
 from ..saved import check_entries, count, mapping, tensors
 from ..state import check_parts, differences, load_optimizer, write_state
 from .bank import Bank
@@ -34,6 +36,7 @@ from .statistics import bank_inputs, recalibrate
 __all__ = ["Recipe", "fine_tune", "prune_on_photographs", "save_weights"]
 
 SAVE_EVERY = 100  # steps of recovery
+FIT_BELOW = 0.35  # of the weights; a fit of more takes minutes and training does as well
 WARM_UP = 20  # steps, in which Adam's second moments are still those of a few batches
 RECOVERY = "recovery.pt"
 Settings = dict[str, Any]
@@ -54,6 +57,8 @@ class Recipe:
     sparse: train on the sparse kernels.
     statistics: crops on which batch norms measure their running mean and variance again after every
         round; 0: they keep those of the dense network.
+    fit: crops on which the kept weights are refitted, layer by layer, to the dense network's
+        outputs after every round that leaves at most ``FIT_BELOW`` (:func:`reconstruct`); 0: never.
     """
 
     rounds: int = 22
@@ -69,6 +74,7 @@ class Recipe:
     seed: int = 0
     sparse: bool = True
     statistics: int = 0
+    fit: int = 0
 
     def steps(self) -> int:
         """Of training, in all."""
@@ -110,14 +116,11 @@ def prune_on_photographs(
     model.requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
     bank.seed = recipe.seed
-    plain = copy.deepcopy(model) if recipe.statistics else None
-
-    def measure(network: nn.Module, iteration: int) -> None:
-        if plain is not None and iteration in recipe.after_rounds():
-            recalibrate(network, plain, bank_inputs(bank, prepare, recipe.statistics))
+    names = list(prunable_convs(model, scope))
+    repair = _Repair(model, names, bank, prepare, recipe)
 
     def step(network: nn.Module, iteration: int) -> torch.Tensor:
-        measure(network, iteration)
+        repair(network, iteration)
         return _step(network, objective, bank, prepare, recipe.batch, optimizer, iteration)
 
     def show(progress: Progress) -> None:
@@ -126,11 +129,11 @@ def prune_on_photographs(
 
     result = iterative_magnitude_pruning(
         model, step, rounds=recipe.rounds, rate=recipe.rate(), target_density=recipe.density,
-        period=recipe.period, first_after=1, scope=scope, allocation=recipe.allocation,
+        period=recipe.period, first_after=1, scope=names, allocation=recipe.allocation,
         strength=recipe.strength, pattern=recipe.pattern, optimizer=optimizer, out_dir=out_dir,
         input_size=input_size, run_config=asdict(recipe), sparse=recipe.sparse, on_progress=show,
     )  # fmt: skip
-    measure(model, recipe.steps() - recipe.recovery)
+    repair(model, recipe.steps() - recipe.recovery)
     fine_tune(
         model, objective, bank, prepare, result.masks, steps=recipe.recovery,
         lr=recipe.lr if recipe.recovery_lr is None else recipe.recovery_lr, batch=recipe.batch,
@@ -139,6 +142,40 @@ def prune_on_photographs(
         on_progress=None if on_progress is None else lambda *at: on_progress("recover", *at),
     )  # fmt: skip
     return result.masks
+
+
+class _Repair:
+    """What follows a round of pruning before training goes on. It is done at the step after the
+    round, so that a run that was stopped between the two does it as well."""
+
+    def __init__(
+        self, model: nn.Module, names: list[str], bank: Bank, prepare: Callable[..., torch.Tensor],
+        recipe: Recipe,
+    ) -> None:  # fmt: skip
+        self.names, self.bank, self.prepare, self.recipe = names, bank, prepare, recipe
+        self.needed = bool(recipe.statistics or recipe.fit)
+        # Ordinary modules: a model that trains on the sparse kernels normalises inside them.
+        self.dense = copy.deepcopy(model) if self.needed else model
+        self.plain = copy.deepcopy(model) if self.needed else model
+
+    def __call__(self, network: nn.Module, iteration: int) -> None:
+        if not self.needed or iteration not in self.recipe.after_rounds():
+            return
+        if self.recipe.fit:
+            self.plain.load_state_dict(network.state_dict())
+            masks = _live(self.plain, self.names)
+            if masks.density() <= FIT_BELOW:
+                inputs = torch.cat(list(bank_inputs(self.bank, self.prepare, self.recipe.fit)))
+                reconstruct(self.plain, self.dense, masks, inputs)
+                network.load_state_dict(self.plain.state_dict())
+        if self.recipe.statistics:
+            inputs = bank_inputs(self.bank, self.prepare, self.recipe.statistics)
+            recalibrate(network, self.plain, inputs)
+
+
+def _live(model: nn.Module, names: list[str]) -> MaskSet:
+    weights = {name: model.get_submodule(name).weight for name in names}
+    return MaskSet.from_tensors({name: weight.detach() != 0 for name, weight in weights.items()})
 
 
 def save_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
