@@ -35,7 +35,8 @@ from opentrans_kernels.masks import MaskSet, atomic_write
 
 SCHEMA = 1
 BUDGET = 300  # steps of every trained cell but the long ones
-LONG = 3000  # steps of those: the whole recipe, 22 rounds and a recovery
+LONG = 3000  # steps of those: 22 rounds and a recovery, or a fit and a recovery
+FIT = 64  # crops that kept weights are refitted on
 TIMED = "imp/macs-0.2"  # whose training step is timed with and without the sparse kernels
 
 
@@ -244,6 +245,13 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
         "one-shot/macs-0.2": Recipe(
             1, 0.1, 1, budget - 1, allocation="macs", strength=0.2, **same
         ),
+        "fit/global": Recipe(1, 0.1, 1, budget - 1, fit=FIT, **same),
+        "fit/uniform": Recipe(
+            1, 0.1, 1, budget - 1, allocation="uniform", fit=FIT, **same
+        ),
+        "fit/macs-0.2": Recipe(
+            1, 0.1, 1, budget - 1, allocation="macs", strength=0.2, fit=FIT, **same
+        ),
         "imp/channel": Recipe(
             rounds, 0.5, period, recovery, allocation="uniform",
             pattern="channel", **same,
@@ -262,6 +270,9 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
             found[f"imp/global/{density:g}"] = Recipe(rounds, density, period, recovery, **same)
         whole = same | {"lr": lr, "recovery_lr": 2 * lr}
         found["long/global"] = Recipe(22, 0.1, 25, LONG - 526, **whole)
+        found["long/fit/macs-0.2"] = Recipe(
+            1, 0.1, 1, LONG - 1, allocation="macs", strength=0.2, fit=FIT, **same
+        )
     return found
 
 
