@@ -16,6 +16,7 @@ from opentrans_kernels.bench.derive import (
     median_round,
     timed_variants,
 )
+from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.bench.part import title
 from opentrans_kernels.bench.peers.registry import BUILT_IN
 
@@ -41,13 +42,17 @@ def networks_table(
 ) -> str:
     """Trunks of the first run's instruction set, its peers, towers, whole segmentation models."""
     shown = [r for r in trunks if _is_shown(r, trunks[0])]
-    rows = [_trunk_row(r) for r in shown]
-    rows += [row for r in shown if run_label(dict(r)) == SHOWN for row in _peer_rows(r)]
-    rows += [row for r in models for row in _model_rows(r)]
-    rows += [row for r in systems for row in _system_rows(r)]
-    if not rows:
+    found = [(r, _trunk_row(r)) for r in shown]
+    found += [(r, row) for r in shown if run_label(dict(r)) == SHOWN for row in _peer_rows(r)]
+    found += [(r, row) for r in models for row in _model_rows(r)]
+    found += [(r, row) for r in systems for row in _system_rows(r)]
+    if not found:
         return EMPTY
-    return f"{table(COLUMNS, rows)}\n\n{origin([*shown, *models, *systems])}"
+    used = [*shown, *models, *systems]
+    several = len({machine_slug(r["machine"]) for r in used}) > 1
+    head = [*COLUMNS, "machine"] if several else COLUMNS
+    rows = [(*row, machine_slug(r["machine"])) if several else row for r, row in found]
+    return f"{table(head, rows)}\n\n{origin(used)}"
 
 
 def _is_shown(result: Result, first: Result) -> bool:
