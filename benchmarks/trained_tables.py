@@ -35,6 +35,7 @@ SETS = {
     "prefix": "first half",
     "classifier": "everything but the classifier",
 }
+BARE = ("untrained/", "fitted/")  # cells without a training step
 WAYS = ("global", "uniform", "macs", "random")
 
 
@@ -93,21 +94,34 @@ def untrained_table(name: str, result: Result | None) -> str:
     rows = []
     key, title, digits = NETWORKS[name][1][0]
     again = any("recalibrated" in found for found in cells.values())
+    fitted = _cells(result, "fitted/")
     for cell, found in cells.items():
         _, way, density = cell.split("/")
         row = [way, f"{1 - float(density):.0%}", f"{found['macs_left']:.3f}", *_values(name, found)]
         if again:
             row.append(f"{found['recalibrated']['mean'][key]:.{digits}f}")
+        if fitted:
+            row += _fitted(fitted.get(cell.replace("untrained/", "fitted/")), key, digits)
         rows.append(row)
     head = ["allocation", "zeros", "multiply-adds left", *_heads(name)]
     if again:
         head.append(f"{title}, statistics measured again")
+    if fitted:
+        head += [f"{title}, refitted", "seconds"]
     return table(head, rows)
+
+
+def _fitted(cell: Result | None, key: str, digits: int) -> tuple[str, str]:
+    """Agreement after the least squares fit, and its CPU seconds."""
+    if cell is None:
+        return "-", "-"
+    best = cell.get("recalibrated", cell["agreement"])
+    return f"{best['mean'][key]:.{digits}f}", f"{cell['cpu_seconds']:.0f}"
 
 
 def trained_table(name: str, result: Result | None) -> str:
     """Every way of pruning that was trained, by agreement, with milliseconds where measured."""
-    cells = {k: v for k, v in _cells(result, "").items() if not k.startswith("untrained/")}
+    cells = {k: v for k, v in _cells(result, "").items() if not k.startswith(BARE)}
     if not cells:
         return EMPTY
     first = NETWORKS[name][1][0][0]
@@ -229,9 +243,16 @@ def sparsity_figure(name: str, result: Result) -> str | None:
         )
         if points:
             curves.append(Curve(f"{way}, untrained", points, f"c{len(curves)}"))
+    for way in WAYS:
+        points = sorted(
+            (1 - found["density"], found.get("recalibrated", found["agreement"])["mean"][key])
+            for found in _cells(result, f"fitted/{way}/").values()
+        )
+        if points:
+            curves.append(Curve(f"{way}, refitted", points, f"c{len(curves)}"))
     points, tips = [], []
     for cell, found in _cells(result, "").items():
-        if not cell.startswith("untrained/"):
+        if not cell.startswith(BARE):
             points.append((1 - found["density"], found["agreement"]["mean"][key]))
             tips.append(cell)
     if points:

@@ -24,10 +24,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from opentrans import reconstruct
 from opentrans.trained import Crops, Loaded, load, photographs
 from opentrans.trained.bank import Bank
 from opentrans.trained.judge import Unseen, holdout, judge
-from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs, save_weights
+from opentrans.trained.recipe import (
+    FIT_BELOW,
+    Recipe,
+    fine_tune,
+    prune_on_photographs,
+    save_weights,
+)
 from opentrans.trained.statistics import bank_inputs, recalibrate
 from opentrans.trained.subjects import SUBJECTS, Subject
 from opentrans_kernels.bench.environment import environment_block
@@ -130,8 +137,10 @@ def run_recipe(data: Data, recipe: Recipe, folder: Path | None, scope: list[str]
     }
 
 
-def run_untrained(data: Data, allocation: str, strength: float, density: float, scope: list[str]):
-    """Pruned once, not trained at all."""
+def run_untrained(
+    data: Data, allocation: str, strength: float, density: float, scope: list[str], fit: int = 0
+) -> dict[str, Any]:
+    """Pruned once, not trained at all; with ``fit`` refitted on that many crops."""
     model = copy.deepcopy(data.dense)
     if allocation == "random":
         masks = random_masks(model, scope, density, 0)
@@ -145,11 +154,13 @@ def run_untrained(data: Data, allocation: str, strength: float, density: float, 
             model, data.subject.objective, data.bank, data.prepare, recipe, scope=scope,
             input_size=data.subject.size,
         )  # fmt: skip
-    found = {
-        **shares(masks, model, data.subject.size),
-        "agreement": data.agreement(model),
-        "seconds": 0.0,
-    }
+    began, cpu = time.perf_counter(), time.process_time()
+    if fit:
+        inputs = torch.cat(list(bank_inputs(data.bank, data.prepare, fit)))
+        reconstruct(model, data.dense, masks, inputs)
+    found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+    found |= shares(masks, model, data.subject.size)
+    found["agreement"] = data.agreement(model)
     if data.subject.statistics:
         data.measure(model)
         found["recalibrated"] = data.agreement(model)
@@ -227,6 +238,8 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
     for allocation, strength in ways[:2] if quick else ways:
         for density in densities:
             found[f"untrained/{allocation}/{density:g}"] = (allocation, strength, density)
+            if density <= FIT_BELOW:
+                found[f"fitted/{allocation}/{density:g}"] = (allocation, strength, density)
     budget = 6 if quick else BUDGET
     rounds, period = (2, 1) if quick else (11, budget // 20)
     batch, lr, statistics = SUBJECTS[name].batch, SUBJECTS[name].lr, SUBJECTS[name].statistics
@@ -324,7 +337,7 @@ def main() -> int:
             folder.parent.mkdir(parents=True, exist_ok=True)
             found = run_recipe(data, cell, folder, scope)
         elif len(cell) == 3:
-            found = run_untrained(data, *cell, scope)
+            found = run_untrained(data, *cell, scope, FIT if name.startswith("fitted/") else 0)
         else:
             found = run_random(data, *cell, scope)
         say(f"    {found['agreement']['mean']}, multiply-adds left {found['macs_left']:.3f}")

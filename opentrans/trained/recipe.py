@@ -33,7 +33,7 @@ from .bank import Bank
 from .objective import Objective
 from .statistics import bank_inputs, recalibrate
 
-__all__ = ["Recipe", "fine_tune", "prune_on_photographs", "save_weights"]
+__all__ = ["FIT_BELOW", "Recipe", "fine_tune", "prune_on_photographs", "save_weights"]
 
 SAVE_EVERY = 100  # steps of recovery
 FIT_BELOW = 0.35  # of the weights; a fit of more takes minutes and training does as well
