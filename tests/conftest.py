@@ -14,10 +14,17 @@ import pytest
 import torch
 
 from opentrans_kernels import native, settings
+from opentrans_kernels.plan.clock import BUDGET_S, interleaved_ms
+from opentrans_kernels.timing.rounds import measure_pair
 
 # Fixed examples and no deadline: a failure repeats, and a busy machine is not a failure.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+# The fewest rounds: tests show what follows from a measurement, not its numbers. How many rounds
+# decide, and what disturbed ones add, is shown on a clock of their own in test_timing_rounds.
+interleaved_ms.__defaults__ = (BUDGET_S, (3, 3))
+measure_pair.__kwdefaults__ |= {"rounds": (3, 3), "extra_s": 0.0}
 
 
 def _why_not_gpu() -> str | None:
@@ -110,7 +117,7 @@ def library(request: pytest.FixtureRequest) -> Iterator[object]:
     made.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[object]:
     """Triton's interpreter in a process of its own; see ``triton_tools``."""
     import triton_tools
