@@ -21,7 +21,7 @@ import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -44,18 +44,35 @@ def run(
     Raises:
         subprocess.TimeoutExpired: it was ended after ``timeout`` seconds.
     """
-    words = ["-c", *map(str, arguments)]
+    (done,) = run_together(code, [arguments], environment, folder, timeout)
+    return done
+
+
+def run_together(
+    code: str,
+    arguments: Sequence[Sequence[object]],
+    environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
+    timeout: float = 300,
+) -> list[subprocess.CompletedProcess[str]]:
+    """:func:`run` at the same time in as many processes as there are ``arguments``."""
+    commands = [["-c", *map(str, words)] for words in arguments]
     with tempfile.TemporaryDirectory() as place:
-        files = [os.path.join(place, name) for name in ("out", "err")]
-        request = (textwrap.dedent(code), words, dict(environment or os.environ), folder, files)
-        status = _ask(request, timeout)
-        out, err = (Path(file).read_text(encoding="utf-8", errors="replace") for file in files)
-    return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(status), out, err)
+        files = [[os.path.join(place, f"{name}{n}") for name in ("out", "err")]
+                 for n in range(len(commands))]  # fmt: skip
+        shared = (textwrap.dedent(code), dict(environment or os.environ), folder)
+        statuses = _ask((*shared, list(zip(commands, files, strict=True))), timeout)
+        texts = [[Path(file).read_text("utf-8", "replace") for file in pair] for pair in files]
+    return [
+        subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(status), *said)
+        for words, status, said in zip(commands, statuses, texts, strict=True)
+    ]
 
 
 @cache
 def _server() -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = "1"  # as in the tests themselves
     made = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env=environment, start_new_session=True,
@@ -70,15 +87,19 @@ def _end(server: subprocess.Popen[bytes]) -> None:
         server.wait(30)
 
 
-def _ask(request: Any, timeout: float) -> int:
+def _ask(request: Any, timeout: float) -> list[int]:
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     _send(server.stdin, request)
     if not select.select([server.stdout], [], [], timeout)[0]:
         os.killpg(server.pid, signal.SIGKILL)
         _server.cache_clear()
-        raise subprocess.TimeoutExpired(request[1], timeout)
-    return _receive(server.stdout)
+        raise subprocess.TimeoutExpired(request[3][0][0], timeout)
+    statuses = _receive(server.stdout)
+    if statuses is None:
+        _server.cache_clear()
+        raise RuntimeError(f"the server of {__file__} ended with {server.wait(30)}")
+    return statuses
 
 
 def _send(stream: IO[bytes], value: Any) -> None:
@@ -101,11 +122,14 @@ def _serve() -> str:
     packages = sys.path[1:]  # without the folder of this file
     gc.freeze()  # a collection in a child would copy what it only looks at
     while (request := _receive(own)) is not None:
-        code, words, environment, folder, files = request
-        child = os.fork()
-        if child:
-            _send(back, os.waitpid(child, 0)[1])
+        code, environment, folder, processes = request
+        children: list[int] = []
+        while len(children) < len(processes) and 0 not in children:
+            children.append(os.fork())
+        if 0 not in children:
+            _send(back, [os.waitpid(child, 0)[1] for child in children])
             continue
+        words, files = processes[len(children) - 1]
         back.close()
         for handle, name in enumerate((os.devnull, *files)):
             opened = os.open(name, os.O_RDWR | os.O_CREAT)
