@@ -34,7 +34,7 @@ def run(
     *arguments: object,
     environment: Mapping[str, str] | None = None,
     folder: Path = ROOT,
-    timeout: float = 300,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``code`` with ``sys.argv[1:]`` = arguments in ``folder``, which is first on its path.
 
@@ -53,7 +53,7 @@ def run_together(
     arguments: Sequence[Sequence[object]],
     environment: Mapping[str, str] | None = None,
     folder: Path = ROOT,
-    timeout: float = 300,
+    timeout: float = 600,
 ) -> list[subprocess.CompletedProcess[str]]:
     """:func:`run` at the same time in as many processes as there are ``arguments``."""
     commands = [["-c", *map(str, words)] for words in arguments]
