@@ -22,6 +22,6 @@ def run_pair(worker: Callable[[int, str, str], None], folder: Path) -> None:
     for process in workers:
         process.start()
     for process in workers:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in workers] == [0, 0]
     assert (folder / "done0").exists() and (folder / "done1").exists()
