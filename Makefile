@@ -8,8 +8,10 @@ CXX_SOURCES := $(filter %.h %.inc %.cpp %.cu,$(SOURCES) $(wildcard benchmarks/gp
 THREADS     ?= 1
 TESTS       ?= tests
 WORKERS     ?= auto
-# A file stays in one process (its module fixtures are built once); WORKERS=0 is one process.
-PYTEST      := $(BIN)/python -m pytest -q -rs -n $(WORKERS) --maxprocesses 8 --dist loadfile
+# A file stays in one process (its module fixtures are built once), in the order of tests/conftest.py;
+# WORKERS=0 is one process.
+PYTEST      := $(BIN)/python -m pytest -q -rs -n $(WORKERS) --maxprocesses 8 --dist loadfile \
+               --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help dev test test-all test-isa neon test-torch test-python demo bench bench-quick bench-all bench-ops peers trained trained-quick readme-tables gpu sanitize fuzz lint format clang-format type wheel clean clean-venv

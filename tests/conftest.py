@@ -14,10 +14,32 @@ import pytest
 import torch
 
 from opentrans_kernels import native, settings
+from opentrans_kernels.plan.clock import BUDGET_S, interleaved_ms
+from opentrans_kernels.timing.rounds import measure_pair
 
 # Fixed examples and no deadline: a failure repeats, and a busy machine is not a failure.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+# The fewest rounds: tests show what follows from a measurement, not its numbers. How many rounds
+# decide, and what disturbed ones add, is shown on a clock of their own in test_timing_rounds.
+interleaved_ms.__defaults__ = (BUDGET_S, (3, 3))
+measure_pair.__kwdefaults__ |= {"rounds": (3, 3), "extra_s": 0.0}
+
+#: Files that start processes and compilers or train. They come first: a worker that began one near
+#: the end would run alone while the others wait. The first builds what the later csrc files use.
+LONGEST = [
+    "test_csrc", "test_cli", "test_gpu_run", "test_isa", "test_bench_system", "test_imp_killed",
+    "test_d2_ddp", "test_segment_processes", "test_native_bounds", "test_tiny_run",
+    "test_trained_study", "test_fuzz_files", "test_packaging", "test_triton_conv",
+    "test_triton_chain", "test_gradskip_writes", "test_accelerate", "test_segment",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files keep their order otherwise; the Makefile tells pytest-xdist to keep it as well."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 def _why_not_gpu() -> str | None:
@@ -110,7 +132,7 @@ def library(request: pytest.FixtureRequest) -> Iterator[object]:
     made.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[object]:
     """Triton's interpreter in a process of its own; see ``triton_tools``."""
     import triton_tools

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import accel_nets as nets
+import fresh_process
 import pytest
 import torch
 from torch import nn
@@ -94,10 +93,7 @@ def test_another_process_loads_it(tmp_path: Path) -> None:
     accelerate(model, nets.random_masks(model), measure=False)
     torch.save(model, io.BytesIO())  # the same pickle, in torch's own container
     (tmp_path / "model.pkl").write_bytes(pickle.dumps((model, X, model(X))))
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED, tmp_path / "model.pkl"],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    done = fresh_process.run(LOADED, tmp_path / "model.pkl")
     assert done.stdout.strip() == "True", done.stderr[-2000:]
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from freeze_cases import Chain
@@ -90,17 +88,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     """What each of two processes got, case by case."""
     folder = tmp_path_factory.mktemp("ranks")
     code = textwrap.dedent(WORKER.format(tests=str(HERE), cases=CASES))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(folder)],
-            env=environment, cwd=HERE.parent, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in running:
-        _, errors = process.communicate(timeout=400)
-        assert process.returncode == 0, errors
+    for done in fresh_process.run_together(code, [(rank, folder) for rank in range(2)]):
+        assert done.returncode == 0, done.stderr
     return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(2)]
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 from opentrans_kernels.errors import CheckpointError
@@ -31,8 +29,7 @@ def killed_writer(folder: Path) -> Path:
         from opentrans_kernels.masks import atomic_write
         atomic_write(sys.argv[1], b"half")
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(folder / "state.pt")]
-    done = subprocess.run(command, cwd=ROOT, timeout=120)
+    done = fresh_process.run(script, folder / "state.pt")
     assert done.returncode == -signal.SIGKILL
     [left] = [path for path in folder.iterdir() if path.name != "state.pt"]
     return left

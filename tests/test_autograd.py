@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,10 +229,8 @@ print("same")
 def test_gradients_without_the_extension() -> None:
     """Both the reference and the registered op, which then runs on the reference, train."""
     folder = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120,
-        cwd=folder.parent, env={**os.environ, "PYTHONPATH": str(folder)},
-    )  # fmt: skip
+    environ = os.environ | {"PYTHONPATH": str(folder)}
+    done = fresh_process.run(WITHOUT, environment=environ)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 

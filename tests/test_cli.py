@@ -10,13 +10,14 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opentrans import cli
 from opentrans.cli import bench, render, weights
 from opentrans_kernels import __version__
-from opentrans_kernels.bench import variants
+from opentrans_kernels.bench import trunk, variants
 from opentrans_kernels.bench.environment import isa_environment
 from opentrans_kernels.bench.subject import load_subject
 from opentrans_kernels.bench.trunk import TrunkOptions
@@ -230,8 +231,19 @@ def test_accelerate_checks_the_output_first(
 
 
 def test_bench_trunk_runs_and_checks(
-    limited: None, mask_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    limited: None,
+    mask_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    real, measured = trunk.run, []
+
+    def run(*given: object) -> dict[str, Any]:
+        measured[:] = measured or [real(*given)]
+        return measured[0]
+
+    monkeypatch.setattr(trunk, "run", run)
     target = tmp_path / "trunk.json"
     arguments = ["bench", "trunk", "--mask", mask_file, "--arch", TINY, "--size", "40"]
     arguments += ["--size-w", "48", "--rounds", "2", "--variants", "eager", "--no-layers"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from kernel_cases import bottleneck_parts, layouts, masked_weight
@@ -149,10 +148,7 @@ def test_a_compiled_call_is_the_first_call_of_its_process(extension: None) -> No
     """Reading the environment cannot be traced, and nothing has read it yet."""
     here = Path(__file__).parent
     path = os.pathsep.join((str(here.parent), str(here)))
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    done = fresh_process.run(FIRST, environment=os.environ | {"PYTHONPATH": path})
     assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 
@@ -254,10 +250,7 @@ def test_an_exported_program_is_saved_and_runs_in_another_process(
     torch.testing.assert_close(program.module()(more), module(more))
     torch.export.save(program, tmp_path / "program.pt2")
     torch.save((more, module(more)), tmp_path / "pair.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED, tmp_path / "program.pt2", tmp_path / "pair.pt"],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    done = fresh_process.run(LOADED, tmp_path / "program.pt2", tmp_path / "pair.pt")
     assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 
@@ -327,10 +320,7 @@ print(counter.get_total_flops(), sum(type(f).__name__ == "_AfterImport" for f in
 
 def test_a_counter_imported_later_counts_as_well(extension: None) -> None:
     """The ops do not import it themselves, because it imports triton."""
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTED],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    done = fresh_process.run(COUNTED)
     assert done.stdout.split() == [str(2 * 12 * 25), "0"], done.stderr[-2000:]
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 
 from opentrans.d2.config import OpenTransConfig, config_rows
@@ -147,8 +145,7 @@ def table() -> list[str]:
 
 
 def run_python(code: str) -> str:
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = fresh_process.run(code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 pytest.importorskip("open_clip")
@@ -132,22 +131,13 @@ os._exit(0)
 
 
 def test_every_hook_under_ddp(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM.format(tests=str(TESTS))]
-    runs = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    done = [run.communicate(timeout=600) for run in runs]
-    for run, (_, errors) in zip(runs, done, strict=True):
-        assert run.returncode == 0, errors[-3000:]
-    for rank, (out, _) in enumerate(done):
-        assert {line.split()[0] for line in out.splitlines()} == {"freeze", "imp", "refused"}, out
-        assert f"imp {rank} 0.250" in out
+    program = PROGRAM.format(tests=str(TESTS))
+    done = fresh_process.run_together(program, [(rank, tmp_path) for rank in range(2)])
+    for rank, run in enumerate(done):
+        assert run.returncode == 0, run.stderr[-3000:]
+        said = {line.split()[0] for line in run.stdout.splitlines()}
+        assert said == {"freeze", "imp", "refused"}, run.stdout
+        assert f"imp {rank} 0.250" in run.stdout
 
 
 WRAPPERS = """
@@ -246,6 +236,5 @@ os._exit(0)
 
 
 def test_a_new_wrapper_has_every_option_of_the_old_one_or_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WRAPPERS, str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = fresh_process.run(WRAPPERS, tmp_path / "store")
     assert done.returncode == 0 and done.stdout.split() == ["all"], done.stderr[-3000:]

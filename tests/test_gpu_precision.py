@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import fresh_process
 import torch
 
 from opentrans_kernels.gpu.precision import PRECISIONS, Precision, nearest_tf32
@@ -64,10 +62,7 @@ print("restored", len(STARTS))
 
 
 def test_switches_hold_inside_and_are_restored() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"STARTS = {STARTS!r}\n{SCRIPT}"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = fresh_process.run(f"STARTS = {STARTS!r}\n{SCRIPT}")
     assert done.stdout == f"restored {len(STARTS)}\n", done.stderr[-2000:]
 
 

@@ -6,11 +6,11 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import torch
 from triton_tools import ROOT, why_no_interpreter
@@ -27,11 +27,31 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The script, as started from another folder."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        capture_output=True, text=True, env=environment, cwd="/", timeout=200,
-    )  # fmt: skip
+    code = (
+        "import runpy, sys\n"
+        f"sys.path[0] = {str(SCRIPT.parent)!r}\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    return fresh_process.run(code, *arguments, environment=environment, folder=Path("/"))
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The record and the words of a run on tiny shapes: the code that a GPU machine will run.
+
+    Every section: ``--rehearse``.
+    """
+    if (reason := why_no_interpreter()) is not None:
+        pytest.skip(reason)
+    path = tmp_path_factory.mktemp("rehearsal") / "gpu.json"
+    names = ("rows", "gram", "fit", "deform", "ceilings", "trunk bfloat16", "two_four")
+    done = call("--rehearse", "--only", *names, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(path.read_text())
+    assert record["failed"] == [] and list(record["sections"]) == list(names)
+    return record, done.stdout
 
 
 def test_without_a_gpu_it_prints_one_line_and_exits_2() -> None:
@@ -88,16 +108,9 @@ def test_unknown_sections_are_refused_with_the_known() -> None:
     assert done.returncode == 2 and "no section 'gramm'; there are rows, ceilings" in done.stderr
 
 
-def test_a_section_runs_in_a_rehearsal(tmp_path: Path) -> None:
-    """The code that a GPU machine will run, on tiny shapes; every section: ``--rehearse``."""
-    if (reason := why_no_interpreter()) is not None:
-        pytest.skip(reason)
-    path = tmp_path / "gpu.json"
-    names = ("rows", "gram", "fit", "deform")
-    done = call("--rehearse", "--only", *names, "--json", str(path))
-    record = json.loads(path.read_text())
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert record["rehearsal"] and record["failed"] == []
+def test_sections_run_in_a_rehearsal(rehearsal: tuple[dict[str, Any], str]) -> None:
+    record = rehearsal[0]
+    assert record["rehearsal"]
     assert record["sections"]["fit"]["result"]["spectra"] == 2
     assert record["sections"]["fit"]["result"]["time"] is None, "a rehearsal measures nothing"
     assert record["machine"]["versions"]["torch"]
@@ -106,14 +119,9 @@ def test_a_section_runs_in_a_rehearsal(tmp_path: Path) -> None:
     assert all(case["error"] <= case["bound"] and case["ours"] is None for case in deform.values())
 
 
-def test_trunk_sections_run_in_a_rehearsal(tmp_path: Path) -> None:
+def test_trunk_sections_run_in_a_rehearsal(rehearsal: tuple[dict[str, Any], str]) -> None:
     """Plan, pack, check and record as on a GPU: reference kernels, tiny shapes, no times."""
-    path = tmp_path / "gpu.json"
-    names = ("ceilings", "trunk bfloat16")
-    done = call("--rehearse", "--only", *names, "--json", str(path))
-    record = json.loads(path.read_text())
-    assert done.returncode == 0 and record["failed"] == [], done.stdout + done.stderr
-    cases = record["sections"]["trunk bfloat16"]["result"]["cases"]
+    cases = rehearsal[0]["sections"]["trunk bfloat16"]["result"]["cases"]
     assert list(cases) == ["32x48 b1", "32x32 b2"]
     for case in cases.values():
         sides = {"eager", "masked", "dense model", "best dense in a graph"}
@@ -218,13 +226,11 @@ def test_every_section_has_its_place_and_the_trunk_comes_early(run) -> None:
 
 
 def test_the_two_four_section_runs_in_a_rehearsal_and_says_why_it_measures_nothing(
-    tmp_path: Path,
+    rehearsal: tuple[dict[str, Any], str],
 ) -> None:
-    path = tmp_path / "gpu.json"
-    done = call("--rehearse", "--only", "two_four", "--json", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(path.read_text())["sections"]["two_four"]["result"]
-    assert result["not timed"] == "a rehearsal has no GPU" and "not timed" in done.stdout
+    record, said = rehearsal
+    result = record["sections"]["two_four"]["result"]
+    assert result["not timed"] == "a rehearsal has no GPU" and "not timed" in said
     assert list(result["layers"]) == ["layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"]
     for entry in result["layers"].values():
         assert 0 < entry["parts"] < entry["parts_of_dense"] and entry["density"] < 0.5

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import numpy as np
 import pytest
 import torch
@@ -197,7 +196,6 @@ def test_every_instruction_set(capability: str) -> None:
     if not supported()[capability]:
         pytest.skip(f"this CPU has no {capability}")
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "import torch, test_gram_eigenvalues as t\n"
         "from opentrans_kernels import native\n"
         "torch.set_num_threads(1)\n"
@@ -210,9 +208,8 @@ def test_every_instruction_set(capability: str) -> None:
     )
     environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENTRANS_")}
     environ["OPENTRANS_CPU_CAPABILITY"] = capability
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=300
-    )
+    environ["PYTHONPATH"] = str(ROOT / "tests")
+    done = fresh_process.run(code, environment=environ)
     assert done.returncode == 0 and done.stdout.strip() == capability, done.stderr[-2000:]
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import subprocess
-import sys
-import textwrap
 
+import fresh_process
 import pytest
 import torch
 from head_nets import Another, Attention, Encoder, Layer, encoder_inputs
@@ -173,12 +171,14 @@ def test_copies_and_files(tmp_path) -> None:
         torch.testing.assert_close(fresh(*inputs), right)
 
 
-def test_compiles_into_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(backend: str) -> None:
+    """What inductor makes of the op itself is in test_ms_deform_attn."""
     _, model = accelerated(1)
     inputs = encoder_inputs()
     with torch.no_grad():
         right = model(*inputs)
-        found = torch.compile(model, fullgraph=True)(*inputs)
+        found = torch.compile(model, fullgraph=True, backend=backend)(*inputs)
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
@@ -262,9 +262,7 @@ def test_modules_of_transformers() -> None:
 
 
 def run_alone(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
-    )
+    done = fresh_process.run(code)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 

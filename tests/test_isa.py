@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 from opentrans_kernels import native
@@ -48,11 +47,8 @@ def child(code: str, capability: str | None) -> subprocess.CompletedProcess[str]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENTRANS_")}
     if capability is not None:
         environ["OPENTRANS_CPU_CAPABILITY"] = capability
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n" + textwrap.dedent(code)
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=300, cwd=ROOT, env=environ,
-    )  # fmt: skip
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return fresh_process.run(code, environment=environ)
 
 
 def test_the_best_one_is_chosen_by_default() -> None:

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 
@@ -24,15 +25,23 @@ PACKAGE = ROOT / "opentrans_kernels"
 CAPABILITIES = ("avx512", "avx2", "neon", "generic")
 
 
-def python(code: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+def environment(cwd: Path, **variables: str) -> dict[str, str]:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("OPENTRANS_")}
-    environ |= {"PYTHONPATH": str(cwd), **variables}
+    return environ | {"PYTHONPATH": str(cwd), **variables}
+
+
+def with_torch(code: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Where the real torch is imported."""
+    return fresh_process.run(code, environment=environment(cwd, **variables), folder=cwd)
+
+
+def python(code: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=environ,
+        env=environment(cwd, **variables),
         timeout=120,
     )
 
@@ -135,7 +144,7 @@ def test_a_forced_capability_is_honoured_or_refused(extension) -> None:
         """
     verdicts = {}
     for forced in CAPABILITIES:
-        done = python(code, OPENTRANS_CPU_CAPABILITY=forced)
+        done = with_torch(code, OPENTRANS_CPU_CAPABILITY=forced)
         assert done.returncode == 0, done.stderr
         verdicts[forced], _, text = done.stdout.strip().partition(" ")
         if verdicts[forced] == "runs":
@@ -213,7 +222,7 @@ def test_an_unloadable_extension_is_a_build_mismatch(unbuilt: Path) -> None:
     package = unbuilt / PACKAGE.name
     (package / "_C.abi3.so").write_bytes(b"not an ELF file")
     (package / "_build.json").write_text('{"torch": "2.99.0", "built": ["_C"], "not_built": {}}')
-    done = python(REPORT, unbuilt)
+    done = with_torch(REPORT, unbuilt)
     assert done.returncode == 0, done.stderr
     loaded, reason, _, kind, _ = json.loads(done.stdout)
     assert (loaded, kind) == (False, "BuildMismatch")

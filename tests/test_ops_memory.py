@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
-import textwrap
+import os
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 from kernel_cases import bottleneck_parts, layouts, masked_weight, padded_planes
@@ -162,13 +161,8 @@ def test_results_do_not_share_memory_with_inputs_or_each_other() -> None:
 
 
 def child(code: str) -> str:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + textwrap.dedent(
-        code
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = fresh_process.run(code, environment=environ)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
     return done.stdout.strip()
 

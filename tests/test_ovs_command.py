@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
+import fresh_process
 import pytest
 
+QUIET = "import sys, warnings; warnings.simplefilter('ignore')"
 RUN = "import runpy; runpy.run_module('opentrans.d2.train_net', run_name='__main__')"
 OLD = """
 import types
@@ -28,10 +26,7 @@ sys.modules |= {"detectron2": old, "detectron2.engine": types.ModuleType("engine
     ],
 )
 def test_the_command_says_in_one_line_what_is_missing(prepare: str, reason: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"import sys\n{prepare}\n{RUN}"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    done = fresh_process.run(f"{QUIET}\n{prepare}\n{RUN}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(reason) and done.stderr.count("\n") == 1
     assert "PYTHONPATH" in done.stderr and "Traceback" not in done.stderr
@@ -41,5 +36,5 @@ def test_ovs_needs_no_detectron2() -> None:
     code = "import sys; sys.modules['detectron2'] = None; import opentrans.ovs as ovs; "
     code += "[getattr(ovs, name) for name in ovs.__all__]; "
     code += "from opentrans.d2.meta_arch_config import OvsConfig"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True,
-                   cwd=Path(__file__).parents[1])  # fmt: skip
+    done = fresh_process.run(code)
+    assert done.returncode == 0, done.stderr

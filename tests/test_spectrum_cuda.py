@@ -8,14 +8,13 @@ real one.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 
+import fresh_process
 import pytest
 import torch
 from cusolver_standin import Library, use
-from triton_tools import Interpreter, why_no_interpreter
+from triton_tools import Runner
 
 from opentrans_kernels.errors import KernelUnavailable, OpenTransError, UnsupportedModelError
 from opentrans_kernels.spectrum import FitOptions, estimate_alpha, rows_of, select
@@ -155,7 +154,7 @@ def test_the_libcusolver_of_torch_has_every_function() -> None:
         "try:\n    cusolver.Handle(solver)\n"
         "except cusolver.OpenTransError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh_process.run(code)
     assert done.returncode == 0, done.stderr
     first, *rest = done.stdout.splitlines()
     assert paths and first.split()[0] == str(len(_SIGNATURES))
@@ -356,12 +355,9 @@ def test_cuda_without_a_device_is_an_error_not_the_cpu() -> None:
         estimate_alpha({"a": torch.randn(5, 9)}, device="cuda")
 
 
-def test_from_weights_to_eigenvalues_in_own_kernels() -> None:
-    if (reason := why_no_interpreter()) is not None:
-        pytest.skip(reason)
+def test_from_weights_to_eigenvalues_in_own_kernels(interpreter: Runner) -> None:
     some = {"conv": heavy(4, 6, 1, 2), "linear": heavy(9, 20)}
-    with Interpreter() as run:
-        found = run("triton_targets:eigenvalues", some, "sturm")
+    found = interpreter("triton_targets:eigenvalues", some, "sturm")
     for values, expected in zip(found, cpu_solvers.eigenvalues(select(some)), strict=True):
         torch.testing.assert_close(values, expected.values, rtol=1e-9, atol=1e-13)
 

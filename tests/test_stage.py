@@ -161,8 +161,9 @@ def test_opcheck_compile_and_flops(extension: None, chain: str) -> None:
         (x, flat(packs), couts, pools, downs, [pack[1].stride for pack in packs]),
         test_utils=QUICK,
     )
-    # Where torch may use no vectors, inductor's C++ does not always compile.
-    plain = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    # Where torch may use no vectors, inductor's C++ does not always compile. One chain is enough
+    # for it: to inductor a stage is one call, whatever its blocks are.
+    plain = torch.backends.cpu.get_cpu_capability() == "DEFAULT" or chain != "a stride first"
     compiled = torch.compile(
         lambda x: ops.sparse_stage(x, packs, pools) + 1,
         fullgraph=True,
@@ -269,7 +270,7 @@ def test_gradients_of_the_input_training_mode_and_compile(model: nn.Module) -> N
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
     with torch.no_grad():
         expected = model.layer2(x)
-        found = torch.compile(model.layer2, fullgraph=True)(x)
+        found = torch.compile(model.layer2, fullgraph=True, backend="aot_eager")(x)
         assert torch.equal(found, expected)
         program = torch.export.export(model.layer2, (x,))
         assert torch.equal(program.module()(x), expected)

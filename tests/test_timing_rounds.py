@@ -12,12 +12,22 @@ import torch
 
 from opentrans_kernels import accelerate
 from opentrans_kernels.plan import clock as plan_clock
+from opentrans_kernels.timing import rounds
 from opentrans_kernels.timing.canary import Reading
 from opentrans_kernels.timing.rounds import Clock, PairTiming, measure_pair
 from opentrans_kernels.timing.spread import Spread, median_pair
 
 COMPARE = sys.modules["opentrans_kernels.accelerate.compare"]  # the package's name is a function
 QUIET_MS = 0.25
+
+
+@pytest.fixture(autouse=True)
+def rounds_as_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests measure in the fewest rounds, see ``conftest``."""
+    of_pairs = {"budget_s": rounds.BUDGET_S, "rounds": rounds.ROUNDS, "extra_s": rounds.EXTRA_S}
+    monkeypatch.setattr(measure_pair, "__kwdefaults__", {**of_pairs, "clock": None})
+    of_plans = (plan_clock.BUDGET_S, plan_clock.ROUNDS)
+    monkeypatch.setattr(plan_clock.interleaved_ms, "__defaults__", of_plans)
 
 
 class Machine:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import fresh_process
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,5 +154,5 @@ def test_reading_a_tower_does_not_load_the_compiler() -> None:
         "assert len(trunk.blocks) == 4 and len(conv_shapes(trunk, (64, 64))) == 19\n"
         "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh_process.run(code)
     assert done.returncode == 0, done.stderr
