@@ -70,6 +70,22 @@ def test_tables_show_every_cell_the_losing_ones_too(stored: Path) -> None:
     assert made["trained-resnet50-half"] == "No results are stored yet."
 
 
+def test_refitted_cells_stand_beside_the_untrained_ones(stored: Path) -> None:
+    path = stored / "trained" / "hed.json"
+    result = json.loads(path.read_text())
+    again = {"mean": {"f_score": 0.77, "mae": 0.1}, "photographs": {}}
+    result["cells"]["fitted/global/0.1"] = cell(0.7, 0.1, recalibrated=again, cpu_seconds=12.0)
+    for name in ("untrained/global/0.1", "untrained/global/0.5"):
+        result["cells"][name]["recalibrated"] = {"mean": {"f_score": 0.66}, "photographs": {}}
+    path.write_text(json.dumps(result))
+    made = trained_tables.tables(stored)["trained.md"]
+    assert "| global | 90% | 0.100 | 0.600 | 0.100 | 0.660 | 0.770 | 12 |" in made["untrained-hed"]
+    assert "| global | 50% | 0.500 | 0.900 | 0.100 | 0.660 | - | - |" in made["untrained-hed"]
+    assert "fitted/" not in made["trained-hed"]
+    (svg,) = (v for p, v in trained_tables.figures(stored).items() if "sparsity" in p.name)
+    assert "global, refitted" in svg
+
+
 def test_figures_are_drawn_from_what_is_stored(stored: Path) -> None:
     drawn = {path.name: svg for path, svg in trained_tables.figures(stored).items()}
     assert set(drawn) == {"hed-sparsity.svg", "hed-frontier.svg"}
