@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import OpenTransError, UnsupportedModelError
+from ..linears import stepped_layers
 from ..nn import Replacement
 from ..plan import Plan
 from ..plan.build import Builder
@@ -45,9 +46,10 @@ class Culprit(Exception):
 
 
 class Swap:
-    """Exchanges modules by path, back and forth."""
+    """Exchanges modules by path, back and forth, and what would compute around them."""
 
     def __init__(self, model: nn.Module, replacements: Mapping[str, Replacement]) -> None:
+        replacements = {**replacements, **stepped_layers(model, replacements)}
         self.model, self.replacements = model, replacements
         self.places = []
         for path, new in replacements.items():
