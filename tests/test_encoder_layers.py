@@ -1,5 +1,7 @@
-"""``nn.TransformerEncoderLayer`` with replaced parts: they run, also where PyTorch would compute the
-whole layer as one op from the dense weights."""
+"""``nn.TransformerEncoderLayer`` with replaced parts: they run.
+
+PyTorch would compute the whole layer as one op from the dense weights.
+"""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ class Outcome:
         try:
             if not weights:
                 return call(self.x)
-            return torch.func.functional_call(call, weights, (self.x,))
+            return torch.func.functional_call(call, weights, (self.x,), tie_weights=False)
         finally:
             swap.off()
 
@@ -222,7 +222,7 @@ class Outcome:
             masked |= self._masked(unit)
         if not masked:
             return agreement(self.x)
-        return torch.func.functional_call(agreement, masked, (self.x,))
+        return torch.func.functional_call(agreement, masked, (self.x,), tie_weights=False)
 
     def _masked(self, unit: Unit | LinearUnit) -> dict[str, torch.Tensor]:
         """Masked weights of a unit whose masks are not in them, named as in Agreement."""
