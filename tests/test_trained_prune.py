@@ -67,6 +67,9 @@ def test_masks_weights_and_agreement(
         assert not weights[f"{name}.weight"][~mask].any()
     again = run(small, tmp_path / "run", capsys)
     assert again["content_hash"] == found["content_hash"], "a finished run is not run again"
+    words = ["trained", "prune", "hed", "--images", str(small), "--output", str(tmp_path / "run")]
+    assert main([*words, *STEPS, "--crops", "3"]) == 2
+    assert "other crops" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -174,12 +174,12 @@ def fine_tune(
         began = time.perf_counter()
         done = start
         try:
-            for done in range(start, steps):
+            while done < steps:
                 part = done / steps
                 if seconds is not None:
                     part = (time.perf_counter() - began) / seconds
                     if part >= 1:
-                        return done
+                        break
                 warm = min(1.0, (done + 1) / WARM_UP)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * part))
@@ -189,11 +189,11 @@ def fine_tune(
                         f"the loss is {loss.item()} after {done} steps of recovery. Use a lower "
                         "learning rate."
                     )
+                done += 1
                 if on_progress is not None:
-                    on_progress(done + 1, steps, loss.item())
-                if path is not None and (done + 1) % SAVE_EVERY == 0:
-                    _save(path, model, optimizer, done + 1, settings)
-            done = steps
+                    on_progress(done, steps, loss.item())
+                if path is not None and done % SAVE_EVERY == 0:
+                    _save(path, model, optimizer, done, settings)
         finally:
             for hook in hooks:
                 hook.remove()
