@@ -8,7 +8,7 @@ from typing import Any
 
 from .options import add_json, add_threads, positive
 from .progress import begin, progress_bar
-from .render import Output, check_writable
+from .render import Output, check_writable, make_folder
 
 SUMMARY = "prune a trained network on photographs, by distillation alone, and judge it on others"
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         seed=options.seed, sparse=not options.dense_training,
     )  # fmt: skip
     loaded = load(options.name)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     bank = _bank(options, loaded, chosen, folder, out)
     unseen = holdout(loaded, chosen)
     model = loaded.module

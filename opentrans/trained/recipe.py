@@ -40,7 +40,7 @@ ENTRIES = {"model": tensors, "optimizer": mapping, "steps": count, "settings": m
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result.
+    """Everything that decides the result. Raises PlanError for a density or rounds out of range.
 
     rounds, density: rounds of pruning, each taking the same share of what is left, down to
         ``density``; one round is one-shot pruning. period: steps of training between rounds. The
@@ -64,6 +64,14 @@ class Recipe:
     pattern: str = "unstructured"
     seed: int = 0
     sparse: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density < 1 or self.rounds < 1:
+            raise PlanError(
+                f"density={self.density} and rounds={self.rounds} do not go together with pruning: "
+                "density is the share of weights left, above 0 and below 1 (0.1 keeps a tenth), "
+                "rounds a whole number from 1."
+            )
 
     def steps(self) -> int:
         """Of training, in all."""
