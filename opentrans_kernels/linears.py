@@ -27,6 +27,8 @@ __all__ = [
     "DenseLinear",
     "SelfAttention",
     "SparseLinear",
+    "SteppedEncoderLayer",
+    "stepped_layers",
 ]
 
 _log = logging.getLogger(__name__)
@@ -156,7 +158,8 @@ class AcceleratedAttention(Replacement):
         self.opentrans_into, self.opentrans_out = into, out
         self.opentrans_name = name
         self.__dict__["opentrans_told"] = False
-        self.__dict__["_qkv_same_embed_dim"] = True  # nn.TransformerEncoderLayer asks
+        # nn.TransformerEncoderLayer asks before it computes everything from the dense weights.
+        self.__dict__["_qkv_same_embed_dim"] = False
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -235,6 +238,70 @@ def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
+
+
+class SteppedEncoderLayer(Replacement):
+    """``nn.TransformerEncoderLayer`` part by part, so that the parts replaced in it are called.
+
+    Without gradients PyTorch computes such a layer as one op from the dense weights. Takes and
+    returns what the original does, nested tensors (which ``nn.TransformerEncoder`` makes of padded
+    ones) included.
+    """
+
+    def __init__(self, original: nn.TransformerEncoderLayer) -> None:
+        super().__init__(original)
+        # The very same dicts: children swapped in the original are swapped here, and its hooks run.
+        for key, value in vars(original).items():
+            if key == "_modules" or key.startswith(("_forward_", "_backward_", "_is_full_")):
+                self.__dict__[key] = value
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args)  # nothing is packed here
+
+    def forward(
+        self, src: torch.Tensor, src_mask: torch.Tensor | None = None,
+        src_key_padding_mask: torch.Tensor | None = None, is_causal: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        if src.is_nested:
+            return self._nested(src)
+        steps = nn.TransformerEncoderLayer
+
+        def attended(x: torch.Tensor) -> torch.Tensor:
+            return steps._sa_block(self, x, src_mask, src_key_padding_mask, is_causal)
+
+        if self.norm_first:
+            x = src + attended(self.norm1(src))
+            return x + steps._ff_block(self, self.norm2(x))
+        x = self.norm1(src + attended(src))
+        return self.norm2(x + steps._ff_block(self, x))
+
+    def _nested(self, src: torch.Tensor) -> torch.Tensor:
+        """Images of several lengths in one nested tensor, through a padded one."""
+        lengths = [len(part) for part in src.unbind()]
+        x = src.to_padded_tensor(0.0)
+        place = torch.arange(x.shape[1], device=x.device)
+        hidden = place >= torch.tensor(lengths, device=x.device)[:, None]
+        y = self.forward(x, src_key_padding_mask=hidden)
+        parts = [rows[:length] for rows, length in zip(y, lengths, strict=True)]
+        return torch.nested.as_nested_tensor(parts)
+
+
+def stepped_layers(
+    model: nn.Module, replaced: Mapping[str, nn.Module]
+) -> dict[str, SteppedEncoderLayer]:
+    """Path -> what stands in for each ``nn.TransformerEncoderLayer`` that holds one of the paths
+    ``replaced``."""
+    own = nn.TransformerEncoderLayer
+    found = {}
+    for path, module in model.named_modules():
+        plain = isinstance(module, own) and all(
+            getattr(type(module), name) is getattr(own, name)
+            for name in ("forward", "_sa_block", "_ff_block")
+        )
+        inside = any(name.startswith(f"{path}.") for name in replaced)
+        if path and plain and inside and "forward" not in vars(module):
+            found[path] = SteppedEncoderLayer(module)
+    return found
 
 
 class SelfAttention(nn.Module):

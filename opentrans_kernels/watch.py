@@ -170,4 +170,4 @@ class Watch:
             keep = np.unpackbits(bits, count=math.prod(shape)).view(np.bool_)
             mask = torch.from_numpy(keep).view(shape)
             weights[path] = original.get_parameter(path).detach() * mask
-        return torch.func.functional_call(original, weights, args)
+        return torch.func.functional_call(original, weights, args, tie_weights=False)

@@ -220,3 +220,13 @@ def test_the_command(
     assert "hed" in (shown := capsys.readouterr().out) and "Aitzol Berasategi" in shown
     assert cli.main(["trained", "fetch", "hed", "clip"]) == 2
     assert "nothing called 'clip'" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_looked_into_is_named(
+    set_env: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_env(OPENTRANS_CACHE="/tmp/" + 300 * "a")  # longer than a name may be
+    with pytest.raises(CheckpointError, match="cannot be looked for: .* Set OPENTRANS_CACHE"):
+        fetch("hed")
+    assert cli.main(["trained", "list"]) == 2
+    assert "Set OPENTRANS_CACHE" in capsys.readouterr().err

@@ -67,6 +67,9 @@ def test_masks_weights_and_agreement(
         assert not weights[f"{name}.weight"][~mask].any()
     again = run(small, tmp_path / "run", capsys)
     assert again["content_hash"] == found["content_hash"], "a finished run is not run again"
+    words = ["trained", "prune", "hed", "--images", str(small), "--output", str(tmp_path / "run")]
+    assert main([*words, *STEPS, "--crops", "3"]) == 2
+    assert "other crops" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,8 @@ def test_masks_weights_and_agreement(
     [
         (["focus"], "how to prune 'focus'"),
         (["hed", "--allocation", "nonsense"], "nonsense"),
+        (["hed", "--density", "0"], "density=0.0"),
+        (["hed", "--density", "1.5"], "density=1.5"),
         (["hed", "--images", "/no/such/folder"], "/no/such/folder"),
     ],
 )
@@ -84,3 +89,12 @@ def test_bad_words_are_one_line(
     out = ["--output", str(tmp_path / "bad")]
     assert main(["trained", "prune", *words, *more, *out, *STEPS]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no other")
+def test_an_output_folder_that_cannot_be_made_is_one_line(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["trained", "prune", "hed", "--images", str(small), "--output", "/proc/self/task/run"]
+    assert main([*words, *STEPS]) == 2
+    assert "/proc/self/task/run" in capsys.readouterr().err

@@ -133,13 +133,19 @@ def test_frozen_layers_do_not_train(dense: Hed, bank: Bank, extension: None) -> 
         assert "blocks.1.1.weight" not in moved and "blocks.1.3.weight" in moved
 
 
-def test_a_budget_in_seconds_ends_the_training(dense: Hed, bank: Bank, extension: None) -> None:
+def test_a_budget_in_seconds_ends_the_training(
+    dense: Hed, bank: Bank, tmp_path: Path, extension: None
+) -> None:
     masks = MaskSet.from_tensors({SCOPE[0]: torch.rand(8, 8, 3, 3) < 0.4})
     model = copy.deepcopy(dense)
+    path = tmp_path / "recovery.pt"
     done = fine_tune(
-        model, EdgeMaps(), bank, prepare, masks, steps=10**6, lr=1e-3, seconds=0.2
+        model, EdgeMaps(), bank, prepare, masks, steps=10**6, lr=1e-3, seconds=0.2, path=path
     )  # fmt: skip
     assert 0 < done < 10**6
+    state = torch.load(path, weights_only=True)
+    assert state["steps"] == done, "the last steps were not kept"
+    assert all(torch.equal(state["model"][key], now) for key, now in model.state_dict().items())
 
 
 def test_the_bank_is_read_again_only_for_its_own_network(dense: Hed, tmp_path: Path) -> None:
@@ -164,6 +170,16 @@ def test_the_bank_is_read_again_only_for_its_own_network(dense: Hed, tmp_path: P
     path.write_bytes(b"no such file")
     with pytest.raises(CheckpointError, match="Remove it"):
         build(other)
+
+
+def test_a_bank_beside_a_run_is_not_made_again_for_other_crops(dense: Hed, tmp_path: Path) -> None:
+    path = tmp_path / "bank.safetensors"
+    Bank.build(dense, EdgeMaps(), Noise(), 4, prepare, path=path)
+    before = path.read_bytes()
+    with pytest.raises(PlanError, match="other crops, or of other weights"):
+        Bank.build(dense, EdgeMaps(), Noise(), 5, prepare, path=path, again=False)
+    assert path.read_bytes() == before
+    assert len(Bank.build(dense, EdgeMaps(), Noise(), 4, prepare, path=path, again=False)) == 4
 
 
 def test_batches_are_passes_in_another_order(bank: Bank) -> None:

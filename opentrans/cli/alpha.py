@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .alpha_subject import compare_methods, load_alpha_subject
 from .options import add_json, add_model, add_size, add_threads, input_size
 from .progress import progress_bar
-from .render import Cell, Output, check_writable, write_atomically
+from .render import Cell, Output, check_writable, make_folder, write_atomically
 
 if TYPE_CHECKING:
     from torch import nn
@@ -241,7 +241,7 @@ def _write_plots(
     from opentrans_kernels.report import alpha_files
 
     try:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise CheckpointError(
             f"the directory {folder} cannot be created ({error.strerror}). Name another one with "

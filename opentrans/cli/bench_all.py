@@ -15,7 +15,7 @@ from typing import Any
 
 from .bench_session import INTERRUPTED
 from .options import AGAIN, add_json, arch_packages
-from .render import Output, check_writable
+from .render import Output, check_writable, make_folder
 
 SUMMARY = "the whole suite for this machine: under 30 minutes, --quick under 3"
 TRAINING_SETS = ("odd", "first27")  # each takes two minutes
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     from opentrans_kernels.bench.timing import available_cpus
 
     folder = check_writable(options.output, directory=True) / machine_slug(machine())
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     root = str(Path(__file__).resolve().parents[2])
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(
         filter(None, [root, os.environ.get("PYTHONPATH")]))}  # fmt: skip

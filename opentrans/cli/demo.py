@@ -19,7 +19,7 @@ from .options import (
     positive,
 )
 from .progress import begin, steps
-from .render import Output, check_writable, to_json, write_atomically
+from .render import Output, check_writable, make_folder, to_json, write_atomically
 
 if TYPE_CHECKING:
     from opentrans_kernels.bench.subject import Subject
@@ -140,7 +140,7 @@ def _write(folder: Path, result: dict[str, Any], pictures: list[Picture], out: O
     from opentrans_kernels.report import demo_page
 
     try:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise CheckpointError(
             f"the report directory {folder} cannot be created ({error.strerror}). Name another "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import positive
 from .progress import progress_bar
-from .render import Output, write_atomically
+from .render import Output, make_folder, write_atomically
 from .training import Training, add_training, example_settings, prepare
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     skipping = _freeze(training, options, plan, out)
     optimizer = _optimizer(training, options, masks)
     try:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise CheckpointError(
             f"the folder {folder} cannot be created ({error.strerror}). Name another one with "

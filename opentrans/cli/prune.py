@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import positive
 from .progress import progress_bar, steps
-from .render import Output, write_atomically
+from .render import Output, make_folder, write_atomically
 from .training import add_training, example_settings, prepare
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _measured(model: Any, options: argparse.Namespace, out: Output) -> Any:
     with steps(out, "measuring the layers"):
         masks = synthetic_masks(model, "uniform:0.8")
         plan = make_plan(model, masks, input_size=(options.size, options.size))
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, json.dumps(plan.to_dict()))
     return plan
 

@@ -246,6 +246,21 @@ def check_writable(path: str | os.PathLike[str], *, directory: bool = False) -> 
     return target
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder for output, and those above it.
+
+    Raises:
+        CheckpointError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file system that takes none, a full disk
+        raise CheckpointError(
+            f"the folder {folder} cannot be created: {error.strerror or error}. Choose another "
+            "place."
+        ) from error
+
+
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text so that a reader sees the old file or the whole new one.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import add_json, add_threads, positive
 from .progress import progress_bar
-from .render import Output, check_writable
+from .render import Output, check_writable, make_folder
 from .training import example_images
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _example(options: argparse.Namespace, out: Output) -> None:
     else:
         out.note("scikit-image is not installed, so the shapes are drawn without photographs")
     folder = Path(options.output)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     weights = folder / "example.safetensors"
     torch.set_num_threads(options.threads)
     if not weights.exists():

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
 
 
 def _list(out: Output) -> int:
-    from opentrans.trained.cache import cache_folder
+    from opentrans.trained.cache import cache_folder, is_there
     from opentrans.trained.catalog import NETWORKS
     from opentrans.trained.fetch import place_of
     from opentrans.trained.photograph_catalog import SOURCES, TABLE
@@ -69,7 +69,7 @@ def _list(out: Output) -> int:
             "code_licence": each.code_licence,
             "weights_licence": each.weights_licence,
             "sha256": each.sha256,
-            "cached": place_of(each).exists(),
+            "cached": is_there(place_of(each)),
         }
         for each in NETWORKS.values()
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from .options import add_json, add_threads, positive
 from .progress import begin, progress_bar
-from .render import Output, check_writable
+from .render import Output, check_writable, make_folder
 
 SUMMARY = "prune a trained network on photographs, by distillation alone, and judge it on others"
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         seed=options.seed, sparse=not options.dense_training, statistics=chosen.statistics,
     )  # fmt: skip
     loaded = load(options.name)
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     bank = _bank(options, loaded, chosen, folder, out)
     unseen = holdout(loaded, chosen)
     model = loaded.module
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     with progress_bar(out, "prune") as bar:
         masks = prune_on_photographs(
             model, chosen.objective, bank, loaded.prepare, recipe, scope=chosen.scope(model),
-            input_size=chosen.size, out_dir=folder / "run",
+            input_size=chosen.size, out_dir=_run_of(folder),
             on_progress=lambda phase, done, total, loss: bar(done, total, f"{phase}, {loss:.4g}"),
         )  # fmt: skip
     masks.save(folder / "masks.safetensors")
@@ -97,6 +97,11 @@ def run(options: argparse.Namespace, out: Output) -> int:
     return 0
 
 
+def _run_of(folder: Path) -> Path:
+    """Where the state of the run is kept."""
+    return folder / "run"
+
+
 def _bank(options: argparse.Namespace, loaded: Any, chosen: Any, folder: Path, out: Output) -> Any:
     """The dense network's answers for the training crops, made once per folder."""
     from opentrans.trained.bank import Bank
@@ -108,6 +113,6 @@ def _bank(options: argparse.Namespace, loaded: Any, chosen: Any, folder: Path, o
     with progress_bar(out, "dense answers") as bar:
         return Bank.build(
             loaded.module, chosen.objective, Crops(photos, chosen.crop, 1, options.seed), count,
-            loaded.prepare, path=folder / "bank.safetensors",
+            loaded.prepare, path=folder / "bank.safetensors", again=not _run_of(folder).exists(),
             on_crop=lambda done, total: bar(done, total, "crops"),
         )  # fmt: skip

@@ -124,7 +124,8 @@ def iterative_magnitude_pruning(
         synthetic: the weights are not trained ones; the masks then say so.
         sparse: between rounds, run convolutions that are sparse enough on the sparse kernels in
             forward and backward (``skip_frozen`` with nothing frozen; float32 on a CPU). Batch
-            norms then keep their statistics and train scale and shift.
+            norms then keep their statistics and train scale and shift; outside a ResNet trunk
+            those behind sparse convolutions do, so train such networks in eval mode.
         on_progress: called after every step.
 
     Returns:

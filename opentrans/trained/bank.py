@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from opentrans_kernels.errors import CheckpointError, OpenTransError
+from opentrans_kernels.errors import CheckpointError, OpenTransError, PlanError
 from opentrans_kernels.masks import atomic_write
 
 from .objective import Objective
@@ -53,20 +53,31 @@ class Bank:
         prepare: Callable[[torch.Tensor], torch.Tensor],
         *,
         path: str | os.PathLike[str] | None = None,
+        again: bool = True,
         on_crop: Callable[[int, int], None] | None = None,
     ) -> Bank:
         """``count`` crops of ``source`` and what ``model`` makes of them.
 
         prepare: uint8 images -> network input. path: kept there, and read again if it was made by
-        the same weights from the same crops. Raises CheckpointError if it cannot be written.
+        the same weights from the same crops. again: one of others is made again, else refused,
+        because a run beside it was trained on those.
+
+        Raises CheckpointError if it cannot be read or written, PlanError if it is refused.
         """
         images: list[torch.Tensor] = []
         while len(images) < count:
             images += list(source.batch(len(images)))
         crops = torch.stack(images[:count])
         key = _key(model, crops)
-        if path is not None and Path(path).exists() and (found := _read(Path(path), key)):
-            return cls(crops, found)
+        if path is not None and Path(path).exists():
+            if (found := _read(Path(path), key)) is not None:
+                return cls(crops, found)
+            if not again:
+                raise PlanError(
+                    f"{path} holds answers for other crops, or of other weights, and the run "
+                    "beside it was trained on those. Continue with the same network, photographs, "
+                    "seed and number of crops, or name another folder."
+                )
         outputs: list[list[torch.Tensor]] = []
         with torch.no_grad():
             for i, image in enumerate(crops):

@@ -12,7 +12,7 @@ from opentrans_kernels import settings
 from opentrans_kernels.errors import CheckpointError
 from opentrans_kernels.masks.atomic import atomic_write
 
-__all__ = ["cache_folder", "is_cached", "sha256_of", "store", "workspace"]
+__all__ = ["cache_folder", "is_cached", "is_there", "sha256_of", "store", "workspace"]
 
 
 def cache_folder() -> Path:
@@ -34,9 +34,20 @@ def sha256_of(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file of the cache exists. Raises CheckpointError if that cannot be told."""
+    try:
+        return path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CheckpointError(
+            f"{path} cannot be looked for: {error.strerror or error}. Set OPENTRANS_CACHE to a "
+            "folder that can be read."
+        ) from error
+
+
 def is_cached(path: Path, sha256: str) -> bool:
     """Whether the file is there. Raises CheckpointError if it is there and differs from the pin."""
-    if not path.exists():
+    if not is_there(path):
         return False
     found = sha256_of(path)
     if found != sha256:

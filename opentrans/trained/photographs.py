@@ -21,7 +21,7 @@ from opentrans_kernels.errors import CheckpointError, OpenTransError
 from opentrans_kernels.lazy import optional_module, require_packages
 from opentrans_kernels.masks.limits import parse_json
 
-from .cache import cache_folder, is_cached, sha256_of, store, workspace
+from .cache import cache_folder, is_cached, is_there, sha256_of, store, workspace
 from .debian import INSTEAD, unpack
 from .photograph_catalog import NEEDS, SOURCES, SPLITS, TABLE, Entry, Source
 
@@ -98,7 +98,7 @@ def _is_kept(entry: Entry) -> bool:
     """Whether the scaled photograph and its record are there, and of the pinned original."""
     place = _kept(entry)
     record = place.with_suffix(".json")
-    if not place.exists() or not record.exists():
+    if not is_there(place) or not is_there(record):
         return False
     try:
         content = parse_json(record.read_bytes())

@@ -45,7 +45,7 @@ ENTRIES = {"model": tensors, "optimizer": mapping, "steps": count, "settings": m
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result.
+    """Everything that decides the result. Raises PlanError for a density or rounds out of range.
 
     rounds, density: rounds of pruning, each taking the same share of what is left, down to
         ``density``; one round is one-shot pruning. period: steps of training between rounds. The
@@ -75,6 +75,14 @@ class Recipe:
     sparse: bool = True
     statistics: int = 0
     fit: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density < 1 or self.rounds < 1:
+            raise PlanError(
+                f"density={self.density} and rounds={self.rounds} do not go together with pruning: "
+                "density is the share of weights left, above 0 and below 1 (0.1 keeps a tenth), "
+                "rounds a whole number from 1."
+            )
 
     def steps(self) -> int:
         """Of training, in all."""
@@ -227,12 +235,12 @@ def fine_tune(
         began = time.perf_counter()
         done = start
         try:
-            for done in range(start, steps):
+            while done < steps:
                 part = done / steps
                 if seconds is not None:
                     part = (time.perf_counter() - began) / seconds
                     if part >= 1:
-                        return done
+                        break
                 warm = min(1.0, (done + 1) / WARM_UP)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * part))
@@ -242,11 +250,11 @@ def fine_tune(
                         f"the loss is {loss.item()} after {done} steps of recovery. Use a lower "
                         "learning rate."
                     )
+                done += 1
                 if on_progress is not None:
-                    on_progress(done + 1, steps, loss.item())
-                if path is not None and (done + 1) % SAVE_EVERY == 0:
-                    _save(path, model, optimizer, done + 1, settings)
-            done = steps
+                    on_progress(done, steps, loss.item())
+                if path is not None and done % SAVE_EVERY == 0:
+                    _save(path, model, optimizer, done, settings)
         finally:
             for hook in hooks:
                 hook.remove()

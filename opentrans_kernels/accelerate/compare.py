@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import OpenTransError, UnsupportedModelError
+from ..linears import stepped_layers
 from ..nn import Replacement
 from ..plan import Plan
 from ..plan.build import Builder
@@ -45,9 +46,10 @@ class Culprit(Exception):
 
 
 class Swap:
-    """Exchanges modules by path, back and forth."""
+    """Exchanges modules by path, back and forth, and what would compute around them."""
 
     def __init__(self, model: nn.Module, replacements: Mapping[str, Replacement]) -> None:
+        replacements = {**replacements, **stepped_layers(model, replacements)}
         self.model, self.replacements = model, replacements
         self.places = []
         for path, new in replacements.items():
@@ -209,7 +211,7 @@ class Outcome:
         try:
             if not weights:
                 return call(self.x)
-            return torch.func.functional_call(call, weights, (self.x,))
+            return torch.func.functional_call(call, weights, (self.x,), tie_weights=False)
         finally:
             swap.off()
 
@@ -220,7 +222,7 @@ class Outcome:
             masked |= self._masked(unit)
         if not masked:
             return agreement(self.x)
-        return torch.func.functional_call(agreement, masked, (self.x,))
+        return torch.func.functional_call(agreement, masked, (self.x,), tie_weights=False)
 
     def _masked(self, unit: Unit | LinearUnit) -> dict[str, torch.Tensor]:
         """Masked weights of a unit whose masks are not in them, named as in Agreement."""

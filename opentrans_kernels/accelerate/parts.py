@@ -132,7 +132,7 @@ class _Reference:
         for layer in unit.layers if unit.must_mask else ():
             if layer.name in subject.masks:
                 require_own_weight(layer)
-        tensors = dict(call.named_parameters()) | dict(call.named_buffers())
+        tensors = _tensors(call)
         for path, mask in _masks(subject, unit).items():
             tensors[path] = tensors[path].detach() * mask
         with torch.no_grad():
@@ -155,7 +155,17 @@ class _Reference:
 
 
 def _run(module: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return torch.func.functional_call(module, tensors, (x,))
+    return torch.func.functional_call(module, tensors, (x,), tie_weights=False)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by every path of theirs, but each module once."""
+    return {
+        f"{path}.{key}".lstrip("."): tensor
+        for path, part in module.named_modules()
+        for key, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
+    }
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

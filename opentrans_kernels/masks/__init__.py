@@ -27,6 +27,7 @@ from opentrans_kernels.masks.names import (
     masked_modules,
     match_masks,
     owner_of,
+    require_one_mask,
 )
 from opentrans_kernels.masks.packed import (
     Provenance,
@@ -141,11 +142,15 @@ class MaskSet:
     def match(self, model: nn.Module, *, strict: bool = False) -> MaskMatch:
         """Find each mask's Conv2d or Linear in ``model`` by module name, whatever the prefix.
 
-        With ``strict`` a mask without a conv of its name and shape raises MaskError; without, it is
-        listed in the result. Raises MaskError if two parts of the model fit equally well.
+        With ``strict`` a mask without a conv of its name and shape raises MaskError, and so do
+        layers that share one weight and are masked differently; without, the first are listed in
+        the result. Raises MaskError if two parts of the model fit equally well.
         """
         match = match_masks(self.masks, model)
-        return match.require_complete() if strict else match
+        if strict:
+            match.require_complete()
+            require_one_mask(match.masks, model)
+        return match
 
     def transfer_to(self, model: nn.Module) -> MaskSet:
         """The same masks under the model's module names. Raises MaskError if one has no conv."""

@@ -144,6 +144,33 @@ def match_masks(masks: Mapping[str, torch.Tensor], model: nn.Module) -> MaskMatc
     )
 
 
+def require_one_mask(masks: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise MaskError where layers that share one weight would not all be masked alike.
+
+    masks: by the model's names. Weights that are zero anyway make no difference.
+    """
+    shared: dict[int, list[str]] = defaultdict(list)
+    layers = masked_modules(model, masks)
+    for name, layer in layers.items():
+        module, parameter = owner_of(layer)
+        weight = module._parameters.get(parameter)
+        if weight is not None and not weight.is_meta:
+            shared[id(weight)].append(name)
+    for names in shared.values():
+        if len(names) == 1 or not any(name in masks for name in names):
+            continue
+        live = layers[names[0]].weight.detach() != 0
+        kept = [live & masks[n].to(live.device) if n in masks else live for n in names]
+        if not all(torch.equal(kept[0], other) for other in kept[1:]):
+            without = [name for name in names if name not in masks]
+            what = f"{shorten(without)} has no mask" if without else "their masks differ"
+            raise MaskError(
+                f"{shorten(names)} share one weight, and {what}: a weight that is removed in one "
+                "of them and used in another cannot be stored. Give all of them the same mask, or "
+                "untie them: module.weight = nn.Parameter(module.weight.detach().clone())."
+            )
+
+
 def _counted(found: Mapping[str, MaskedLayer]) -> str:
     kinds = Counter(
         type(module) if isinstance(module, Projections) else isinstance(module, nn.Linear)
