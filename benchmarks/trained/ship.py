@@ -1,7 +1,9 @@
 """From a finished run of ``opentrans trained prune`` to the file that comes with the package.
 
-    opentrans trained prune hed --output hed-run
-    python benchmarks/trained/ship.py --run hed-run --more 1500 --lr 4e-4
+    opentrans trained prune hed --rounds 1 --fit 64 --recovery 2999 --output hed-run
+    python benchmarks/trained/ship.py --run hed-run
+
+The study's cell ``long/fit/macs-0.2`` is the same run.
 
 ``--more``: a second recovery, from a higher rate to 0 again. Then the weights are rounded to half
 precision, judged as they are now, and written as a sparse checkpoint without a plan. The numbers go
@@ -25,7 +27,7 @@ from benchmarks.trained.study import folder_of, say, shares, store
 from opentrans.trained import Crops, load, photographs
 from opentrans.trained.bank import Bank
 from opentrans.trained.judge import holdout, judge
-from opentrans.trained.recipe import fine_tune, save_weights
+from opentrans.trained.recipe import Recipe, fine_tune, save_weights
 from opentrans.trained.shipped import FILES, FOLDER
 from opentrans.trained.subjects import subject
 from opentrans_kernels import accelerate, load_accelerated, save_accelerated
@@ -40,7 +42,6 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--more", type=int, default=0, metavar="STEPS")
     parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--first", type=int, default=2326, help="number of the first batch")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/trained"))
     parser.add_argument("--work", type=Path, default=Path("build/trained"))
     options = parser.parse_args()
@@ -49,6 +50,10 @@ def main() -> int:
     masks = MaskSet.load(options.run / "masks.safetensors")
     model = copy.deepcopy(loaded.module)
     model.load_state_dict(load_file(options.run / "weights.safetensors"))
+    log = options.run / "run" / "log.json"  # the study keeps its runs without a folder of their own
+    config = json.loads((log if log.exists() else options.run / "log.json").read_text())["config"]
+    recipe = {k.removeprefix("extra."): v for k, v in config.items() if k.startswith("extra.")}
+    done = Recipe(**recipe).steps()
     again = options.run / "again.safetensors"
     if options.more and again.exists():
         say(f"the second recovery is taken from {again}")
@@ -60,20 +65,18 @@ def main() -> int:
         )  # fmt: skip
         fine_tune(
             model, chosen.objective, bank, loaded.prepare, masks, steps=options.more,
-            lr=options.lr, batch=chosen.batch, first=options.first, path=options.run / "again.pt",
+            lr=options.lr, batch=chosen.batch, first=done, path=options.run / "again.pt",
         )  # fmt: skip
         save_weights(again, model)
     changed = max(round_to_half(model).values())
     found = judge(model, loaded, chosen, holdout(loaded, chosen))
     say(f"largest rounding {changed:.1e}; agreement {found['mean']}")
-    config = json.loads((options.run / "run" / "log.json").read_text())["config"]
-    recipe = {k.removeprefix("extra."): v for k, v in config.items() if k.startswith("extra.")}
     cell = {
         "recipe": recipe | {"more": options.more, "more_lr": options.lr},
         **shares(masks, model, chosen.size),
         "agreement": found,
     }
-    cell["recipe"]["steps"] = options.first + options.more
+    cell["recipe"]["steps"] = done + options.more
     folder = folder_of(options.work, NETWORK, "shipped")
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "weights.safetensors", model)

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allocation", default="macs", help="as opentrans prune; default macs")
     parser.add_argument("--strength", type=float, default=0.2, help="of macs, latency: 0.2")
     parser.add_argument("--pattern", default="unstructured", help="as opentrans prune")
+    parser.add_argument(
+        "--fit", type=positive, default=0, metavar="N",
+        help="refit the kept weights to the dense network's outputs on N crops after every round "
+        "that leaves few of them (64 with --rounds 1; default 0: training alone)",
+    )  # fmt: skip
     parser.add_argument("--crops", type=positive, metavar="N", help="different training crops")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of crops")
     parser.add_argument(
@@ -58,6 +63,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         recovery=options.recovery, lr=chosen.lr / 2, recovery_lr=chosen.lr, batch=chosen.batch,
         allocation=options.allocation, strength=options.strength, pattern=options.pattern,
         seed=options.seed, sparse=not options.dense_training, statistics=chosen.statistics,
+        fit=options.fit,
     )  # fmt: skip
     loaded = load(options.name)
     make_folder(folder)

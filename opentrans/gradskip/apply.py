@@ -68,8 +68,8 @@ def skip_frozen(
         bn: "frozen": running statistics, scale and shift fixed everywhere, whatever ``train()``
             says; "affine": running statistics, scale and shift of trainable convolutions train;
             "train": batch norms follow their own mode. Outside a ResNet trunk the first two hold
-            for norms behind replaced convolutions; others follow their own mode. Batch statistics couple all elements, so
-            each norm then keeps its input.
+            for norms behind replaced convolutions; others follow their own mode. Batch
+            statistics couple all elements, so each norm then keeps its input.
         outputs: module paths of stages or blocks (such as "layer1", "layer4") whose results
             something outside the trunk stores for its own backward. Naming too few costs one bit
             per element, naming too many the whole activation.
