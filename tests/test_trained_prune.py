@@ -51,6 +51,22 @@ def run(folder: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def test_fit_is_part_of_the_recipe(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extension: None
+) -> None:
+    """It changes what comes out, is written down, and a run is not continued without it."""
+    words = ["trained", "prune", "hed", "--images", str(small), *STEPS, "--recovery", "1", "--json"]
+    found = {}
+    for crops in (None, "2"):
+        out = str(tmp_path / f"run-{crops}")
+        assert main([*words, "--output", out, *(["--fit", crops] if crops else [])]) == 0
+        found[crops] = json.loads(capsys.readouterr().out)
+    assert [one["recipe"]["fit"] for one in found.values()] == [0, 2]
+    assert found[None]["agreement"] != found["2"]["agreement"]
+    assert main([*words, "--output", str(tmp_path / "run-2")]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
 def test_masks_weights_and_agreement(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extension: None
 ) -> None:
