@@ -61,6 +61,7 @@ def limits_table(trunks: Sequence[Result]) -> str:
 def crossover_table(ops: Sequence[Result]) -> str:
     """Every shape of the operator runs: where sparse starts to win, and speed-ups around it."""
     rows = []
+    ops = [result for result in ops if crossovers(result["rows"])]
     for result in ops:
         for found in sorted(crossovers(result["rows"]), key=lambda one: one.kind):
             if found.backend == "reference":

@@ -128,7 +128,9 @@ def test_engines_beside_linear_layers_have_a_table(tables, tmp_path) -> None:
         },
     )  # fmt: skip
     op["rows"] += [row, make.op_row(0.1, 40.0, 10.0, op="sparse_linear", case="no engine here")]
-    assert run(tables, tmp_path, write(tmp_path / "r", op=op))[0] == 0
+    alone = {**op, "rows": [row | {"case": "only this"}]}
+    assert run(tables, tmp_path, write(tmp_path / "r", op=op, alone=alone))[0] == 0
+    assert "\nRuns: 1 t, avx2.\n" in (tmp_path / "performance.md").read_text()
     text = (tmp_path / "linears.md").read_text()
     start = "| 768 -> 3072 -> 768, 197 tokens, GELU | 10% | 1, avx2 |"
     assert f"{start} torch 2.14.1, conv2d | 40.0 | 10.0 | **4.00x** (3.92-4.08) | 1.0e-07 |" in text
@@ -190,7 +192,7 @@ def test_without_results_the_tables_say_so_and_a_second_run_changes_nothing(
     assert run(tables, tmp_path, tmp_path / "none", "--check")[0] == 1
     assert all((tmp_path / page).read_text() == text for page, text in MARKED.items())
     code, text = run(tables, tmp_path, tmp_path / "none")
-    assert code == 0 and text.count(tables.EMPTY) == 6
+    assert code == 0 and text.count(tables.EMPTY) == 7
     assert run(tables, tmp_path, tmp_path / "none", "--check") == (0, text)
 
 
