@@ -83,6 +83,7 @@ def test_peers_take_turns_and_are_compared(stage: SimpleNamespace) -> None:
     assert found["onnxruntime"]["max_rel_err"] == 0
     assert found["openvino"]["max_rel_err"] == pytest.approx(0.5)
     assert found["openvino"]["speedup_of_ours"]["median"] > 5
+    assert found["openvino"]["speedup_of_ours_cpu"]["median"] > 5
 
 
 def test_a_peer_that_dies_mid_run_is_recorded_and_the_others_go_on(stage: SimpleNamespace) -> None:

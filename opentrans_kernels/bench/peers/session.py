@@ -74,8 +74,8 @@ def measure_peers(
 
     Returns:
         name -> entry, and whether the run was interrupted. An entry has ``available`` and either
-        times, ``speedup_of_ours`` (its time / ours within a round) and ``max_rel_err``, or
-        ``error``; a peer that died keeps its finished rounds under ``partial``.
+        times, ``speedup_of_ours`` (its wall time / ours within a round; ``_cpu``: its CPU time) and
+        ``max_rel_err``, or ``error``; a peer that died keeps its finished rounds under ``partial``.
 
     Raises:
         OpenTransError: our own side does not run, or is not the network it should be.
@@ -237,12 +237,14 @@ def _entry(
     description = dict(known.get("description", {}))
     notes = [note for note in (description.pop("note", ""), turn.note) if note]
     pair = median_pair(turn.timing.wall_ms, ours.timing.wall_ms)
+    cpu = median_pair(turn.timing.cpu_ms, ours.timing.cpu_ms)
     return {
         "available": True,
         **turn.timing.to_dict(),
         "ms": pair.slow_ms,
         "ours_ms": pair.fast_ms,
         "speedup_of_ours": pair.ratios.to_dict(),
+        "speedup_of_ours_cpu": cpu.ratios.to_dict(),
         "max_rel_err": turn.rel_err,
         "match": None if turn.rel_err is None else matched(turn.rel_err, allowed),
         "note": "; ".join(notes),
