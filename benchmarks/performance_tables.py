@@ -1,4 +1,5 @@
-"""The generated tables of docs/performance.md: limits per layer, crossovers, peers."""
+"""The generated tables of docs/performance.md (limits per layer, crossovers, peers) and of
+docs/sparse-linears.md (linear layers against other engines)."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from opentrans_kernels.pack import SparseWeight, read_header
 Result = Mapping[str, Any]
 LIMITS = "convolution|output|n|density|nonzeros per visit|FLOPs per byte|GFLOP/s on nonzeros"
 CROSSOVER = "kind|convolution and output|densest at which sparse wins|5 % dense|10 %|30 %|100 %"
+LINEARS = "layer|kept|threads, ISA|against|its ms|our ms|our speed-up (quartiles)|its error|note"
 PEERS = "run|peer|peer ms|our ms beside it|our speed-up (quartiles)|its error|note"
 SHOWN = "global:0.90, 224, 1 t, avx2"  # the run whose layers are listed, if it is there
 SHAPE = ("cin", "cout", "kernel", "stride", "h_out", "w_out")
@@ -59,6 +61,7 @@ def limits_table(trunks: Sequence[Result]) -> str:
 def crossover_table(ops: Sequence[Result]) -> str:
     """Every shape of the operator runs: where sparse starts to win, and speed-ups around it."""
     rows = []
+    ops = [result for result in ops if crossovers(result["rows"])]
     for result in ops:
         for found in sorted(crossovers(result["rows"]), key=lambda one: one.kind):
             if found.backend == "reference":
@@ -82,26 +85,60 @@ def peers_table(trunks: Sequence[Result]) -> str:
     """Every peer of every run, absent and failed ones with their reason."""
     rows = []
     for result in trunks:
+        label, arch = run_label(dict(result)), result["subject"]["arch"]
+        label = f"{arch}, {label}" if ":" in arch else label  # the page's own network has no name
         for name, peer in result.get("peers", {}).items():
-            label = run_label(dict(result))
-            if not peer["available"]:
-                rows.append((label, name, "", "", "", "", peer["error"].splitlines()[0]))
-                continue
-            spread, error = peer["speedup_of_ours"], peer["max_rel_err"]
             ours = peer.get("ours_ms", result["accelerated"]["ms"])
-            shown = agreeing(peer["ms"], ours, spread)
-            rows.append(
-                (
-                    label,
-                    f"{name} {peer.get('version', '').split('-')[0]}".strip(),
-                    shown.slow(),
-                    f"{shown.fast_ms:.1f}",
-                    f"**{spread['median']:.2f}x** ({spread['q1']:.2f}-{spread['q3']:.2f})",
-                    "" if error is None else f"{error:.1e}",
-                    peer.get("note", ""),
-                )
-            )
+            rows.append((label, *_peer_cells(name, peer, ours)))
     return table(PEERS.split("|"), rows) if rows else EMPTY
+
+
+def _peer_cells(name: str, peer: Mapping[str, Any], ours: float | None) -> tuple[str, ...]:
+    """Name and version, its time, ours, ratio, error, note; or why it did not run."""
+    if not peer["available"]:
+        return (name, "", "", "", "", peer["error"].splitlines()[0])
+    spread, error = peer["speedup_of_ours"], peer["max_rel_err"]
+    shown = agreeing(peer["ms"], peer["ours_ms"] if ours is None else ours, spread)
+    loses = " loses" * (spread["median"] < 1)
+    return (
+        f"{name} {peer.get('version', '').split('-')[0]}".strip(),
+        shown.slow(),
+        f"{shown.fast_ms:.1f}",
+        f"**{spread['median']:.2f}x{loses}** ({spread['q1']:.2f}-{spread['q3']:.2f})",
+        "" if error is None else f"{error:.1e}",
+        peer.get("note", ""),
+    )
+
+
+def linears_table(ops: Sequence[Result]) -> str:
+    """Every linear layer and MLP that was timed beside other engines: the fastest dense PyTorch
+    of that row, then the engines."""
+    rows, labels = [], []
+    for result in ops:
+        found = [row for row in result["rows"] if row.get("peers") and row["exact"]]
+        if found:
+            disturbed = " (disturbed machine)" * result["canary"]["disturbed"]
+            labels.append(f"{_origin(result)}{disturbed}")
+        for row in found:
+            where = (
+                row["case"].replace("->", " -> ") + ", GELU" * (row["kind"] == "mlp"),
+                f"{row['density_asked']:.0%}",
+                f"{result['threads']}, {result['opentrans_cpu_capability'] or result['isa']}",
+            )
+            dense = {
+                "available": True, "ms": row["dense_ms"], "ours_ms": row["ms"],
+                "speedup_of_ours": row["speedup"], "max_rel_err": row["dense_error"],
+                "note": f"{row['clock']} time in one process",
+            }  # fmt: skip
+            name = f"torch {result['versions']['torch']}, {row['dense_kind']}"
+            rows.append((*where, *_peer_cells(name, dense, None)))
+            rows += [(*where, *_peer_cells(n, peer, None)) for n, peer in row["peers"].items()]
+    return f"{table(LINEARS.split('|'), rows)}\n\n{'; '.join(labels)}." if rows else EMPTY
+
+
+def _origin(result: Result) -> str:
+    commit = str((result["source"] or {}).get("commit"))[:12]
+    return f"CPU: {result['machine']['cpu']}; commit: {commit}; weights: synthetic"
 
 
 def chunk_channels(cin: int, kernel: int, density: float) -> int:

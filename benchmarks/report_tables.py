@@ -1,6 +1,7 @@
 """Rewrite the generated tables of README.md ("networks"), docs/performance.md ("trunk", "layers",
-"limits", "crossover", "peers") from the JSON files that ``opentrans bench`` and ``bench_ovs.py``
-wrote to ``benchmarks/results/MACHINE``, and docs/install.md ("settings") from the package.
+"limits", "crossover", "peers") and docs/sparse-linears.md ("linears") from the JSON files that
+``opentrans bench`` and ``bench_ovs.py`` wrote to ``benchmarks/results/MACHINE``, and
+docs/install.md ("settings") from the package.
 
 A table is what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``. A result that
 failed its checks, or lies in another machine's folder, is refused. Exit code 1 with ``--check`` if
@@ -145,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--performance", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument(
+        "--linears", type=Path, default=ROOT / "docs" / "sparse-linears.md", metavar="PAGE"
+    )
     parser.add_argument("--install", type=Path, default=ROOT / "docs" / "install.md")
     parser.add_argument("--training-docs", type=Path, metavar="DIR", help="its training pages too")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
@@ -165,8 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "layers": layers_table(own),
                 "limits": performance_tables.limits_table(own),
                 "crossover": performance_tables.crossover_table(ops),
-                "peers": performance_tables.peers_table(own),
+                "peers": performance_tables.peers_table(trunks),
             },
+            options.linears: {"linears": performance_tables.linears_table(ops)},
             options.install: {"settings": table(SETTINGS.split("|"), rows)},
         }
         if options.training_docs or options.results == ROOT / "benchmarks" / "results":

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_results import spread, timing
 
-from opentrans.cli import main
+from opentrans.cli import build_parser, main
 from opentrans_kernels import dispatch, native
 from opentrans_kernels.bench import cases, derive, ops, schema
 from opentrans_kernels.bench.environment import isa_environment
 from opentrans_kernels.bench.linear_ops import LinearCase, linear_cases
+from opentrans_kernels.errors import OpenTransError
 
 SMALL = cases.ConvCase(8, 12, 3, 1, 9, 10)
 #: Ops on another form of case.
@@ -210,11 +212,54 @@ def test_an_inexact_row_fails_the_command(
         (["--ops", "warp"], "Choose among: sparse_conv2d"),
         (["--backends", "warp"], "Choose among: cpu"),
         (["--cpus", "zero"], "--cpus 0,1"),
+        (["--peers", "warp"], "Choose among all"),
+        (["--peers", "torch-pruning"], "'torch-pruning' runs whole networks only"),
+        (["--peers", "all", "--ops", "max_pool2d"], "only sparse_linear and sparse_mlp are"),
     ],
 )
 def test_bad_options_are_explained(limited: None, capsys, words: list[str], fix: str) -> None:
     assert main(["bench", "op", *words]) == 2
     assert fix in capsys.readouterr().err
+
+
+def test_engines_beside_rows_are_timed_skipped_or_told(
+    limited: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("opentrans_kernels.bench.linear_ops._NETWORKS", ((24, 40, 13),))
+    target = tmp_path / "op.json"
+    words = ["--peers", "all", "--peer-envs", "none", "--densities", "0.3", "--rounds", "1"]
+    command = ["bench", "op", *words, "--json", str(target), "--quick", "--backends"]
+    assert main([*command, "reference"]) == 0
+    assert all("peers" not in row for row in schema.load_result(target)["rows"])
+    if not native.load():
+        return
+    assert main([*command, "cpu"]) == 0
+    rows = schema.load_result(target)["rows"]
+    assert {row["op"] for row in rows} == {"sparse_linear", "sparse_mlp"}
+    for row in rows:
+        assert list(row["peers"]) == ["onnxruntime", "openvino", "deepsparse"]
+        assert "--setup" in row["peers"]["openvino"]["error"]
+    assert "density 0.3, against other engines" in capsys.readouterr().out
+
+    def measured(work, reference, names, *, allowed, rounds, **_) -> tuple[dict, bool]:
+        assert work.words == ("cpu",) and rounds == 1 and allowed >= 1e-6
+        if "->24," in next(asked):
+            raise OpenTransError("our worker stopped")
+        found = {**timing(2.0), "available": True, "speedup_of_ours": spread(2.0), "ours_ms": 1.0}
+        found |= {"max_rel_err": 1e-7, "note": "", "match": None}
+        return {"onnxruntime": found}, True
+
+    monkeypatch.setattr("opentrans_kernels.bench.peers.session.measure_peers", measured)
+    ops_asked = ["--ops", "sparse_mlp,sparse_linear"]
+    asked = iter(["24->40"])
+    assert main([*command, "cpu", *ops_asked]) == 130, "an interrupted session ends the command"
+    row = schema.load_result(target)["rows"][-1]
+    words = row["peers"]["onnxruntime"]["command"]
+    again = build_parser().parse_args(words[1:])
+    assert (again.peers, again.peer_envs, again.case) == ("onnxruntime", "none", [row["case"]])
+    asked = iter(["->24,"] * 9)
+    assert main([*command, "cpu", "--ops", "sparse_mlp"]) == 1
+    assert "the peers were not timed: our worker stopped" in capsys.readouterr().err
 
 
 def test_threads_are_left_as_they_were() -> None:

@@ -15,6 +15,7 @@ import torch
 from opentrans.cli import main
 from opentrans_kernels.bench import schema
 from opentrans_kernels.bench.peers import environments, process, registry, session
+from opentrans_kernels.bench.peers.work import Work
 from opentrans_kernels.errors import OpenTransError
 
 PROTOCOL = session.WORKERS / "protocol.py"
@@ -52,7 +53,6 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     workers.mkdir()
     (workers / "protocol.py").write_text(PROTOCOL.read_text())
     monkeypatch.setattr(session, "WORKERS", workers)
-    monkeypatch.setattr(session, "write_graph", lambda *_: None)
     monkeypatch.setattr(session.native, "available", lambda: False)
     for name in ("onnxruntime", "openvino", "deepsparse"):
         (home / name / "bin").mkdir(parents=True)
@@ -65,14 +65,11 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def measure(stage: SimpleNamespace, names: list[str], **options: Any) -> tuple[dict, bool]:
-    subject: Any = SimpleNamespace(
-        arch="RN50",
-        model=SimpleNamespace(state_dict=dict),
-        masks=SimpleNamespace(save=lambda path: None),
-    )
+    graph = options.pop("graph", lambda folder: None)
+    work = Work(lambda folder: None, graph, "ours_worker.py", ("RN50", "native"))
     settings = {"rounds": 3, "isa": "native", "threads": 1, "allowed": 1e-6, **options}
-    ones = torch.ones(1, 2, 3)
-    return session.measure_peers(subject, ones, ones.double(), names, home=stage.home, **settings)
+    reference = torch.ones(1, 2, 3, dtype=torch.float64)
+    return session.measure_peers(work, reference, names, home=stage.home, **settings)
 
 
 def test_peers_take_turns_and_are_compared(stage: SimpleNamespace) -> None:
@@ -86,6 +83,7 @@ def test_peers_take_turns_and_are_compared(stage: SimpleNamespace) -> None:
     assert found["onnxruntime"]["max_rel_err"] == 0
     assert found["openvino"]["max_rel_err"] == pytest.approx(0.5)
     assert found["openvino"]["speedup_of_ours"]["median"] > 5
+    assert found["openvino"]["speedup_of_ours_cpu"]["median"] > 5
 
 
 def test_a_peer_that_dies_mid_run_is_recorded_and_the_others_go_on(stage: SimpleNamespace) -> None:
@@ -102,7 +100,7 @@ def test_a_peer_that_dies_mid_run_is_recorded_and_the_others_go_on(stage: Simple
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"body": "raise RuntimeError('no such kernel')"}, "ended with code 1"),
+        ({"body": "raise RuntimeError('no such kernel')"}, "RuntimeError: no such kernel"),
         ({"shape": "(1, 9)"}, "shape [1, 9] instead of [1, 2, 3]"),
         ({"body": "sys.stdout.flush(); answers.write('hello\\n')"}, "which is not JSON"),
     ],
@@ -123,6 +121,24 @@ def test_an_absent_peer_is_skipped_with_the_command_that_helps(stage: SimpleName
     assert found["openvino"]["available"]
     only, _ = measure(stage, ["torch-pruning"])
     assert set(only) == {"torch-pruning"}
+
+
+def test_a_network_without_graph_is_a_row_of_every_engine_that_reads_one(
+    stage: SimpleNamespace,
+) -> None:
+    def graph(folder: Path) -> None:
+        raise OpenTransError("the network calls aten.sort.default")
+
+    (stage.home / "torch-pruning" / "bin").mkdir(parents=True)
+    (stage.home / "torch-pruning" / "bin" / "python").symlink_to(sys.executable)
+    fake(stage.workers, "torch_pruning")
+    found, _ = measure(stage, ["openvino", "torch-pruning", "deepsparse"], graph=graph)
+    for name in ("openvino", "deepsparse"):
+        assert found[name]["skipped"] and not found[name]["available"]
+        assert found[name]["error"] == "the network calls aten.sort.default"
+    assert found["torch-pruning"]["available"], "it has the network's own code"
+    fake(stage.workers, "ours", body="sys.exit(3)")  # and is not started for nothing
+    assert set(measure(stage, ["openvino"], graph=graph)[0]) == {"openvino"}
 
 
 def test_nothing_is_timed_against_a_wrong_or_different_own_side(stage: SimpleNamespace) -> None:
@@ -178,6 +194,10 @@ def test_unknown_peers_are_explained(capsys) -> None:
         registry.chosen("openvino,warp")
     with pytest.raises(OpenTransError, match="timed by 'opentrans bench alpha'"):
         registry.chosen("weightwatcher")
+    assert registry.chosen("all", operators=True) == ["onnxruntime", "openvino", "deepsparse"]
+    for name in ("torch-pruning", registry.BUILT_IN):
+        with pytest.raises(OpenTransError, match=f"{name}' runs whole networks only"):
+            registry.chosen(f"openvino,{name}", operators=True)
     assert main(["bench", "peers", "warp"]) == 2
     assert "Choose among onnxruntime" in capsys.readouterr().err
 

@@ -93,6 +93,17 @@ def test_roofline_counts_flops_and_bytes() -> None:
     assert derive.roofline([strided], {"dense_gflops": 1.0, "copy_gbs": 1.0}) == []
 
 
+def test_engines_beside_an_operator_are_shown() -> None:
+    op = make.op()
+    peer = {**make.timing(6.0), "available": True, "max_rel_err": 2e-7, "ours_ms": 2.0}
+    peer["speedup_of_ours"] = make.spread(3.0)
+    gone = {"available": False, "skipped": True, "error": "no environment"}
+    op["rows"][0] |= {"peers": {"deepsparse": peer, "openvino": gone}}
+    html = page_of(op=op)
+    assert "64-&gt;256 k1 56x56, 0.1, 1 t, avx2" in html and "skipped: no environment" in html
+    assert "deepsparse" in html and "3.00x" in html and "2.94 - 3.06" in html
+
+
 def test_the_page_shows_every_kind() -> None:
     html = page_of(**{name: one() for name, one in make.ALL.items()})
     for text in (

@@ -26,6 +26,7 @@ SLUG = machine_slug({**make.MACHINE, "cpu": CPU})
 TABLES = {
     "README.md": ("networks",),
     "performance.md": ("trunk", "layers", "limits", "crossover", "peers"),
+    "linears.md": ("linears",),
     "install.md": ("settings",),
 }
 MARKED = {
@@ -95,7 +96,7 @@ def test_the_tables_hold_the_numbers_of_the_json(tables, tmp_path, result) -> No
     ) in text
     assert "torch: 2.14.1; commit: 0123456789ab; uncommitted changes: False" in text
     assert "masks: synthetic" in text
-    assert not re.search(r"\bold\b", text) and text.count("before\n") == 7
+    assert not re.search(r"\bold\b", text) and text.count("before\n") == 8
 
 
 def test_the_performance_page_has_limits_crossovers_and_peers(tables, tmp_path, result) -> None:
@@ -110,6 +111,53 @@ def test_the_performance_page_has_limits_crossovers_and_peers(tables, tmp_path, 
     # No rounds were kept, and 110 ms over our 30.1 contradict the ratio of 4.40.
     assert "| onnxruntime 1.0 | ~132 | 30.1 | **4.40x** (" in text
     assert "| openvino |  |  |  |  | no environment |" in text
+
+
+def test_engines_beside_linear_layers_have_a_table(tables, tmp_path) -> None:
+    op = make.op()
+    op["machine"]["cpu"] = CPU
+    side = {**make.timing(30.0), "available": True, "max_rel_err": 2e-7, "note": ""}
+    row = make.op_row(
+        0.1, 40.0, 10.0, op="sparse_mlp", case="768->3072->768, 197 tokens", kind="mlp",
+        peers={
+            "onnxruntime": {**side, "version": "1.2.3-cpu", "ours_ms": 10.0,
+                            "speedup_of_ours": make.spread(3.0)},
+            "deepsparse": {**side, "ms": 8.0, "ours_ms": 10.0,
+                           "speedup_of_ours": make.spread(0.8)},
+            "openvino": {"available": False, "skipped": True, "error": "no environment\nat all"},
+        },
+    )  # fmt: skip
+    op["rows"] += [row, make.op_row(0.1, 40.0, 10.0, op="sparse_linear", case="no engine here")]
+    alone = {**op, "rows": [row | {"case": "only this"}]}
+    assert run(tables, tmp_path, write(tmp_path / "r", op=op, alone=alone))[0] == 0
+    assert "\nRuns: 1 t, avx2.\n" in (tmp_path / "performance.md").read_text()
+    text = (tmp_path / "linears.md").read_text()
+    start = "| 768 -> 3072 -> 768, 197 tokens, GELU | 10% | 1, avx2 |"
+    assert f"{start} torch 2.14.1, conv2d | 40.0 | 10.0 | **4.00x** (3.92-4.08) | 1.0e-07 |" in text
+    assert f"{start} onnxruntime 1.2.3 | 30.0 | 10.0 | **3.00x** (2.94-3.06) | 2.0e-07 |  |" in text
+    assert f"{start} deepsparse | 8.0 | 10.0 | **0.80x loses** (0.78-0.82) |" in text
+    assert f"{start} openvino |  |  |  |  | no environment |" in text
+    assert "no engine here" not in text and "commit: 0123456789ab" in text
+
+
+def test_another_librarys_network_is_named_and_keeps_the_readme_short(
+    tables, tmp_path, result
+) -> None:
+    """All its engines are on the page of performance, the two fastest in the README."""
+    result["subject"] |= {"arch": "timm:vit", "part": "network"}
+    result["mask"]["label"] = "uniform:0.90 (synthetic mask)"
+    one = result["peers"]["onnxruntime"]
+    for name, ms in (("deepsparse", 60.0), ("openvino", 100.0), ("slow", 200.0)):
+        ratio = make.spread(ms / 20)
+        result["peers"][name] = {**one, "ms": ms, "ours_ms": 20.0, "speedup_of_ours": ratio}
+    result["peers"]["other"] = {**one, "ms": 1.0, "max_rel_err": None, "note": "another network"}
+    assert run(tables, tmp_path, write(tmp_path / "r", one=result))[0] == 0
+    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if "timm" in line]
+    assert [row.split(" | ")[3].split()[0] for row in rows] == ["compile", "deepsparse", "openvino"]
+    assert rows[1].startswith("| timm:vit network, 224 | uniform:0.90 | 1, avx2 | deepsparse 1.0 |")
+    text = (tmp_path / "performance.md").read_text()
+    assert text.count("| timm:vit, uniform:0.90, 224, 1 t, avx2 |") == 5
+    assert "| timm:vit, uniform:0.90, 224, 1 t, avx2 | slow 1.0 | 200.0 | 20.0 |" in text
 
 
 def test_layers_of_one_shape_are_summed_but_a_loser_is_not_averaged_away(
@@ -144,7 +192,7 @@ def test_without_results_the_tables_say_so_and_a_second_run_changes_nothing(
     assert run(tables, tmp_path, tmp_path / "none", "--check")[0] == 1
     assert all((tmp_path / page).read_text() == text for page, text in MARKED.items())
     code, text = run(tables, tmp_path, tmp_path / "none")
-    assert code == 0 and text.count(tables.EMPTY) == 6
+    assert code == 0 and text.count(tables.EMPTY) == 7
     assert run(tables, tmp_path, tmp_path / "none", "--check") == (0, text)
 
 

@@ -7,6 +7,14 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from .bench_op_peers import (
+    ops_with_peers,
+    peer_failures,
+    rounds_of,
+    row_command,
+    show_peer_rows,
+    time_peers,
+)
 from .bench_rows import INEXACT, match_cell, show_repeats
 from .bench_session import Session, add_limits, limit
 from .options import add_json, add_size, input_size, positive
@@ -29,12 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--densities", metavar="D,...", help="shares of weights kept")
     parser.add_argument("--rounds", type=positive, metavar="N", help="default 7, quick 5")
+    parser.add_argument(
+        "--peers", metavar="all|A,B,...",
+        help="other engines to time on linear layers and MLPs: 'opentrans bench peers' lists and "
+        "makes them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer-envs", metavar="DIR", help="where the peers' environments are (a cache directory)"
+    )
     add_json(parser)
 
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Measure and show; 1 if a row is inexact."""
+    from opentrans_kernels.bench.peers.registry import chosen
+
     asked = _densities(options.densities)
+    peers = chosen(options.peers, operators=True) if options.peers else []
     started = limit(options, out)
     if isinstance(started, int):
         return started
@@ -43,6 +62,8 @@ def run(options: argparse.Namespace, out: Output) -> int:
     from opentrans_kernels.bench.environment import portable_words
 
     names = _names(options.ops, list(ops.BUILDERS), "op")
+    if peers:
+        names = ops_with_peers(names)
     known = [row["backend"] for row in _records()]
     backends = _names(options.backends, known, "backend")
     densities = asked or (QUICK_DENSITIES if options.quick else DENSITIES)
@@ -70,48 +91,34 @@ def run(options: argparse.Namespace, out: Output) -> int:
                 quick=options.quick,
                 only=options.case or (),
             ):
-                step(f"{case.op} {case.name}, density {case.asked:g}")
-                result["rows"] += [
-                    row | {"command": portable_words(row_command(options, row))}
-                    for row in ops.measure_case(
-                        case,
-                        rounds=_rounds(options),
-                        backends=backends or (["cpu"] if options.quick else []),
+                what = f"{case.op} {case.name}, density {case.asked:g}"
+                step(what)
+                rows = ops.measure_case(
+                    case,
+                    rounds=rounds_of(options),
+                    backends=backends or (["cpu"] if options.quick else []),
+                )
+                for row in rows:
+                    row["command"] = portable_words(row_command(options, row))
+                result["rows"] += rows
+                if peers:
+                    complete = time_peers(
+                        case, rows, options, peers, lambda said, what=what: step(f"{what}, {said}")
                     )
-                ]
                 session.save()
+                if not complete:
+                    break
     except KeyboardInterrupt:
         complete = False
     show(result, out, options)
-    failed = [
+    show_peer_rows(result["rows"], options, out)
+    failed = peer_failures(result["rows"]) + [
         f"{row['op']} {row['backend']} {row['case']} at density {row['density_asked']:g} is "
         f"inexact: {row['error']:.1e} of its largest output, dense {row['dense_error']:.1e}"
         for row in result["rows"]
         if not row["exact"]
     ]
     return session.finish(complete=complete, failed=failed)
-
-
-def row_command(
-    options: argparse.Namespace, row: dict[str, Any], densities: list[float] | None = None
-) -> list[str]:
-    """What measures ``row`` again, alone; with ``densities`` all of these."""
-    from opentrans_kernels.bench.rows import command_words
-
-    return command_words(
-        ("opentrans", "bench", "op"),
-        ops=row["op"],
-        case=row["case"],
-        backends=row["backend"],
-        densities=",".join(f"{d:g}" for d in densities or [row["density_asked"]]),
-        size=options.size,
-        size_w=options.size_w,
-        batch=options.batch,
-        threads=options.threads,
-        isa=options.isa,
-        cpus=options.cpus,
-        rounds=_rounds(options),
-    )
 
 
 def show(result: dict[str, Any], out: Output, options: argparse.Namespace) -> None:
@@ -172,10 +179,6 @@ def _line(case: str, rows: list[dict[str, Any]], densities: list[float]) -> list
 
 def _asked(rows: list[dict[str, Any]]) -> list[float]:
     return sorted({row["density_asked"] for row in rows})
-
-
-def _rounds(options: argparse.Namespace) -> int:
-    return options.rounds or (5 if options.quick else 7)
 
 
 def _records() -> list[dict[str, str]]:

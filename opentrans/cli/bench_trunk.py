@@ -115,7 +115,7 @@ def show(result: dict[str, Any], out: Output) -> None:
     show_canary(result["canary"], out)
 
 
-def show_peers(peers: dict[str, Any], exact: bool, out: Output) -> None:
+def show_peers(peers: dict[str, Any], exact: bool, out: Output, title: str | None = None) -> None:
     """Other engines: times, our speed-up over them, their error; or why they did not run."""
     rows: list[list[Any]] = []
     for name, peer in peers.items():
@@ -131,7 +131,7 @@ def show_peers(peers: dict[str, Any], exact: bool, out: Output) -> None:
     if rows:
         out.text()
         columns = ("peer", "wall ms", "ours beside it", "speed-up of ours", "match", "")
-        out.table(None, columns, rows, right=(1, 2, 3))
+        out.table(title, columns, rows, right=(1, 2, 3))
 
 
 def variant_row(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ..activations import NONE, Activation, Kind
@@ -94,7 +95,18 @@ def linear_case(op: str, case: LinearCase, density: float, batch: int) -> Case:
         {"eager": lambda: dense(x, weights, biases), **_reordered(x, weights, biases)},
         lambda: dense(x, weights, biases),
         dense(x.double(), [w.double() for w in weights], [b.double() for b in biases]),
+        module=_module(weights, biases),
     )  # fmt: skip
+
+
+def _module(weights: list[torch.Tensor], biases: list[torch.Tensor]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+        layers += [*([nn.GELU()] if layers else []), layer]
+    return nn.Sequential(*layers).eval()
 
 
 def _reordered(

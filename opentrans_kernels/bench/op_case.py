@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..flops import executed_macs
 
@@ -21,7 +22,8 @@ class Case:
     ``arguments``: of the op, in schema order. ``dense``: the competitors. ``plain``: the same in
     eager PyTorch on contiguous tensors, which is what the reference row runs. ``reference``:
     float64 result. ``select``: brings a dense result into the form of the op's. ``macs``: nominal
-    and effective multiply-adds of one call.
+    and effective multiply-adds of one call. ``module``: the same for other engines, on the first of
+    the arguments; None where they cannot be given it.
     """
 
     op: str
@@ -37,6 +39,7 @@ class Case:
     plain: Call
     reference: torch.Tensor
     select: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda found: found)
+    module: nn.Module | None = None
 
 
 def random_values(shape: Sequence[int], seed: int) -> torch.Tensor:

@@ -165,6 +165,7 @@ OP_ROW = {
     "dense_error": NUMBER,
     "match": MATCH,
     "command": COMMAND,
+    "peers": Maybe(Each(SIDE)),
 }
 MODEL_ROW = {
     "part": TEXT,

@@ -259,6 +259,7 @@ def _peers(
     from .peers.environments import default_home
     from .peers.registry import BUILT_IN
     from .peers.session import measure_peers
+    from .peers.work import network_work
 
     entries: dict[str, Any] = {}
     if BUILT_IN in options.peers:
@@ -280,8 +281,7 @@ def _peers(
                 "note": f"the dense variant {best} of this run",
             }
     found, interrupted = measure_peers(
-        subject,
-        x,
+        network_work(subject, x, options.isa),
         reference,
         [name for name in options.peers if name != BUILT_IN],
         home=options.peer_home or default_home(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..bench.compare import Change, Comparison, run_label
@@ -95,11 +95,11 @@ def work(page: Page, results: Sequence[Result]) -> None:
 
 
 def peers(page: Page, results: Sequence[Result]) -> None:
-    """Other engines on the same network."""
+    """Other engines on the same network, linear layer or MLP, of trunk and op results."""
     rows, css = [], []
-    for r in results:
+    for r, where in _with_peers(results):
         for name, peer in r["peers"].items():
-            label = [run_label(dict(r)), name]
+            label = [where, name]
             if not peer["available"]:
                 kind = "skipped" if peer.get("skipped", True) else "FAILED"
                 why = f"{kind}: {peer.get('error', 'not run').partition(chr(10))[0]}"
@@ -107,7 +107,7 @@ def peers(page: Page, results: Sequence[Result]) -> None:
                 css.append("")
                 continue
             spread = peer["speedup_of_ours"]
-            ours = peer.get("ours_ms", r["accelerated"]["ms"])
+            ours = peer["ours_ms"] if "ours_ms" in peer else r["accelerated"]["ms"]
             shown = agreeing(peer["ms"], ours, spread)
             rows.append(
                 [
@@ -131,6 +131,16 @@ def peers(page: Page, results: Sequence[Result]) -> None:
     )
     columns = ("run", "peer", "peer ms", "our ms", "our speed-up", "quartiles", "its error", "note")
     page.table(columns, rows, css, sortable=True)
+
+
+def _with_peers(results: Sequence[Result]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """(what holds ``peers``, its label) of every network and operator row that has some."""
+    for result in results:
+        label = run_label(dict(result))
+        for row in result["rows"] if "rows" in result else [result]:
+            if row.get("peers"):
+                case = "case" in row
+                yield row, f"{row['case']}, {row['density_asked']:g}, {label}" if case else label
 
 
 def layers(page: Page, r: Result) -> None:

@@ -38,13 +38,13 @@ def results_page(results: Results, comparison: Comparison | None = None) -> str:
     if trunks:
         result_tables.trunks(page, trunks)
         result_tables.work(page, trunks)
-        result_tables.peers(page, trunks)
-        measured = [trunk for trunk in trunks if trunk["layers"]]
-        for trunk in measured:
-            with page.folded(f"Layers: {run_label(dict(trunk))}", opened=trunk is measured[0]):
-                result_plots.roofline_of(page, trunk)
-                page.subheading("Milliseconds per layer")
-                result_tables.layers(page, trunk)
+    result_tables.peers(page, [*trunks, *by_kind.get("op", ())])
+    measured = [trunk for trunk in trunks if trunk["layers"]]
+    for trunk in measured:
+        with page.folded(f"Layers: {run_label(dict(trunk))}", opened=trunk is measured[0]):
+            result_plots.roofline_of(page, trunk)
+            page.subheading("Milliseconds per layer")
+            result_tables.layers(page, trunk)
     for op in by_kind.get("op", ()):
         result_plots.crossover(page, op)
         result_plots.cost(page, op)

@@ -1,81 +1,78 @@
-"""The folded, masked trunk as a neutral graph on disk, from which any peer builds its own format.
+"""A network or operator as a list of ONNX operations on disk, from which any peer builds its own.
 
-``graph.json`` lists the operations in execution order; ``tensors.npz`` holds their weights, and the
-example input as ``image``. No exporter is needed: a ResNet trunk has five kinds of operations.
+``graph.json`` lists operations of opset 11 in execution order: ``op``, ``inputs``, ``output`` and
+``attributes``. ``tensors.npz`` holds what they read besides ``input``; the last one's output is
+``output``. PyTorch's own tracer lists what is called, :mod:`.onnx_operations` says it in ONNX.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ...errors import OpenTransError
-from ..part import TrunkModule
-from ..subject import Subject
-from ..variants import fold_batch_norms_
+from .onnx_operations import OPERATIONS, Writer
+
+_CONSTANT = ("PARAMETER", "BUFFER", "CONSTANT_TENSOR")
 
 
-def write_graph(subject: Subject, image: torch.Tensor, folder: Path) -> None:
-    """Write ``graph.json`` and ``tensors.npz`` of the masked trunk into ``folder``.
+def write_graph(module: nn.Module, x: torch.Tensor, folder: Path) -> None:
+    """Write ``graph.json`` and ``tensors.npz`` of an eval-mode module into ``folder``.
 
-    image: float32 [N, 3, H, W]. Raises OpenTransError for an operation that has no entry here.
+    Args:
+        module: one tensor in, one tensor out. x: float32 example input, whose shape the graph has.
+
+    Raises:
+        OpenTransError: the module cannot be traced, or calls an operation that has no entry.
     """
-    tower = subject.masked_copy()
-    trunk = TrunkModule(tower).eval()
-    fold_batch_norms_(tower)
-    traced = torch.fx.symbolic_trace(trunk)
-    modules = dict(traced.named_modules())
-    tensors: dict[str, np.ndarray] = {"image": image.numpy()}
-    operations: list[dict[str, Any]] = []
-    alias: dict[str, str] = {}
-    for node in traced.graph.nodes:
-        inputs = [alias[one.name] for one in node.all_input_nodes]
-        alias[node.name] = node.name
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, (x,), strict=False)
+            # Nothing is taken apart; operations that write to their input become ones that do not.
+            exported = exported.run_decompositions({})
+    except Exception as error:  # the model's own code
+        first = str(error).strip().partition("\n")[0][:200]
+        raise OpenTransError(
+            f"torch.export cannot follow this network ({type(error).__name__}: {first}), so other "
+            "engines get no graph of it. Leave them out of --peers."
+        ) from error
+    writer = Writer()
+    held = {**exported.state_dict, **exported.constants}
+    given = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    for node in exported.graph.nodes:
         if node.op == "placeholder":
-            alias[node.name] = "image"
+            spec = given[node.name]
+            constant = spec.kind.name in _CONSTANT and spec.target is not None
+            writer.values[node] = held[spec.target].detach() if constant else "input"
+        elif node.op == "call_function":
+            _call(writer, node)
         elif node.op == "output":
-            operations.append({"kind": "output", "inputs": inputs})
-        elif node.op == "call_function" and node.target.__name__ in ("add", "iadd"):
-            operations.append({"kind": "add", "inputs": inputs, "name": node.name})
-        elif node.op == "call_module":
-            entry = _module(modules[node.target], node.name, tensors)
-            if entry is None:
-                alias[node.name] = inputs[0]
-            else:
-                operations.append({**entry, "inputs": inputs, "name": node.name})
-        else:
-            raise OpenTransError(
-                f"the trunk calls {node.target!r}, which the neutral graph has no operation for. "
-                "Use a CLIP ResNet (RN50, RN101, RN50x4)."
-            )
-    (folder / "graph.json").write_text(json.dumps(operations, indent=1), encoding="utf-8")
-    np.savez(folder / "tensors.npz", **tensors)
+            (found,) = node.args[0]
+            writer.emit("Identity", [found], "output")
+    (folder / "graph.json").write_text(json.dumps(writer.operations, indent=1), encoding="utf-8")
+    np.savez(folder / "tensors.npz", **writer.tensors)
 
 
-def _module(module: nn.Module, name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """The operation of a module; None for an identity."""
-    if isinstance(module, nn.Conv2d):
-        tensors[f"{name}.weight"] = module.weight.detach().numpy()
-        if module.bias is None:
-            raise OpenTransError(
-                f"{name} has no bias after folding, so its batch norm was not found. Use a CLIP "
-                "ResNet, whose convolutions all have one."
-            )
-        tensors[f"{name}.bias"] = module.bias.detach().numpy()
-        return {"kind": "conv", "stride": module.stride[0], "padding": int(module.padding[0])}
-    if isinstance(module, nn.ReLU):
-        return {"kind": "relu"}
-    if isinstance(module, nn.AvgPool2d):
-        size = module.kernel_size if isinstance(module.kernel_size, int) else module.kernel_size[0]
-        return None if size == 1 else {"kind": "avg_pool", "size": size}
-    if isinstance(module, nn.Identity):
-        return None
-    raise OpenTransError(
-        f"{name} is a {type(module).__name__}, which the neutral graph has no operation for. Use "
-        "a CLIP ResNet (RN50, RN101, RN50x4)."
-    )
+def _call(writer: Writer, node: fx.Node) -> None:
+    """Write the operation of a node, or compute it where nothing depends on the input."""
+    known = [writer.values[one] for one in node.all_input_nodes]
+    if all(isinstance(value, torch.Tensor) for value in known):
+        arguments, options = fx.node.map_arg((node.args, node.kwargs), writer.values.__getitem__)
+        with torch.no_grad():
+            writer.values[node] = node.target(*arguments, **options)
+        return
+    write = OPERATIONS.get(str(node.target))
+    if write is None:
+        raise OpenTransError(
+            f"the network calls {node.target}, which the graph for other engines has no operation "
+            f"for; it has {', '.join(_known())}. Leave them out of --peers."
+        )
+    writer.values[node] = write(writer, node)
+
+
+def _known() -> list[str]:
+    return sorted({name.split(".")[1] for name in OPERATIONS if name.startswith("aten.")})

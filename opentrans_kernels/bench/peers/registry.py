@@ -20,6 +20,8 @@ class Peer:
             whatever the CPU has, also under ``--isa``.
         build: what its sources are built with, pinned, where there is no wheel; a C++ compiler too.
         same_network: False if it computes another network, whose outputs are not compared.
+        reads_graph: it is given the graph of a network or of an operator; False if it needs
+            the network's own code.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Peer:
     isa_variable: str | None = None
     build: tuple[str, ...] = ()
     same_network: bool = True
+    reads_graph: bool = True
 
     @property
     def limited(self) -> bool:
@@ -69,6 +72,7 @@ PEERS: dict[str, Peer] = {
             "torch_pruning_worker.py",
             shares_torch=True,
             same_network=False,
+            reads_graph=False,
         ),
         Peer(
             "weightwatcher",
@@ -90,17 +94,25 @@ PEERS: dict[str, Peer] = {
 BUILT_IN = "torch.compile"
 
 
-def chosen(text: str) -> list[str]:
-    """Names of ``--peers``: "all" (every peer that times the trunk) or a comma-separated list.
+def chosen(text: str, *, operators: bool = False) -> list[str]:
+    """Names of ``--peers``: "all" (every peer that times the network) or a comma-separated list.
+
+    operators: of those that time single operators.
 
     Raises:
         OpenTransError: an unknown peer, or one that other commands time.
     """
     timing = [peer.name for peer in PEERS.values() if peer.worker is not None]
+    single = [name for name in timing if PEERS[name].reads_graph]
     if text == "all":
-        return [BUILT_IN, *timing]
+        return single if operators else [BUILT_IN, *timing]
     names = [part.strip() for part in text.split(",")]
     for name in names:
+        if operators and name in (BUILT_IN, *timing) and name not in single:
+            raise OpenTransError(
+                f"peer {name!r} runs whole networks only ('opentrans bench trunk'). Choose among "
+                f"all, {', '.join(single)}; PyTorch's own ways are timed beside every operator."
+            )
         if name in PEERS and PEERS[name].worker is None:
             raise OpenTransError(f"peer {name!r} is timed by '{PEERS[name].where}', not here.")
         if name not in (BUILT_IN, *timing):

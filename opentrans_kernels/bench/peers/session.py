@@ -17,13 +17,12 @@ from ... import native
 from ...errors import OpenTransError
 from ..environment import isa_environment
 from ..rows import matched
-from ..subject import Subject
 from ..timing import Timing, median_pair
 from ..variants import relative_error
 from .environments import absent, python_of
-from .graph import write_graph
 from .process import Worker
 from .registry import PEERS, Peer
+from .work import Work
 
 OURS = "ours"
 WORKERS = Path(__file__).resolve().parent / "workers"
@@ -55,8 +54,7 @@ class Turn:
 
 
 def measure_peers(
-    subject: Subject,
-    image: torch.Tensor,
+    work: Work,
     reference: torch.Tensor,
     names: Sequence[str],
     *,
@@ -67,17 +65,17 @@ def measure_peers(
     rounds: int = 7,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, dict[str, Any]], bool]:
-    """Time peers on the masked trunk, interleaved with ours by process.
+    """Time peers on a network or an operator, interleaved with ours by process.
 
     Args:
-        image: float32 [N, 3, H, W]. reference: the masked trunk's float64 output for it.
+        work: what is computed. reference: its float64 output.
         names: peers of the registry. home: directory of their environments.
         allowed: error of ours against ``reference`` above which nothing is timed.
 
     Returns:
         name -> entry, and whether the run was interrupted. An entry has ``available`` and either
-        times, ``speedup_of_ours`` (its time / ours within a round) and ``max_rel_err``, or
-        ``error``; a peer that died keeps its finished rounds under ``partial``.
+        times, ``speedup_of_ours`` (its wall time / ours within a round; ``_cpu``: its CPU time) and
+        ``max_rel_err``, or ``error``; a peer that died keeps its finished rounds under ``partial``.
 
     Raises:
         OpenTransError: our own side does not run, or is not the network it should be.
@@ -95,14 +93,17 @@ def measure_peers(
     interrupted = False
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_graph(subject, image, folder)
-        # Files, not a seed: synthetic weights made under another instruction set differ slightly.
-        torch.save(subject.model.state_dict(), folder / "tower.pt")
-        subject.masks.save(folder / "masks.safetensors")
+        work.write(folder)
+        refused = _without_graph(work, turns, folder)
+        for turn in refused:
+            entries[turn.name] = {"available": False, "skipped": True, "error": turn.error}
+        turns = [turn for turn in turns if turn not in refused]
+        if len(turns) == 1:
+            return entries, False
         try:
             for turn in turns:
                 tell(f"peers: starting {turn.name}")
-                _start(turn, folder, subject.arch, home, isa, threads, reference)
+                _start(turn, folder, work, home, isa, threads, reference)
             _check_ours(turns[0], allowed)
             for index in range(rounds):
                 tell(f"peers: round {index + 1} of {rounds}")
@@ -122,10 +123,23 @@ def measure_peers(
     return entries, interrupted
 
 
+def _without_graph(work: Work, turns: list[Turn], folder: Path) -> list[Turn]:
+    """Write the graph if a side reads it; the sides that cannot run for want of it, with why."""
+    reading = [turn for turn in turns if turn.name in PEERS and PEERS[turn.name].reads_graph]
+    try:
+        if reading:
+            work.graph(folder)
+    except OpenTransError as error:
+        for turn in reading:
+            turn.error = str(error)
+        return reading
+    return []
+
+
 def _start(
     turn: Turn,
     folder: Path,
-    arch: str,
+    work: Work,
     home: Path,
     isa: str,
     threads: int,
@@ -135,7 +149,7 @@ def _start(
     peer = PEERS.get(turn.name)
     try:
         turn.worker = Worker(
-            turn.name, *_command(peer, turn.name, folder, arch, home, isa, threads)
+            turn.name, *_command(peer, turn.name, folder, work, home, isa, threads)
         )
         path = folder / f"{turn.name}.npy"
         if peer is None or peer.same_network:
@@ -169,23 +183,23 @@ def _check_ours(ours: Turn, allowed: float) -> None:
     if ours.rel_err > allowed:
         raise OpenTransError(
             f"our worker's error {ours.rel_err:.1e} exceeds {allowed:.1e}, twice that of dense "
-            "float32, so peers are not timed against it. Report this with 'opentrans info'."
+            "float32 or 1e-6, so peers are not timed against it. Report this with 'opentrans info'."
         )
 
 
 def _command(
-    peer: Peer | None, name: str, folder: Path, arch: str, home: Path, isa: str, threads: int
+    peer: Peer | None, name: str, folder: Path, work: Work, home: Path, isa: str, threads: int
 ) -> tuple[list[str], dict[str, str]]:
     """(command, environment) of a worker, limited to the instruction set and threads of the run."""
     environ = {**os.environ, **isa_environment(isa, threads), "NM_DISABLE_ANALYTICS": "1"}
     environ["OPENBLAS_NUM_THREADS"] = str(threads)
-    script = peer.worker if peer is not None and peer.worker else "ours_worker.py"
+    script = peer.worker if peer is not None and peer.worker else work.ours
     python = sys.executable if peer is None else str(python_of(name, home))
     arguments = [str(folder), str(threads)]
     if peer is None or peer.shares_torch:
         root = str(Path(__file__).resolve().parents[3])
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        arguments += [arch, isa]
+        arguments += work.words
     if peer is not None and peer.isa_variable is not None and isa != "native":
         environ[peer.isa_variable] = isa
     return [python, str(WORKERS / script), *arguments], environ
@@ -223,12 +237,14 @@ def _entry(
     description = dict(known.get("description", {}))
     notes = [note for note in (description.pop("note", ""), turn.note) if note]
     pair = median_pair(turn.timing.wall_ms, ours.timing.wall_ms)
+    cpu = median_pair(turn.timing.cpu_ms, ours.timing.cpu_ms)
     return {
         "available": True,
         **turn.timing.to_dict(),
         "ms": pair.slow_ms,
         "ours_ms": pair.fast_ms,
         "speedup_of_ours": pair.ratios.to_dict(),
+        "speedup_of_ours_cpu": cpu.ratios.to_dict(),
         "max_rel_err": turn.rel_err,
         "match": None if turn.rel_err is None else matched(turn.rel_err, allowed),
         "note": "; ".join(notes),

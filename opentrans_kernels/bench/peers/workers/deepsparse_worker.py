@@ -17,8 +17,8 @@ def main(arguments):
     path = build_onnx(folder)
     import deepsparse
 
-    image = np.load(folder / "tensors.npz")["image"]
-    engine = deepsparse.Engine(model=str(path), batch_size=image.shape[0], num_cores=threads)
+    x = np.load(folder / "input.npy")
+    engine = deepsparse.Engine(model=str(path), batch_size=x.shape[0], num_cores=threads)
     described = {
         "engine": "deepsparse",
         "version": deepsparse.__version__,
@@ -29,9 +29,9 @@ def main(arguments):
     }
     serve(
         answers,
-        lambda: engine.run([image]),
+        lambda: engine.run([x]),
         described,
-        lambda target: np.save(target, engine.run([image])[0]),
+        lambda target: np.save(target, engine.run([x])[0]),
     )
 
 

@@ -22,8 +22,8 @@ def main(arguments):
     settings.inter_op_num_threads = 1
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    image = np.load(folder / "tensors.npz")["image"]
-    inputs = {session.get_inputs()[0].name: image}
+    x = np.load(folder / "input.npy")
+    inputs = {session.get_inputs()[0].name: x}
     described = {
         "engine": "onnxruntime",
         "version": onnxruntime.__version__,

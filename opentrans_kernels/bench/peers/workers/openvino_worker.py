@@ -28,11 +28,11 @@ def main(arguments):
             "ENABLE_CPU_PINNING": False,  # the process is pinned already
         },
     )
-    image = np.load(folder / "tensors.npz")["image"]
+    x = np.load(folder / "input.npy")
     request = compiled.create_infer_request()
 
     def call():
-        return request.infer({0: image}, share_inputs=True, share_outputs=True)
+        return request.infer({0: x}, share_inputs=True, share_outputs=True)
 
     described = {
         "engine": "openvino",

@@ -1,7 +1,7 @@
 """Our side: ``ours_worker.py FOLDER THREADS ARCH ISA``.
 
 Accelerates the tower of ``tower.pt`` with the masks of ``masks.safetensors`` in FOLDER, on the
-image of the neutral graph there, and serves timings.
+image of ``input.npy`` there, and serves timings.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ def main(arguments: list[str]) -> None:
     subject = load_subject(
         str(folder / "masks.safetensors"), arch=arch, checkpoint=folder / "tower.pt"
     )
-    image = torch.from_numpy(np.load(folder / "tensors.npz")["image"])
-    accelerate(subject.model, subject.masks, input_size=tuple(image.shape[-2:]))
+    image = torch.from_numpy(np.load(folder / "input.npy"))
+    batch, _, height, width = image.shape
+    size = height, width
+    accelerate(subject.model, subject.masks, input_size=size, threads=int(threads), batch=batch)
     trunk = TrunkModule(subject.model).eval()
 
     def call() -> torch.Tensor:

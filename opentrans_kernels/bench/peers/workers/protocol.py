@@ -17,9 +17,16 @@ import time
 
 
 def take_stdout():
-    """The stream for answers. Call it first: what libraries print then goes to stderr."""
+    """The stream for answers. Call it first: what libraries print then goes to stderr, and an
+    exception that ends the process is answered with its reason."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def tell(kind, error, trace):
+        sys.__excepthook__(kind, error, trace)
+        answers.write(json.dumps({"error": f"{kind.__name__}: {error}"}) + "\n")
+
+    sys.excepthook = tell
     return answers
 
 

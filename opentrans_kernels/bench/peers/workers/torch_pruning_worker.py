@@ -19,11 +19,23 @@ from torch import nn
 
 from opentrans_kernels.bench.environment import SIMD_BITS
 from opentrans_kernels.bench.part import TrunkModule
-from opentrans_kernels.bench.subject import load_subject
+from opentrans_kernels.bench.subject import Subject, load_subject
 from opentrans_kernels.bench.variants import build_variants
+from opentrans_kernels.errors import OpenTransError
+from opentrans_kernels.topology import linear_modules
 
 STEPS = 100
 VARIANTS = ("folded_channels_last", "compile_folded_channels_last")
+
+
+def check_mask(subject: Subject) -> None:
+    """Raise OpenTransError if the mask prunes more than convolutions, whose work is matched."""
+    linear = set(linear_modules(subject.model)) & set(subject.masks.masks)
+    if linear:
+        raise OpenTransError(
+            f"this mask prunes {len(linear)} linear layers, and channels are removed here until "
+            "the convolutions need no more multiply-adds than masked. Leave this peer out."
+        )
 
 
 def macs_of(module: nn.Module, image: torch.Tensor) -> int:
@@ -51,7 +63,8 @@ def main(arguments: list[str]) -> None:
     subject = load_subject(
         str(folder / "masks.safetensors"), arch=arch, checkpoint=folder / "tower.pt"
     )
-    image = torch.from_numpy(np.load(folder / "tensors.npz")["image"])
+    check_mask(subject)
+    image = torch.from_numpy(np.load(folder / "input.npy"))
     size = (image.shape[-2], image.shape[-1])
     trunk = TrunkModule(subject.model).eval()
     before = macs_of(trunk, image)
