@@ -29,11 +29,7 @@ from ..masks import MaskSet, atomic_write, make_permanent
 from ..masks.limits import brief
 from ..masks.names import find_prefixes, owner_of, rename
 from ..masks.packed import pack_bits
-from ..plan import Plan
-from ..plan.subject import check_model
-from ..topology import original, packed_projections, parameter_name
-from ..towers import NAMED, check_named, empty_tower, fill_storage, shapes_of
-from .file import (
+from ..masks.sparse_file import (
     DENSE,
     DTYPES,
     FORMAT_VERSION,
@@ -42,11 +38,12 @@ from .file import (
     PORTABLE,
     VALUES,
     digest,
-    read,
-    same_layout,
-    shapes_of_file,
-    unpack,
 )
+from ..plan import Plan
+from ..plan.subject import check_model
+from ..topology import original, packed_projections, parameter_name
+from ..towers import NAMED, check_named, empty_tower, fill_storage, shapes_of
+from .file import read, same_layout, shapes_of_file, unpack
 
 __all__ = ["load_accelerated", "provenance_of", "save_accelerated"]
 

@@ -18,6 +18,7 @@ import torch
 
 from opentrans_kernels.errors import CheckpointError
 from opentrans_kernels.masks.files import CheckpointFile, open_checkpoint, shorten
+from opentrans_kernels.masks.sparse_file import expanded, is_sparse
 
 # Where training code keeps the network, most telling first.
 CONTAINERS = (
@@ -101,6 +102,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """Open FILE or FILE:ENTRY. Raises CheckpointError if it cannot be read or has no such entry."""
     name, entry = split_entry(path)
     file = open_checkpoint(name)
+    if is_sparse(file):
+        file = expanded(file)
     found = tuple(_sections(file.content, name, ()))
     return Source(file, _narrowed(found, entry) if entry else found, entry)
 

@@ -44,12 +44,14 @@ FOREIGN = (
 class CheckpointFile:
     """The content of one file: ``container`` is "torch", "torchscript", "safetensors" or
     "numpy";
-    ``content`` nested dicts and tensors on the CPU; ``metadata`` safetensors' text entries."""
+    ``content`` nested dicts and tensors on the CPU; ``metadata`` safetensors' text entries;
+    ``masks`` those of a sparse checkpoint whose weights were written out."""
 
     path: str
     container: str
     content: Any
     metadata: Mapping[str, str] = field(default_factory=dict)
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointFile:

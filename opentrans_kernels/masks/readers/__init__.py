@@ -78,6 +78,11 @@ def _read_packed(material: Material) -> Reading | None:
     return Reading(masks, notes, synthetic=synthetic)
 
 
+def _read_accelerated(material: Material) -> Reading | None:
+    file = material.source.file
+    return Reading(dict(file.masks)) if file.masks else None
+
+
 def _read_opentrans(material: Material) -> Reading | None:
     content = material.source.file.content
     if not isinstance(content, Mapping) or material.source.entry:
@@ -193,6 +198,7 @@ def _read_elsewhere(material: Material, section: Section, key: str) -> bool:
 
 READERS: dict[str, Reader] = {
     "packed": Reader("bit-packed safetensors of this package", _read_packed),
+    "accelerated": Reader("sparse checkpoint of save_accelerated", _read_accelerated),
     "opentrans": Reader(
         "OpenTrans seg_backbone_imp*.pth: sections backbone, first_conv, sem_seg_head",
         _read_opentrans,
