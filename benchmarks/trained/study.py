@@ -283,6 +283,7 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
             found[f"imp/global/{density:g}"] = Recipe(rounds, density, period, recovery, **same)
         whole = same | {"lr": lr, "recovery_lr": 2 * lr}
         found["long/global"] = Recipe(22, 0.1, 25, LONG - 526, **whole)
+        found["long/fit/global"] = Recipe(1, 0.1, 1, LONG - 1, fit=FIT, **same)
         found["long/fit/macs-0.2"] = Recipe(
             1, 0.1, 1, LONG - 1, allocation="macs", strength=0.2, fit=FIT, **same
         )
