@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from .errors import UnsupportedModelError
 from .finite import count_non_finite
 from .plan.models import accelerated_parts, require_module
+from .topology import packed_projections
 
 __all__ = ["as_half", "round_to_half"]
 
@@ -16,7 +17,8 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 def round_to_half(model: nn.Module) -> dict[str, float]:
-    """Round the weights of every Conv2d and Linear to half precision, in place, kept as float32.
+    """Round the weights of every Conv2d, Linear and packed projection of an attention to half
+    precision, in place, kept as float32.
 
     **This changes the numbers**: each by at most 2**-11 of itself, and numbers below 6e-5 by at
     most 3e-8. Measure what the network is worth after it, then accelerate and store
@@ -36,6 +38,7 @@ def round_to_half(model: nn.Module) -> dict[str, float]:
             "accelerate again."
         )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers |= packed_projections(model)
     for name, layer in layers.items():
         if is_lazy(layer.weight) or layer.weight.is_meta:
             raise UnsupportedModelError(

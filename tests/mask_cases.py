@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from opentrans_kernels.masks import MaskSet
+from opentrans_kernels.masks import MaskSet, sparse_file
 
 
 class Block(nn.Module):
@@ -141,6 +143,26 @@ STATES = {
 }
 
 
+def write_sparse(
+    path: Path, state: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]
+) -> None:
+    """What ``save_accelerated`` writes of a network without a plan."""
+    tensors = {}
+    for name, mask in masks.items():
+        bits = mask.flatten().tolist() + [False] * (-mask.numel() % 8)
+        packed = [sum(bit << 7 - i for i, bit in enumerate(bits[at : at + 8]))
+                  for at in range(0, len(bits), 8)]  # fmt: skip
+        tensors[f"mask/{name}"] = torch.tensor(packed, dtype=torch.uint8)
+        tensors[f"values/{name}"] = state.pop(f"{name}.weight")[mask]
+    tensors |= {f"dense/{key}": tensor for key, tensor in state.items()}
+    header = {
+        "format_version": 3, "values": "float32", "plan": None, "arch": None, "masks_given": True,
+        "shapes": {name: list(mask.shape) for name, mask in masks.items()},
+    }  # fmt: skip
+    header["sha256"] = sparse_file.digest(tensors, header)
+    save_file(tensors, path, {sparse_file.METADATA_KEY: json.dumps(header)})
+
+
 def write_kind(kind: str, path: Path, model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
     if kind == "opentrans":
         sections = {
@@ -155,6 +177,8 @@ def write_kind(kind: str, path: Path, model: nn.Module, masks: dict[str, torch.T
         torch.save(STATES[kind](model, masks), path)
     elif kind == "plain":
         torch.save({name: mask.float() for name, mask in masks.items()}, path)
+    elif kind == "accelerated":
+        write_sparse(path, dict(model.state_dict()), masks)
     elif kind == "packed":
         MaskSet(masks).save(path)
     elif kind == "dense":
