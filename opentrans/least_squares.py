@@ -12,6 +12,7 @@ networks: Dong et al., arXiv 1705.07565; He et al., arXiv 1707.06168).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,14 +101,20 @@ def reconstruct(
 
     Raises:
         MaskError: masks do not fit the model.
-        PlanError: no layer can be fitted, or settings that make no sense.
-        OpenTransError: outputs that are not finite.
+        PlanError: no layer can be fitted, settings that make no sense, a network in training mode.
+        OpenTransError: values that are not finite.
     """
     if positions < 2 or not ridge > 0:
         raise PlanError(
             f"positions is {positions} and ridge {ridge}: at least 2 rows and a ridge above 0 are "
             "needed for a least squares problem with one solution."
         )
+    for which, network in (("pruned", model), ("dense", dense)):
+        if training := [n or "itself" for n, m in network.named_modules() if m.training]:
+            raise PlanError(
+                f"the {which} network is in training mode ({training[0]}), in which a forward "
+                "changes it. Call eval() first."
+            )
     chosen = masks.match(model, strict=True).masks
     masks.apply_(model)
     run = forward or (lambda network, x: network(x))
@@ -172,7 +179,7 @@ class _Targets:
                 self.calls[name] += 1
                 flat = _flat(out, isinstance(named[name], nn.Conv2d))
                 order = torch.randperm(len(flat), generator=self.generator)
-                self.rows[name] = order[: self.positions].sort().values
+                self.rows[name] = order[: self.positions].sort().values.to(flat.device)
                 self.outputs[name] = flat[self.rows[name]]
                 latest[:] = [(name, out)]
 
@@ -217,6 +224,8 @@ class _Targets:
 def _unsupported(layer: nn.Module) -> str:
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         return f"a {type(layer).__name__} is no convolution or linear layer"
+    if layer.weight.dtype not in (torch.float32, torch.float64):
+        return f"its weights are {layer.weight.dtype}"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         return f"it pads with {layer.padding_mode!r}"
     return ""
@@ -229,7 +238,8 @@ class _Fit:
         self, name: str, mask: Tensor, targets: _Targets, norm: str, model: nn.Module,
         ridge: float, density: float, found: Reconstruction,
     ) -> None:  # fmt: skip
-        self.name, self.mask, self.targets, self.ridge = name, mask, targets, ridge
+        self.name, self.targets, self.ridge = name, targets, ridge
+        self.mask = mask.flatten(1)
         self.norm_name, self.density, self.found = norm, density, found
         self.norm = model.get_submodule(norm) if norm else None
 
@@ -246,7 +256,8 @@ class _Fit:
         weight = layer.weight.detach().flatten(1).double()
         shifts = layer.bias is not None or self.norm is not None
         errors = [0.0, 0.0]
-        constant = torch.zeros(len(weight), dtype=torch.float64)
+        constant = torch.zeros_like(weight[:, 0])
+        mask = self.mask.to(weight.device)
         per = len(weight) // groups
         for group in range(groups):
             rows = slice(group * per, (group + 1) * per)
@@ -256,7 +267,7 @@ class _Fit:
             own, wanted = own - mean_x, wanted - mean_y.to(wanted)
             left = wanted - (own @ weight[rows].to(own).t()).double()
             errors[0] += float(left.square().sum())
-            weight[rows] += _solve(own, left, self.mask.flatten(1)[rows], self.ridge)
+            weight[rows] += _solve(own, left, mask[rows], self.ridge, self.name)
             left = wanted - (own @ weight[rows].to(own).t()).double()
             errors[1] += float(left.square().sum())
             constant[rows] = mean_y.double() - weight[rows] @ mean_x.double()
@@ -278,13 +289,18 @@ class _Fit:
             self.norm.running_mean.sub_(constant.to(self.norm.running_mean))
 
 
-def _solve(x: Tensor, left: Tensor, mask: Tensor, ridge: float) -> Tensor:
+def _solve(x: Tensor, left: Tensor, mask: Tensor, ridge: float, name: str) -> Tensor:
     """Change of the weights [K, C] float64, zero outside ``mask``, for inputs [R, C] and what is
     left of the outputs [R, K]: the least squares solution with a ridge towards no change."""
     gram = (x.t() @ x).double() / len(x)
     right = (x.double().t() @ left) / len(x)
     held = ridge * float(gram.diagonal().mean())
-    change = torch.zeros(mask.shape, dtype=torch.float64)
+    change = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    if not math.isfinite(held):
+        raise OpenTransError(
+            f"the pruned network feeds layer {name} values that are not finite. Give images as the "
+            "network expects them."
+        )
     if not held > 0:  # all inputs are constant: the constant part has it all
         return change
     supports, which = mask.unique(dim=0, return_inverse=True)
@@ -295,7 +311,13 @@ def _solve(x: Tensor, left: Tensor, mask: Tensor, ridge: float) -> Tensor:
         rows = (which == number).nonzero().squeeze(1)
         part = gram[kept][:, kept]
         part.diagonal().add_(held)
-        solution = torch.cholesky_solve(right[kept][:, rows], torch.linalg.cholesky(part))
+        factor, failed = torch.linalg.cholesky_ex(part)
+        if int(failed):
+            raise PlanError(
+                f"the least squares problem of layer {name} has no unique solution to rounding "
+                f"with a ridge of {ridge}. Use a larger one; the default is 0.001."
+            )
+        solution = torch.cholesky_solve(right[kept][:, rows], factor)
         change[rows.unsqueeze(1), kept] = solution.t()
     return change
 

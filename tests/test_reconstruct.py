@@ -230,8 +230,19 @@ def test_bad_input(block: Block) -> None:
     with pytest.raises(PlanError, match="ridge 0"):
         reconstruct(model, block, masks, x, ridge=0)
     with pytest.raises(MaskError, match="no layer first"):
-        reconstruct(model, nn.Sequential(nn.Conv2d(3, 3, 1)), masks, x)
+        reconstruct(model, nn.Sequential(nn.Conv2d(3, 3, 1)).eval(), masks, x)
     with pytest.raises(OpenTransError, match="first gives values that are not finite"):
         reconstruct(model, block, masks, x * float("inf"))
     with pytest.raises(PlanError, match="output is empty"):
         reconstruct(model, block, masks, x[:0])
+    with pytest.raises(PlanError, match="first: its weights are torch.bfloat16"):
+        reconstruct(copy.deepcopy(model).bfloat16(), block, masks, x)
+    with pytest.raises(PlanError, match="no unique solution to rounding"):
+        reconstruct(model, block, masks, torch.ones(2, 3, 8, 8) + 1e-4 * x, ridge=1e-30)
+    for networks in ((copy.deepcopy(model).train(), block), (model, copy.deepcopy(block).train())):
+        with pytest.raises(PlanError, match="network is in training mode .itself."):
+            reconstruct(*networks, masks, x)
+    broken = copy.deepcopy(model)
+    broken.norm.weight[0] = float("nan")
+    with pytest.raises(OpenTransError, match="feeds layer second values that are not finite"):
+        reconstruct(broken, block, masks, x)
