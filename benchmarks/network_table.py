@@ -57,10 +57,11 @@ def networks_table(
 
 
 def _is_shown(result: Result, first: Result) -> bool:
-    """Every mask at one size and thread, and one mask at every size and number of threads."""
+    """Every mask at one size and thread, one mask at every size and number of threads, and every
+    mask that was trained."""
     same = _isa(result) == _isa(first)
     plain = result["threads"] == 1 and result["input"][2] == SHOWN_SIZE
-    return same and (plain or _mask(result) == SHOWN_MASK)
+    return same and (plain or _mask(result) == SHOWN_MASK or not result["mask"]["synthetic"])
 
 
 def _trunk_row(r: Result) -> Row:
