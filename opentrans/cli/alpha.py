@@ -237,16 +237,9 @@ def _write_plots(
     banner: str | None,
     out: Output,
 ) -> None:
-    from opentrans_kernels.errors import CheckpointError
     from opentrans_kernels.report import alpha_files
 
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"the directory {folder} cannot be created ({error.strerror}). Name another one with "
-            "--plot."
-        ) from error
+    make_folder(folder, "--plot")
     subject = payload["subject"]
     files = alpha_files(
         table,

@@ -136,16 +136,9 @@ def _subject(options: argparse.Namespace, out: Output) -> Subject:
 
 def _write(folder: Path, result: dict[str, Any], pictures: list[Picture], out: Output) -> None:
     """The page and the numbers, each replaced atomically."""
-    from opentrans_kernels.errors import CheckpointError
     from opentrans_kernels.report import demo_page
 
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"the report directory {folder} cannot be created ({error.strerror}). Name another "
-            "one with --output."
-        ) from error
+    make_folder(folder)
     write_atomically(folder / "report.json", to_json(result))
     write_atomically(folder / "index.html", demo_page(result, pictures))
     out.text(f"\nwrote {folder / 'index.html'} and {folder / 'report.json'}", whole=True)

@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, out: Output) -> int:
     """Train; the folder holds the result."""
-    from opentrans_kernels.errors import CheckpointError
 
     if options.example:
         example_settings(options, add_arguments, EXAMPLE)
@@ -71,13 +70,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
             out.warn("the masks say that they are SYNTHETIC")
     skipping = _freeze(training, options, plan, out)
     optimizer = _optimizer(training, options, masks)
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"the folder {folder} cannot be created ({error.strerror}). Name another one with "
-            "--output."
-        ) from error
+    make_folder(folder)
     if plan is not None:
         plan.to_json(folder / PLAN)
     from opentrans.state import TrainingState

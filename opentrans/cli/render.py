@@ -246,8 +246,8 @@ def check_writable(path: str | os.PathLike[str], *, directory: bool = False) -> 
     return target
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder for output, and those above it.
+def make_folder(folder: Path, option: str = "--output") -> None:
+    """Create a folder for output, and those above it. option: the one that names it.
 
     Raises:
         CheckpointError: it cannot be created.
@@ -256,8 +256,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file system that takes none, a full disk
         raise CheckpointError(
-            f"the folder {folder} cannot be created: {error.strerror or error}. Choose another "
-            "place."
+            f"the folder {folder} cannot be created: {error.strerror or error}. Name another one "
+            f"with {option}."
         ) from error
 
 
