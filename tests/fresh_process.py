@@ -90,25 +90,27 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 def _ask(request: Any, timeout: float) -> list[int]:
     server = _server()
     assert server.stdin is not None and server.stdout is not None
-    _send(server.stdin, request)
+    send(server.stdin, request)
     if not select.select([server.stdout], [], [], timeout)[0]:
         os.killpg(server.pid, signal.SIGKILL)
         _server.cache_clear()
         raise subprocess.TimeoutExpired(request[3][0][0], timeout)
-    statuses = _receive(server.stdout)
+    statuses = receive(server.stdout)
     if statuses is None:
         _server.cache_clear()
         raise RuntimeError(f"the server of {__file__} ended with {server.wait(30)}")
     return statuses
 
 
-def _send(stream: IO[bytes], value: Any) -> None:
+def send(stream: IO[bytes], value: Any) -> None:
+    """One pickled value down a pipe."""
     data = pickle.dumps(value)
     stream.write(struct.pack("<q", len(data)) + data)
     stream.flush()
 
 
-def _receive(stream: IO[bytes]) -> Any:
+def receive(stream: IO[bytes]) -> Any:
+    """The next one; None at the end."""
     header = stream.read(8)
     return pickle.loads(stream.read(struct.unpack("<q", header)[0])) if len(header) == 8 else None
 
@@ -121,13 +123,13 @@ def _serve() -> str:
     os.dup2(2, 1)
     packages = sys.path[1:]  # without the folder of this file
     gc.freeze()  # a collection in a child would copy what it only looks at
-    while (request := _receive(own)) is not None:
+    while (request := receive(own)) is not None:
         code, environment, folder, processes = request
         children: list[int] = []
         while len(children) < len(processes) and 0 not in children:
             children.append(os.fork())
         if 0 not in children:
-            _send(back, [os.waitpid(child, 0)[1] for child in children])
+            send(back, [os.waitpid(child, 0)[1] for child in children])
             continue
         words, files = processes[len(children) - 1]
         back.close()

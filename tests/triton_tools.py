@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from fresh_process import receive, send
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = (80, 90)
@@ -83,8 +83,8 @@ class Interpreter:
 
     def __call__(self, target: str, *args: Any, **kwargs: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
-        _send(self._process.stdin, (target, args, kwargs))
-        answer = _receive(self._process.stdout)
+        send(self._process.stdin, (target, args, kwargs))
+        answer = receive(self._process.stdout)
         if answer is None:
             self._errors.seek(0)
             raise RuntimeError(self._errors.read().decode(errors="replace")[-4000:])
@@ -103,28 +103,17 @@ class Interpreter:
         self._errors.close()
 
 
-def _send(stream: IO[bytes], value: Any) -> None:
-    data = pickle.dumps(value)
-    stream.write(struct.pack("<q", len(data)) + data)
-    stream.flush()
-
-
-def _receive(stream: IO[bytes]) -> Any:
-    header = stream.read(8)
-    return pickle.loads(stream.read(struct.unpack("<q", header)[0])) if len(header) == 8 else None
-
-
 def _serve() -> None:
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints must not end up between the answers
-    while (request := _receive(sys.stdin.buffer)) is not None:
+    while (request := receive(sys.stdin.buffer)) is not None:
         target, args, kwargs = request
         try:
             module, name = target.split(":")
             answer = getattr(importlib.import_module(module), name)(*args, **kwargs), None
         except Exception:
             answer = None, traceback.format_exc()
-        _send(channel, answer)
+        send(channel, answer)
 
 
 @dataclass(frozen=True)

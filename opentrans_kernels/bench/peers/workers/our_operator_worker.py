@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from protocol import serve, take_stdout
+from ours import serve_ours
+from protocol import take_stdout
 
-from opentrans_kernels import dispatch, native
+from opentrans_kernels import dispatch
 
 
 def main(arguments: list[str]) -> None:
@@ -24,17 +24,7 @@ def main(arguments: list[str]) -> None:
     work = torch.load(folder / "operator.pt", weights_only=True)
     found = (row for row in dispatch.TABLE if (row.op, row.backend) == (work["op"], backend))
     kernel = dispatch.Resolution(next(found), ()).function()
-
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            return kernel(*work["arguments"])
-
-    described = {
-        "engine": "opentrans",
-        "cpu_capability": native.cpu_capability() if native.available() else None,
-        "torch": torch.__version__,
-    }
-    serve(answers, call, described, lambda target: np.save(target, call().contiguous().numpy()))
+    serve_ours(answers, lambda: kernel(*work["arguments"]))
 
 
 if __name__ == "__main__":

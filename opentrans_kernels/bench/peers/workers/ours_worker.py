@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from protocol import serve, take_stdout
+from ours import serve_ours
+from protocol import take_stdout
 
-from opentrans_kernels import accelerate, native
+from opentrans_kernels import accelerate
 from opentrans_kernels.bench.part import TrunkModule
 from opentrans_kernels.bench.subject import load_subject
 
@@ -31,17 +32,7 @@ def main(arguments: list[str]) -> None:
     size = height, width
     accelerate(subject.model, subject.masks, input_size=size, threads=int(threads), batch=batch)
     trunk = TrunkModule(subject.model).eval()
-
-    def call() -> torch.Tensor:
-        with torch.no_grad():
-            return trunk(image)
-
-    described = {
-        "engine": "opentrans",
-        "cpu_capability": native.cpu_capability() if native.available() else None,
-        "torch": torch.__version__,
-    }
-    serve(answers, call, described, lambda target: np.save(target, call().contiguous().numpy()))
+    serve_ours(answers, lambda: trunk(image))
 
 
 if __name__ == "__main__":
