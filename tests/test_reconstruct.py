@@ -223,6 +223,16 @@ def test_what_cannot_be_fitted_stays_and_is_named() -> None:
         reconstruct(model, dense, masks_for(dense, skip=("good",)), torch.randn(2, 3, 8, 8))
 
 
+def test_another_way_to_call_the_network(block: Block) -> None:
+    """Here half of it: what does not run is not fitted, and what runs is."""
+    x, model = torch.randn(3, 3, 12, 12), copy.deepcopy(block)
+    report = reconstruct(
+        model, block, masks_for(block), x, forward=lambda network, batch: network.first(batch)
+    )
+    rows = {row.name: row.why for row in report.layers}
+    assert rows == {"first": "", "second": "it runs 0 times in a forward"}
+
+
 def test_bad_input(block: Block) -> None:
     model, masks, x = copy.deepcopy(block), masks_for(block), torch.randn(2, 3, 8, 8)
     with pytest.raises(PlanError, match="positions is 1"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from trained_files import Noise, prepare
 
 from opentrans.trained import recipe as recipes
 from opentrans.trained.agreement import cosine, f_score, mean_absolute_error
@@ -25,18 +26,6 @@ SCOPE = ["blocks.0.2", "blocks.1.1", "blocks.1.3"]
 RECIPE = Recipe(rounds=3, density=0.2, period=2, recovery=6, lr=1e-3, batch=2)
 
 
-class Noise:
-    """Crops by step number."""
-
-    def batch(self, step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        return torch.randint(0, 256, (1, 3, 16, 16), generator=generator, dtype=torch.uint8)
-
-
-def prepare(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 64 - 2
-
-
 @pytest.fixture
 def dense() -> Hed:
     return Hed(SMALL).eval().requires_grad_(False)
@@ -44,7 +33,7 @@ def dense() -> Hed:
 
 @pytest.fixture
 def bank(dense: Hed) -> Bank:
-    return Bank.build(dense, EdgeMaps(), Noise(), 5, prepare)
+    return Bank.build(dense, EdgeMaps(), Noise(16), 5, prepare)
 
 
 def run(dense: Hed, bank: Bank, folder: Path | None = None, **options: object) -> tuple:
@@ -155,7 +144,7 @@ def test_the_bank_is_read_again_only_for_its_own_network(dense: Hed, tmp_path: P
     def build(model: nn.Module, count: int = 4) -> Bank:
         calls.clear()
         return Bank.build(
-            model, EdgeMaps(), Noise(), count, prepare, path=path,
+            model, EdgeMaps(), Noise(16), count, prepare, path=path,
             on_crop=lambda done, total: calls.append(done),
         )  # fmt: skip
 
@@ -174,12 +163,12 @@ def test_the_bank_is_read_again_only_for_its_own_network(dense: Hed, tmp_path: P
 
 def test_a_bank_beside_a_run_is_not_made_again_for_other_crops(dense: Hed, tmp_path: Path) -> None:
     path = tmp_path / "bank.safetensors"
-    Bank.build(dense, EdgeMaps(), Noise(), 4, prepare, path=path)
+    Bank.build(dense, EdgeMaps(), Noise(16), 4, prepare, path=path)
     before = path.read_bytes()
     with pytest.raises(PlanError, match="other crops, or of other weights"):
-        Bank.build(dense, EdgeMaps(), Noise(), 5, prepare, path=path, again=False)
+        Bank.build(dense, EdgeMaps(), Noise(16), 5, prepare, path=path, again=False)
     assert path.read_bytes() == before
-    assert len(Bank.build(dense, EdgeMaps(), Noise(), 4, prepare, path=path, again=False)) == 4
+    assert len(Bank.build(dense, EdgeMaps(), Noise(16), 4, prepare, path=path, again=False)) == 4
 
 
 def test_batches_are_passes_in_another_order(bank: Bank) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from trained_files import Noise, prepare
 
 from opentrans.gradskip import restore_skipped, skip_frozen
 from opentrans.trained.bank import Bank
@@ -20,18 +21,6 @@ from opentrans_kernels.errors import OpenTransError
 from opentrans_kernels.masks import MaskSet
 
 RECIPE = Recipe(rounds=3, density=0.2, period=2, recovery=3, lr=1e-3, batch=2, statistics=8, fit=4)
-
-
-class Noise:
-    """Crops by step number."""
-
-    def batch(self, step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        return torch.randint(0, 256, (1, 3, 32, 32), generator=generator, dtype=torch.uint8)
-
-
-def prepare(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 64 - 2
 
 
 @pytest.fixture
@@ -48,7 +37,7 @@ def dense() -> ResNetHalf:
 
 @pytest.fixture
 def bank(dense: ResNetHalf) -> Bank:
-    return Bank.build(dense, Features(), Noise(), 8, prepare)
+    return Bank.build(dense, Features(), Noise(32), 8, prepare)
 
 
 def masks_of(model: nn.Module) -> MaskSet:

@@ -56,3 +56,20 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             values = torch.randn(tensor.shape, generator=random) / max(2, tensor[0].numel()) ** 0.5
             tensor.copy_(values.abs() + 0.5 if name.endswith("running_var") else values)
     return model.eval()
+
+
+class Noise:
+    """Crops of noise by step number, uint8 [1, 3, size, size]."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def batch(self, step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step)
+        shape = (1, 3, self.size, self.size)
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def prepare(images: torch.Tensor) -> torch.Tensor:
+    """The input of a network: about -2 to 2."""
+    return images.float() / 64 - 2

@@ -163,7 +163,7 @@ class _Repair:
         self.names, self.bank, self.prepare, self.recipe = names, bank, prepare, recipe
         self.needed = bool(recipe.statistics or recipe.fit)
         # Ordinary modules: a model that trains on the sparse kernels normalises inside them.
-        self.dense = copy.deepcopy(model) if self.needed else model
+        self.dense = copy.deepcopy(model) if recipe.fit else model
         self.plain = copy.deepcopy(model) if self.needed else model
 
     def __call__(self, network: nn.Module, iteration: int) -> None:
