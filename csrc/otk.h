@@ -161,6 +161,21 @@ struct Depthwise {
 void depthwise_conv2d(const Depthwise& conv, const Planes& x, const Planes& out,
                       const Parallel& par);
 
+// A dense 3x3 convolution of stride 1 with transformed weights: weight
+// [16][rows of kWinogradRows][cin][kWinogradRows], zeros in the rows past cout, matrix 4 i + j
+// being (G g G^T)[i][j] with G = [[1, 0, 0], [1/2, 1/2, 1/2], [1/2, -1/2, 1/2], [0, 0, 1]].
+constexpr int kWinogradRows = 8;
+struct Winograd {
+  const float *weight, *bias;  // bias [cout] or null
+  int cin, cout, padding;
+  Activation act;
+};
+// out = act(conv(x) + bias [+ residual]), its rows dense; so are those of residual, which may be
+// out itself. Sums of pixels are formed: what is not finite reaches all outputs of the 2x2 tiles
+// whose 4x4 inputs hold it. Throws std::bad_alloc.
+void winograd_conv2d(const Winograd& conv, const Planes& x, const Planes& out,
+                     const Planes* residual, const Parallel& par);
+
 // Windows of kernel[0] x kernel[1] pixels, one every stride[0] rows and stride[1] columns, the
 // first one padding[0] rows above and padding[1] columns left of the image. Every window holds a
 // pixel of the image, so padding is at most half of kernel.

@@ -64,6 +64,7 @@ TABLE: tuple[Row, ...] = tuple(
         ("sparse_bottleneck", "sparse_bottleneck", "OP"),
         ("sparse_stage", "sparse_stage", "OP"),
         ("depthwise_conv2d", "depthwise_conv2d", "OP"),
+        ("winograd_conv2d", "winograd_conv2d", "OP"),
         ("sparse_linear", "sparse_linear", "OP"),
         ("sparse_mlp", "sparse_mlp", "OP"),
         ("avg_pool2d", "avg_pool2d", "OP"),

@@ -13,8 +13,17 @@ from . import dispatch, native
 from .activations import NONE, Activation
 from .compact import FoldedConv
 from .pack import SparseWeight
+from .pack.winograd import transform_weight
 
-__all__ = ["DenseEngine", "DepthwiseEngine", "Engine", "Operators", "SparseEngine", "operator_of"]
+__all__ = [
+    "DenseEngine",
+    "DepthwiseEngine",
+    "Engine",
+    "Operators",
+    "SparseEngine",
+    "WinogradEngine",
+    "operator_of",
+]
 
 
 def operator_of(name: str) -> Callable[..., Any]:
@@ -151,6 +160,33 @@ class DepthwiseEngine(Engine):
     def extra_repr(self) -> str:
         channels, _, kernel, _ = self.weight.shape
         return f"{channels}, k{kernel}, stride={self.stride}, depthwise"
+
+
+class WinogradEngine(Engine):
+    """A dense 3x3 convolution of stride 1 with 16 products for 36, on the planar kernels."""
+
+    OPERATORS = {"operator": "winograd_conv2d"}
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, like: nn.Conv2d) -> None:
+        super().__init__()
+        self._hold(weight=transform_weight(weight), bias=bias.to(torch.float32))
+        self.cout, self.padding = weight.shape[0], int(like.padding[0])
+        self.nnz = int(torch.count_nonzero(weight))
+        self._resolve()
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: Activation = NONE,
+    ) -> torch.Tensor:
+        return self.operator(
+            x, self.weight, self.bias, residual, self.cout, self.padding,
+            activation.kind, activation.slope,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[2]}, {self.cout}, k3, Winograd"
 
 
 class DenseEngine(Engine):

@@ -196,6 +196,11 @@ def depthwise_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> 
     return batch * channels * height * width * arguments["weight"][2] ** 2
 
 
+def winograd_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
+    """MACs of the convolution, nine per window; the kernel multiplies four ninths as often."""
+    return int(9 * arguments["x"][1] * math.prod(out_shape))
+
+
 def linear_macs(arguments: Mapping[str, Any], out_shape: tuple[Any, ...]) -> int:
     """Effective MACs of a linear layer: its nonzeros once per token."""
     return int(arguments["values"][0] * math.prod(out_shape[:-1]))
@@ -213,6 +218,7 @@ FORMULAS: dict[str, Formula] = {
     "sparse_conv2d_dgrad": dgrad_macs,
     "sparse_conv2d_wgrad": wgrad_macs,
     "depthwise_conv2d": depthwise_macs,
+    "winograd_conv2d": winograd_macs,
     "sparse_linear": linear_macs,
     "sparse_mlp": mlp_macs,
     "sparse_bottleneck": bottleneck_macs,

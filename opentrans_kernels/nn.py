@@ -28,6 +28,7 @@ from .engines import (
     Engine,
     Operators,
     SparseEngine,
+    WinogradEngine,
     operator_of,
 )
 from .errors import MaskError, UnsupportedModelError
@@ -52,6 +53,7 @@ __all__ = [
     "Replacement",
     "SparseConv2d",
     "SparseEngine",
+    "WinogradEngine",
     "operator_of",
     "watch_together",
 ]

@@ -146,6 +146,24 @@ int64_t depthwise(const float* x, const float* weight, const float* bias, float*
   });
 }
 
+// weight: transformed, of `cout` rows.
+int64_t winograd(const float* x, const float* weight, const float* bias, const float* residual,
+                 float* out, int64_t n, int64_t cin, int64_t cout, int64_t h, int64_t w,
+                 int64_t padding, int64_t act, int64_t threads) {
+  return guarded([&] {
+    const Winograd conv{weight,
+                        bias,
+                        static_cast<int>(cin),
+                        static_cast<int>(cout),
+                        static_cast<int>(padding),
+                        {static_cast<int32_t>(act), 0.f}};
+    const int64_t oh = h + 2 * padding - 2, ow = w + 2 * padding - 2;
+    const Planes extra = dense(residual, n, cout, oh, ow);
+    winograd_conv2d(conv, dense(x, n, cin, h, w), padded(out, n, cout, oh, ow),
+                    residual ? &extra : nullptr, parallel(threads));
+  });
+}
+
 int64_t average(const float* x, float* out, int64_t n, int64_t c, int64_t h, int64_t w, int64_t k,
                 int64_t threads) {
   return guarded([&] {
@@ -194,6 +212,7 @@ OTK_CALLABLE(wgrad);
 OTK_CALLABLE(bottleneck);
 OTK_CALLABLE(stage);
 OTK_CALLABLE(depthwise);
+OTK_CALLABLE(winograd);
 OTK_CALLABLE(average);
 OTK_CALLABLE(windows);
 OTK_CALLABLE(pool_round_trip);

@@ -20,6 +20,7 @@ from opentrans_kernels.ops.mask_scores import reference as mask_reference
 from opentrans_kernels.ops.ms_deform_attn import reference as deform
 from opentrans_kernels.ops.relu_bits import reference
 from opentrans_kernels.pack import SparseWeight
+from opentrans_kernels.pack.winograd import transform_weight
 
 OPS = torch.ops.opentrans_kernels
 REFUSED = (OpenTransError, RuntimeError)
@@ -115,6 +116,33 @@ def a_depthwise(rng: random.Random) -> None:
     exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(),
                      stride, padding, groups=x.shape[1])  # fmt: skip
     exact = Activation(kind, slope).apply_(exact)
+    assert torch.allclose(found.double(), exact, atol=1e-3), "another convolution"
+
+
+def a_winograd(rng: random.Random) -> None:
+    cin, cout = rng.choice((1, 3, 9, 40)), rng.choice((1, 7, 8, 17))
+    x, weight = odd_tensor(rng, cin), torch.randn(cout, cin, 3, 3)
+    packed, padding = transform_weight(weight), rng.choice((0, 1, 2, 5))
+    bias = torch.randn(cout) if rng.random() < 0.5 else None
+    residual, told = None, cout
+    kind, slope = rng.choice((0, 1, 2, 3, 4, 5)), rng.uniform(-1, 1)
+    spoilt = rng.random()
+    if spoilt < 0.2:
+        packed = odd_tensor(rng)
+    elif spoilt < 0.3:
+        bias = odd_tensor(rng)
+    elif spoilt < 0.4:
+        residual = odd_tensor(rng, cout)
+    elif spoilt < 0.6 and x.numel() < 100:
+        told, padding, kind = (rng.choice(NUMBERS) for _ in range(3))
+    found = tried(
+        lambda: OPS.winograd_conv2d(x, packed, bias, residual, told, padding, kind, slope)
+    )
+    if found is None or not found.numel() or not x.numel():
+        return
+    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(),
+                     padding=padding)  # fmt: skip
+    exact = Activation(kind, slope).apply_(exact if residual is None else exact + residual)
     assert torch.allclose(found.double(), exact, atol=1e-3), "another convolution"
 
 
@@ -284,6 +312,7 @@ KINDS = (
     an_image,
     an_image,
     a_depthwise,
+    a_winograd,
     a_pool,
     a_relu,
     a_spectrum,

@@ -16,6 +16,7 @@ from test_csrc import Output, random_conv
 from test_csrc_ops import THREADS, ints, numbers, off_by, unwritten
 
 from opentrans_kernels.activations import Activation, Kind
+from opentrans_kernels.pack.winograd import transform_weight
 
 
 def packed_layer(cin: int, cout: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, Pack]:
@@ -76,6 +77,32 @@ def test_depthwise_convolution(library: Kernels, kernel: int) -> None:
         if index % 4 == 0:
             exact = exact - torch.from_numpy(bias).double().view(1, 3, 1, 1)
         assert off_by(results[0], activated(exact, kind)) <= 32, (stride, padding, h, w)
+        assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (5, 17), (270, 9)], ids=str)
+def test_dense_convolution_by_winograds_method(library: Kernels, channels) -> None:
+    cin, cout = channels
+    weight, bias = numbers(cout, cin, 3, 3), numbers(cout, seed=1)
+    packed = transform_weight(torch.from_numpy(weight)).numpy()
+    sizes = ((1, 3, 3), (2, 7, 9), (1, 16, 33), (1, 30, 100))
+    for index, (padding, (n, h, w)) in enumerate(itertools.product((0, 1, 2), sizes)):
+        x = numbers(n, cin, h, w)
+        exact = F.conv2d(
+            *(torch.from_numpy(t).double() for t in (x, weight, bias)), padding=padding
+        )
+        extra = numbers(*exact.shape, seed=2) if index % 2 else None
+        if extra is not None:
+            exact = exact + torch.from_numpy(extra).double()
+        kind = Kind.RELU if index % 3 else Kind.SILU
+        results = []
+        for threads in THREADS:
+            out = Output(library, *exact.shape)
+            assert not library.winograd(
+                x, packed, bias, extra, out.data, n, cin, cout, h, w, padding, kind, threads
+            )
+            results.append(out.pixels())
+        assert off_by(results[0], activated(exact, kind)) <= 32, (padding, h, w)
         assert np.array_equal(*results)
 
 

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from head_nets import Layer
+from kernel_cases import assert_within
 from torch import nn
 
 import opentrans_kernels as otk
@@ -15,7 +16,7 @@ from opentrans_kernels.heads.encoder import EncoderLayer
 from opentrans_kernels.heads.linear import PackedLinear
 from opentrans_kernels.heads.packed import DENSEST
 from opentrans_kernels.heads.pointwise import PointwiseConv
-from opentrans_kernels.heads.zeros import PackedConv
+from opentrans_kernels.heads.zeros import PackedConv, WinogradConv
 from opentrans_kernels.synthetic import synthetic_rn50
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -117,8 +118,30 @@ def test_what_is_not_sparse_enough_stays_dense() -> None:
     head = masked(DENSEST + 0.15)
     otk.accelerate_heads(head)
     assert type(head.layer) is EncoderLayer and head.layer.opentrans_packed is None
-    assert type(head.smooth) is Wrapped and type(head.classify) is nn.Linear
+    assert type(head.smooth) is WinogradConv and type(head.classify) is nn.Linear
     agree(head, masked(DENSEST + 0.15))
+
+
+def test_dense_convolutions_of_a_pyramid_follow_their_weights(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head, plain = masked(1.0), masked(1.0)
+    report = otk.accelerate_heads(head)
+    assert type(head.smooth) is WinogradConv and "Winograd" in str(report)
+    x = torch.randn(2, 48, 15, 22)
+    with torch.no_grad():
+        exact, dense = copy.deepcopy(plain.smooth).double()(x.double()), plain.smooth(x)
+        for same in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert_within(head.smooth(same), exact, dense, "smooth")
+        head.smooth.weight.mul_(3)
+        plain.smooth.weight.mul_(3)
+        for _ in range(2):
+            assert torch.equal(head.smooth(x), plain.smooth(x))
+    assert len([m for m in caplog.messages if "smooth" in m and "written to" in m]) == 1
+    with torch.enable_grad():
+        assert head.smooth(x).requires_grad, "gradients come from the module as it was"
+    otk.restore_heads(head)
+    assert type(head.smooth) is Wrapped
 
 
 @pytest.mark.parametrize("through_data", [False, True], ids=["counted", "uncounted"])

@@ -37,6 +37,20 @@ ConvInput conv_input(const char* op, const Tensor& x, const otk::SparseWeight& w
   return {reachable_planes(op, x, w, copy), h / w.stride + 1, width / w.stride + 1};
 }
 
+// What is added to `out`; `copy`: of it, where its rows are not dense.
+std::optional<otk::Planes> residual_planes(const char* op, const std::optional<Tensor>& residual,
+                                           const Tensor& out, std::optional<Tensor>& copy) {
+  if (!residual) return std::nullopt;
+  const otk::Planes extra = planes(op, "residual", *residual);
+  STD_TORCH_CHECK(extra.n == out.size(0) && extra.c == out.size(1) && extra.h == out.size(2) &&
+                      extra.w == out.size(3),
+                  op, ": residual must have the output's shape [", out.size(0), ", ", out.size(1),
+                  ", ", out.size(2), ", ", out.size(3), "]");
+  if (dense_planes(extra)) return extra;
+  copy = repacked(op, *residual);
+  return planes(op, "residual", *copy);
+}
+
 Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& values,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                      int64_t cout, int64_t kernel, int64_t stride, int64_t padding, bool relu,
@@ -54,21 +68,11 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& structure, const Tensor& val
   const otk::Planes& in = input.planes;
   const int64_t h = input.h, width = input.w;
   Tensor out = new_planes(op, x, in.n, cout, h, width);
-  const otk::Planes result = planes(op, "out", out);
-  otk::Planes extra{};
   std::optional<Tensor> copy;
-  if (residual) {
-    extra = planes(op, "residual", *residual);
-    STD_TORCH_CHECK(extra.n == in.n && extra.c == cout && extra.h == h && extra.w == width, op,
-                    ": residual must have the output's shape [", in.n, ", ", cout, ", ", h, ", ",
-                    width, "]");
-    if (!dense_planes(extra)) {
-      copy = repacked(op, *residual);
-      extra = planes(op, "residual", *copy);
-    }
-  }
+  const std::optional<otk::Planes> extra = residual_planes(op, residual, out, copy);
+  const otk::Planes result = planes(op, "out", out);
   run_kernel(op, [&] {
-    otk::sparse_conv2d(w, in, result, residual ? &extra : nullptr, act, torch_threads());
+    otk::sparse_conv2d(w, in, result, extra ? &*extra : nullptr, act, torch_threads());
   });
   return out;
 }
@@ -125,6 +129,46 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const std::option
   Tensor out = new_planes(op, x, in.n, in.c, h / stride + 1, width / stride + 1);
   const otk::Planes result = planes(op, "out", out);
   run_kernel(op, [&] { otk::depthwise_conv2d(conv, in, result, torch_threads()); });
+  return out;
+}
+
+Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual, int64_t cout, int64_t padding,
+                       int64_t activation, double slope) {
+  const char* op = "winograd_conv2d";
+  check_isa();
+  otk::Winograd conv{};
+  conv.act = activation_of(op, false, activation, slope);
+  const otk::Planes in = planes(op, "x", x);
+  STD_TORCH_CHECK(cout >= 0 && cout <= INT32_MAX - otk::kWinogradRows && padding >= 0 &&
+                      padding <= otk::kMaxStep,
+                  op, ": cout and padding must be from 0, padding to ", otk::kMaxStep, "; got ",
+                  cout, ", ", padding);
+  const int64_t blocks = (cout + otk::kWinogradRows - 1) / otk::kWinogradRows;
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float &&
+                      weight.dim() == 4 && weight.size(0) == 16 && weight.size(1) == blocks &&
+                      weight.size(2) == in.c && weight.size(3) == otk::kWinogradRows &&
+                      weight.is_contiguous(),
+                  op, ": weight must be a contiguous float32 CPU tensor [16, ", blocks, ", ", in.c,
+                  ", ", otk::kWinogradRows, "] as transform_weight() makes it");
+  STD_TORCH_CHECK(!bias || (bias->is_cpu() && bias->scalar_type() == ScalarType::Float &&
+                            bias->is_contiguous() && bias->numel() == cout),
+                  op, ": bias must be a contiguous float32 CPU tensor of ", cout, " elements");
+  conv.weight = weight.const_data_ptr<float>();
+  conv.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  conv.cin = in.c;
+  conv.cout = static_cast<int>(cout);
+  conv.padding = static_cast<int>(padding);
+  const int64_t h = in.h + 2 * padding - 2, width = in.w + 2 * padding - 2;
+  STD_TORCH_CHECK(h >= 1 && width >= 1, op, ": input ", in.h, "x", in.w, " with padding ", padding,
+                  " is smaller than the 3x3 kernel");
+  Tensor out = new_planes(op, x, in.n, cout, h, width);
+  std::optional<Tensor> copy;
+  const std::optional<otk::Planes> extra = residual_planes(op, residual, out, copy);
+  const otk::Planes result = planes(op, "out", out);
+  run_kernel(op, [&] {
+    otk::winograd_conv2d(conv, in, result, extra ? &*extra : nullptr, torch_threads());
+  });
   return out;
 }
 
@@ -254,6 +298,7 @@ STABLE_TORCH_LIBRARY_IMPL(opentrans_kernels, CPU, m) {
   m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
   m.impl("sparse_conv2d_wgrad", TORCH_BOX(&sparse_conv2d_wgrad));
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+  m.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d));
   m.impl("avg_pool2d", TORCH_BOX(&avg_pool2d));
   m.impl("avg_pool2d_backward", TORCH_BOX(&avg_pool2d_backward));
   m.impl("relu_bits", TORCH_BOX(&relu_bits));

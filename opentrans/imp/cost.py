@@ -27,6 +27,7 @@ class LayerCost:
     """One convolution: kernel size, weights, output pixels, dense milliseconds per image.
 
     scale: measured over predicted time of the sparse layer; 1.0 where nothing was measured.
+    unskipped: speed of the fastest form that skips no zero over the dense one.
     """
 
     name: str
@@ -35,11 +36,12 @@ class LayerCost:
     pixels: int
     dense_ms: float
     scale: float = 1.0
+    unskipped: float = 1.0
 
     def ms(self, nnz: float) -> float:
-        """Milliseconds with ``nnz`` nonzeros, in the faster of the dense and the sparse form."""
+        """Milliseconds with ``nnz`` nonzeros, in the fastest form."""
         sparse = self.dense_ms * self.scale / predicted_speedup(self.kernel, nnz / self.numel)
-        return min(self.dense_ms, sparse)
+        return min(self.dense_ms / self.unskipped, sparse)
 
     def worth(self, nnz: int, goal: float) -> float:
         """Milliseconds that one zero saves on the way from ``nnz`` to ``goal`` nonzeros.
@@ -81,14 +83,13 @@ def layer_costs(
         conv = model.get_submodule(name)
         weight, shape = conv.weight, shapes[name]
         nominal = nominal_macs(tuple(weight.shape), shape.h_out, shape.w_out)
-        dense_ms, scale = measured.get(name, (nominal / NOMINAL_RATE, 1.0))
-        kernel = weight.shape[-1]
-        costs[name] = LayerCost(name, kernel, weight.numel(), shape.pixels, dense_ms, scale)
+        known = measured.get(name, (nominal / NOMINAL_RATE,))
+        costs[name] = LayerCost(name, weight.shape[-1], weight.numel(), shape.pixels, *known)
     return costs
 
 
-def _measured(plan: Plan) -> dict[str, tuple[float, float]]:
-    """Convolution -> (dense milliseconds, measured over predicted sparse time).
+def _measured(plan: Plan) -> dict[str, tuple[float, float, float]]:
+    """Convolution -> dense_ms, scale and unskipped of its :class:`LayerCost`.
 
     A plan times blocks: their milliseconds are shared out by multiply-adds.
     """
@@ -108,6 +109,7 @@ def _measured(plan: Plan) -> dict[str, tuple[float, float]]:
                 for row in rows[unit.name]
             )
             scale = unit.sparse_ms / predicted
+        unskipped = max(1.0, unit.dense_ms / (unit.winograd_ms or unit.dense_ms))
         for name, share in shares.items():
-            found[name] = (unit.dense_ms * share / plan.batch, scale)
+            found[name] = (unit.dense_ms * share / plan.batch, scale, unskipped)
     return found

@@ -21,7 +21,7 @@ from ..nn import Engine, Replacement, SparseEngine
 from ..plan import Plan, plan_and_build, prepare
 from ..plan.arguments import checked_batch, checked_size, device_of, thread_count
 from ..plan.build import Builder, check_replaceable
-from ..plan.choose import Choice
+from ..plan.choose import Choice, by_winograd
 from ..plan.layers import LinearUnit
 from ..plan.models import accelerated_parts, require_module
 from ..plan.subject import Masks, PlanSubject
@@ -251,6 +251,10 @@ def _carry_out(subject: PlanSubject, plan: Plan) -> dict[str, Choice]:
         kind = entry.kind
         if kind == "sparse" and unit.unsupported:
             raise PlanError(f"{unit.name}: planned as sparse, but the layer {unit.unsupported}.")
+        if kind == "winograd" and not by_winograd(unit):
+            raise PlanError(
+                f"{unit.name}: planned as winograd, but it is no 3x3 convolution of stride 1 alone."
+            )
         if kind == "dense" and unit.must_mask:
             raise PlanError(
                 f"{unit.name}: planned as dense, but its mask is not in the weights. Make a plan "

@@ -18,6 +18,7 @@ from ..plan.build import Builder, Built, dense_call
 from ..plan.choose import Choice
 from ..plan.layers import LinearUnit, require_own_weight
 from ..plan.models import refresh_pruned
+from ..plan.reading import PLANAR
 from ..plan.subject import PlanSubject, Unit
 
 __all__ = ["PartError", "check_parts", "same_pool"]
@@ -78,10 +79,10 @@ def check_parts(
             checked[unit.name] = _kept(unit, choice, reference)
             continue
         found = reference.error(choice.built)
-        if not found.exact and choice.kind == "sparse" and unit.must_mask:
+        if not found.exact and choice.kind in PLANAR and unit.must_mask:
             built = builder.build(unit, "compact")
             builder.release()
-            reason = f"compact: as sparse it differs from the masked dense layer ({found})"
+            reason = f"compact: as {choice.kind} it differs from the masked dense layer ({found})"
             choice, found = Choice("compact", reason, built, choice.ms), reference.error(built)
         if found.exact:
             errors.append(found)

@@ -10,6 +10,7 @@ from torch import nn
 from ..ops.library import plane_padded
 from ..plan.choose import MARGIN, Choice
 from ..plan.clock import interleaved_ms, undisturbed
+from ..plan.reading import PLANAR
 from ..plan.subject import PlanSubject, Unit
 from ..pools import PlanarPool, planar_pool
 from ..topology import ConvNode
@@ -59,7 +60,7 @@ def _candidates(
     """Paths of pools, the convolutions before them, and whether these leave padded planes."""
 
     def sparse(name: str) -> bool:
-        return name in choices and choices[name].kind == "sparse"
+        return name in choices and choices[name].kind in PLANAR
 
     stem, blocks = subject.trunk.stem, subject.trunk.blocks
     if stem is not None and stem.pool_name:

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "ms_deform_attn": "benchmarks/bench_deform.py",
     "ms_deform_attn_backward": "benchmarks/bench_deform.py",
     "depthwise_conv2d": "opentrans bench trunk --arch torchvision:mobilenet_v2",
+    "winograd_conv2d": "opentrans plan global:0.90 --arch torchvision:vgg16",
     "mask_scores": "opentrans bench model --system ovs-mask",
     "relu_bits": "opentrans bench training",
     "relu_bits_backward": "opentrans bench training",

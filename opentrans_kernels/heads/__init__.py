@@ -52,6 +52,7 @@ FINDERS = (
     masks.find,
     masked_pool.find,
     atrous.find,
+    zeros.find_smooth,
     zeros.find,
 )
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops.sparse_conv2d import sparse_conv2d
 from ..topology.fold import is_plain_bn, scale_shift
 from .embeddings import late_embeddings
 from .enlarged import add_convolution_of_enlarged, pays
@@ -58,7 +57,7 @@ class _Link:
 
     def run(self, x: Tensor) -> Tensor:
         if self.packed is not None and self.packed.serves(x):
-            out = sparse_conv2d(x, self.packed.weight)
+            out = self.packed.convolve(x)
             out = out if self.norm is None else self.norm(out)
             return out.relu_() if self.relu else out
         weight, bias = self.folded()
@@ -102,7 +101,7 @@ def links_of(module: nn.Module) -> list[_Link]:
     for child in _flat(module):
         packed = None
         if isinstance(child, PackedConv):  # put in when this part was: its dense weight is the same
-            packed, child = child.opentrans_packed, child.opentrans_original
+            packed, child = child.opentrans_copied, child.opentrans_original
         if isinstance(child, nn.Conv2d):
             if child.padding_mode != "zeros" or isinstance(child.padding, str):
                 raise NotTheSame(f"has a convolution with padding {child.padding_mode}")

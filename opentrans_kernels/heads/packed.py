@@ -1,22 +1,27 @@
-"""Layers of a head most of whose weights are zero: packed beside the dense weight, which stays.
+"""Layers of a head whose weights are kept in another form beside the dense weight, which stays:
+packed where most are zero, transformed for Winograd's method.
 
-A packed copy serves inference in float32 on the CPU. When the weight is not what it was any more,
+Such a copy serves inference in float32 on the CPU. When the weight is not what it was any more,
 the layer computes densely with what it is now, and says so once.
 """
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
 
 from ..finite import count_non_finite
 from ..freshness import Freshness
+from ..ops.sparse_conv2d import sparse_conv2d
+from ..ops.winograd_conv2d import winograd_conv2d
 from ..pack import SparseWeight
+from ..pack.winograd import transform_weight
 from ..topology.blocks import unusual_window
 
-__all__ = ["DENSEST", "Packed", "packed"]
+__all__ = ["DENSEST", "Copied", "Packed", "Transformed", "packed"]
 
 #: Largest share of nonzero weights that is packed. A 1x1 wins up to 0.7 and more, which depends on
 #: the machine and on the size; here nothing is timed.
@@ -27,26 +32,19 @@ _FEWEST = 1024
 _log = logging.getLogger(__name__)
 
 
-class Packed:
-    """The packed weight of a linear layer or a convolution, and whether it still is that weight."""
+class Copied(ABC):
+    """A form of a layer's weight, and whether it still is that weight."""
 
-    def __init__(self, path: str, layer: nn.Linear | nn.Conv2d) -> None:
-        weight, stride, padding, dilation = layer.weight.detach(), 1, 0, 1
-        if isinstance(layer, nn.Conv2d):
-            stride, padding = layer.stride[0], int(layer.padding[0])
-            dilation = layer.dilation[0]
-        else:
-            weight = weight[:, :, None, None]
-        self.weight = SparseWeight.from_dense(weight, layer.bias, stride, padding, dilation)
+    def __init__(self, path: str, layer: nn.Module) -> None:
         self.told = False
         self.fresh = Freshness({path: _Tensors(layer)})
 
-    @property
-    def density(self) -> float:
-        return self.weight.density
+    @abstractmethod
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution of ``[N, cin, H, W]``."""
 
     def serves(self, x: torch.Tensor) -> bool:
-        """Whether the packed weight may be used for ``x``."""
+        """Whether the copy may be used for ``x``."""
         if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
             return False
         changed = self.fresh.asked()
@@ -58,6 +56,40 @@ class Packed:
                 "it again.", changed,
             )  # fmt: skip
         return not changed
+
+
+class Packed(Copied):
+    """The packed weight of a linear layer or a convolution."""
+
+    def __init__(self, path: str, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__(path, layer)
+        weight, stride, padding, dilation = layer.weight.detach(), 1, 0, 1
+        if isinstance(layer, nn.Conv2d):
+            stride, padding = layer.stride[0], int(layer.padding[0])
+            dilation = layer.dilation[0]
+        else:
+            weight = weight[:, :, None, None]
+        self.weight = SparseWeight.from_dense(weight, layer.bias, stride, padding, dilation)
+
+    @property
+    def density(self) -> float:
+        return self.weight.density
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return sparse_conv2d(x, self.weight)
+
+
+class Transformed(Copied):
+    """The weight of a 3x3 convolution of stride 1 in the domain of Winograd's F(2x2, 3x3)."""
+
+    def __init__(self, path: str, conv: nn.Conv2d) -> None:
+        super().__init__(path, conv)
+        self.weight = transform_weight(conv.weight.detach())
+        self.bias = None if conv.bias is None else conv.bias.detach().clone()
+        self.cout, self.padding = conv.out_channels, int(conv.padding[0])
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        return winograd_conv2d(x, self.weight, self.bias, cout=self.cout, padding=self.padding)
 
 
 class _Tensors(nn.Module):

@@ -20,7 +20,7 @@ from .linear import has_kernel, linear
 from .packed import packed
 from .parts import Found, HeadPart, prove
 
-__all__ = ["PointwiseConv", "find"]
+__all__ = ["PointwiseConv", "beside_encoders", "find"]
 
 KIND = "1x1 convolution"
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -62,32 +62,29 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
 
-def find(model: nn.Module) -> Iterator[Found]:
-    """1x1 convolutions beside a deformable encoder: in the first module above it that has some."""
-    seen: set[str] = set()
-    if not has_kernel():
-        return
+def beside_encoders(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Convolutions beside deformable encoders: in the first module above that has a 1x1."""
+    found: dict[str, nn.Conv2d] = {}
     for name, module in model.named_modules():
         if not is_deformable(module):
             continue
         while name:
             name = name.rpartition(".")[0]
-            found = {
-                path: conv
-                for path, conv in _convs(name, model.get_submodule(name))
-                if conv.kernel_size == (1, 1)
-            }
-            if found:
+            convs = dict(_convs(name, model.get_submodule(name)))
+            if any(conv.kernel_size == (1, 1) for conv in convs.values()):
+                found |= convs
                 break
-        else:
-            found = {}
-        for path, conv in found.items():
-            if path not in seen and _is_pointwise(conv):
-                seen.add(path)
-                yield prove(
-                    path, KIND, conv, functools.partial(PointwiseConv, path=path),
-                    lambda dtype, c=conv: _noise(c, dtype),
-                )  # fmt: skip
+    return found
+
+
+def find(model: nn.Module) -> Iterator[Found]:
+    """1x1 convolutions beside a deformable encoder."""
+    for path, conv in beside_encoders(model).items() if has_kernel() else ():
+        if _is_pointwise(conv):
+            yield prove(
+                path, KIND, conv, functools.partial(PointwiseConv, path=path),
+                lambda dtype, c=conv: _noise(c, dtype),
+            )  # fmt: skip
 
 
 def _convs(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:

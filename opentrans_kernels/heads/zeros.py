@@ -1,6 +1,8 @@
-"""Layers anywhere in a head most of whose weights are zero, that no larger part computes.
+"""Layers of a head that no larger part computes, with their weights in another form.
 
-Convolutions with a window and 1x1 convolutions give planes, linear layers tokens.
+Anywhere in a head: layers most of whose weights are zero. Convolutions with a window and 1x1
+convolutions give planes, linear layers tokens. Beside deformable encoders: 3x3 convolutions, dense
+ones by Winograd's method.
 """
 
 from __future__ import annotations
@@ -12,35 +14,59 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..finite import count_non_finite
 from ..nn import Replacement
-from ..ops.sparse_conv2d import sparse_conv2d
-from ..topology.blocks import unusual_window
+from ..topology.blocks import unusual_window, winograd_window
 from ..topology.naming import naming_of_root
 from .linear import packed_part
-from .packed import DENSEST, Packed, packed
+from .packed import DENSEST, Copied, Transformed, packed
 from .parts import Found, HeadPart, prove
+from .pointwise import beside_encoders
 
-__all__ = ["PackedConv", "find"]
+__all__ = ["PackedConv", "WinogradConv", "find", "find_smooth"]
 
 KIND = "convolution"
+_NARROWEST = 32  # channels from which the transforms cost little beside the products
 
 
-class PackedConv(HeadPart):
+class CopiedConv(HeadPart):
     """A convolution, and its ``norm`` and ``activation`` where it has them (detectron2)."""
 
-    what, how = KIND, "most weights are zero: packed"
+    what = KIND
 
-    def __init__(self, original: nn.Conv2d, packed: Packed) -> None:
+    def __init__(self, original: nn.Conv2d, copied: Copied) -> None:
         super().__init__(original)
-        self.__dict__["opentrans_packed"] = packed
+        self.__dict__["opentrans_copied"] = copied
 
     def fast(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() != 4 or not x.numel() or not self.opentrans_packed.serves(x):
+        if x.dim() != 4 or not x.numel() or not self.opentrans_copied.serves(x):
             return self.as_it_was(x)
-        out = sparse_conv2d(x, self.opentrans_packed.weight)
+        out = self.opentrans_copied.convolve(x)
         norm, activation = self._modules.get("norm"), getattr(self, "activation", None)
         out = out if norm is None else norm(out)
         return out if activation is None else activation(out)
+
+
+class PackedConv(CopiedConv):
+    how = "most weights are zero: packed"
+
+
+class WinogradConv(CopiedConv):
+    how = "16 products for 36 (Winograd)"
+
+
+def find_smooth(model: nn.Module) -> Iterator[Found]:
+    """Dense 3x3 convolutions beside deformable encoders: those of a feature pyramid."""
+    for name, conv in beside_encoders(model).items():
+        weight = conv._parameters.get("weight")
+        if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+            continue
+        if not winograd_window(conv) or min(weight.shape[:2]) < _NARROWEST:
+            continue
+        dense = int(torch.count_nonzero(weight)) > DENSEST * weight.numel()
+        if dense and not count_non_finite(weight):
+            kind = functools.partial(WinogradConv, copied=Transformed(name, conv))
+            yield prove(name, KIND, conv, kind, lambda dtype, c=conv: _noise(c, dtype))
 
 
 def find(model: nn.Module) -> Iterator[Found]:
@@ -64,7 +90,7 @@ def _conv(name: str, conv: nn.Conv2d) -> Iterator[Found]:
         if weight is not None and int(torch.count_nonzero(weight)) <= DENSEST * weight.numel():
             yield Found(name, KIND, None, f"most of its weights are zero, but it {why}: dense")
     elif (found := packed(name, conv)) is not None:
-        kind = functools.partial(PackedConv, packed=found)
+        kind = functools.partial(PackedConv, copied=found)
         yield prove(name, KIND, conv, kind, lambda dtype: _noise(conv, dtype))
 
 

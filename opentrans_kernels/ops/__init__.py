@@ -19,6 +19,7 @@ from .sparse_linear import sparse_linear
 from .sparse_mlp import sparse_mlp
 from .sparse_stage import sparse_stage
 from .window_avg_pool2d import window_avg_pool2d
+from .winograd_conv2d import winograd_conv2d
 
 __all__ = [
     "avg_pool2d",
@@ -40,6 +41,7 @@ __all__ = [
     "sparse_mlp",
     "sparse_stage",
     "window_avg_pool2d",
+    "winograd_conv2d",
 ]
 
 # Look the kernels up now, so that torch.compile meets no import while tracing a first call.

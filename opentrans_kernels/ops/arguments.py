@@ -14,6 +14,7 @@ from ..activations import RELU, Activation, Kind
 from ..errors import PlanError
 from ..pack import Header, checked_header
 from ..pack.layout import LARGEST_STEP
+from ..pack.winograd import ROWS
 
 __all__ = [
     "BadArgument",
@@ -32,6 +33,7 @@ __all__ = [
     "result",
     "tokens",
     "window_pooled_size",
+    "winograd",
 ]
 
 
@@ -251,6 +253,33 @@ def depthwise(x: torch.Tensor, weight, bias, stride: int, padding: int) -> None:
             f"and {padding}."
         )
     conv_size(x.shape, weight.shape[2], stride, padding, op)
+
+
+def winograd(x: torch.Tensor, weight, bias, residual, cout: int, padding: int) -> None:
+    """Check the arguments of ``winograd_conv2d``."""
+    op = "winograd_conv2d"
+    size = image(op, x)
+    if cout < 0 or not 0 <= padding <= LARGEST_STEP:
+        raise BadArgument(
+            f"{op}: cout and padding must be from 0, padding to {LARGEST_STEP}; got {cout} and "
+            f"{padding}."
+        )
+    packed = (16, -(-cout // ROWS), size[1], ROWS)
+    if tuple(weight.shape) != packed:
+        raise BadArgument(
+            f"{op}: weight must be {list(packed)} as transform_weight() makes it, got "
+            f"{list(weight.shape)}."
+        )
+    if bias is not None and bias.shape != (cout,):
+        raise BadArgument(
+            f"{op}: bias must have {cout} elements, one per channel, got {list(bias.shape)}."
+        )
+    expected = (size[0], cout, *conv_size(size, 3, 1, padding, op))
+    if residual is not None and residual.shape != expected:
+        raise BadArgument(
+            f"{op}: residual must have the output's shape {list(expected)}, got "
+            f"{list(residual.shape)}."
+        )
 
 
 def gradient(op: str, header: Header, grad: torch.Tensor, size: Sequence[int]) -> None:

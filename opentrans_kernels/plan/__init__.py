@@ -18,7 +18,7 @@ from ..topology import ConvShape
 from ..topology.cover import switched
 from .arguments import checked_batch, device_of, thread_count
 from .build import Builder
-from .choose import Choice, Chooser, predicted_layer_speedup
+from .choose import WINOGRAD, Choice, Chooser, predicted_layer_speedup
 from .layers import PRUNED, Layer, LinearUnit
 from .models import require_module
 from .records import Plan, PlanRow, PlanUnit, totals_of
@@ -95,6 +95,7 @@ def plan_and_build(
                 ms.get("dense"),
                 ms.get("compact"),
                 ms.get("sparse"),
+                ms.get("winograd"),
             )  # fmt: skip
         )
         dense = ms.get("dense")
@@ -163,6 +164,9 @@ def _row(
         kept = choice.built.nnz[name]
         executed = executed_macs(kept, height, width, kernel=kernel, lanes=_LANES.get(isa, 4))
         predicted = dense_ms / predicted_layer_speedup(layer, nnz)
+    elif choice.kind == "winograd":
+        executed = nominal * 4 // 9
+        predicted = dense_ms / WINOGRAD
     elif choice.built is not None:
         cout, cin = choice.built.widths[name]
         executed = nominal * cout * cin // max(1, layer.shape[0] * layer.shape[1])

@@ -31,6 +31,7 @@ from ..nn import (
     Replacement,
     SparseConv2d,
     SparseEngine,
+    WinogradEngine,
     watch_together,
 )
 from ..topology import ConvNode, fold_bn
@@ -84,7 +85,7 @@ class Builder:
         return any(s.after < s.before for s in self.compact.summaries[unit.name].channels.values())
 
     def build(self, unit: Unit | LinearUnit, kind: str) -> Built:
-        """The unit as ``kind`` "sparse" or "compact". Nothing in the model changes."""
+        """The unit as ``kind`` "sparse", "winograd" or "compact". Nothing in the model changes."""
         if isinstance(unit, LinearUnit):
             return self._linears(unit, kind)
         if unit.block is None:
@@ -184,7 +185,7 @@ class Builder:
             )
         else:
             weight, bias = fold_bn(node, masked_weight(node, mask))
-            form = DepthwiseEngine if kind == "sparse" else DenseEngine
+            form = _ENGINES.get(kind, DenseEngine)
             module = AcceleratedConv2d(node.conv, form(weight, bias, node.conv), node.activation)
         freshness = module.opentrans_freshness = freshness_of(unit.convs)
         swaps: dict[str, Replacement] = {node.name: module}
@@ -198,6 +199,10 @@ class Builder:
             watch_together(self.subject.model, swaps, masks, through=node.through)
         nnz = {node.name: module.opentrans_engine.nnz}
         return Built(kind, module, swaps, nnz, {node.name: tuple(weight.shape[:2])})
+
+
+#: Of a convolution alone that is not packed.
+_ENGINES = {"sparse": DepthwiseEngine, "winograd": WinogradEngine}
 
 
 def check_replaceable(unit: Unit | LinearUnit) -> None:

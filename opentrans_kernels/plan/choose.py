@@ -7,17 +7,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..activations import Kind
 from ..audit import predicted_speedup
 from ..ops.library import plane_padded
-from ..topology.blocks import is_depthwise
+from ..topology.blocks import is_depthwise, plain_conv, winograd_window
 from .build import Builder, Built, check_replaceable, dense_call
 from .clock import interleaved_ms, undisturbed
 from .layers import Layer, LinearUnit
+from .reading import PLANAR
 from .subject import PlanSubject, Unit
 
 MARGIN = 0.97  # a form replaces the dense one if it takes at most this share of its time
 CROSSOVER = 0.85  # above this density the sparse form of a large layer is not even tried
 DEPTHWISE = 1.5  # speed of its kernel, which skips no zero, over dense; see docs/design.md
+WINOGRAD = 1.5  # speed of a large 3x3 by Winograd's method over dense
+WIDE = 28 * 28  # pixels from which it is taken without a clock
 SMALL = 1 << 16  # weights of a layer so small that trying costs nothing
 
 
@@ -47,7 +51,7 @@ class Chooser:
         if choice is None:
             known = unit.layers[0].name in self.subject.shapes
             choice = self._measured(unit) if self.measure and known else self._predicted(unit)
-        self._planar = choice.kind == "sparse" and not isinstance(unit, LinearUnit)
+        self._planar = choice.kind in PLANAR and not isinstance(unit, LinearUnit)
         if self._planar:
             self._sparse.add(unit.name)
         self.builder.release()
@@ -69,6 +73,8 @@ class Chooser:
         """Kinds to build, and why sparse is not among them."""
         # A dense linear layer has nothing to fold but its mask.
         dense = ["compact"] if unit.must_mask or not isinstance(unit, LinearUnit) else []
+        if by_winograd(unit):
+            dense = ["winograd", *dense]
         if unit.unsupported:
             return dense, f"the convolution {unit.unsupported}"
         if unit.density > CROSSOVER and unit.numel > SMALL:
@@ -105,6 +111,8 @@ class Chooser:
         return Choice("dense", f"dense: {why}: {ms['dense']:.2f} ms, {others}", None, ms)
 
     def _how(self, unit: Unit | LinearUnit, kind: str, why_not_sparse: str) -> str:
+        if kind == "winograd":
+            return f"winograd (dense{'; ' * bool(why_not_sparse)}{why_not_sparse}): "
         if kind == "sparse":
             alone = isinstance(unit, Unit) and unit.block is None
             one = alone and is_depthwise(unit.convs[0].conv)
@@ -145,6 +153,9 @@ class Chooser:
     def _predicted(self, unit: Unit | LinearUnit) -> Choice:
         kinds, why_not_sparse = self._forms(unit)
         speed = predicted_unit_speedup(unit, self.subject)
+        if "winograd" in kinds and WINOGRAD > speed and self._is_wide(unit):
+            reason = f"{self._how(unit, 'winograd', why_not_sparse)}predicted {WINOGRAD:.1f}x"
+            return Choice("winograd", reason, self.builder.build(unit, "winograd"))
         if "sparse" in kinds and speed > 1 / MARGIN:
             how = self._how(unit, "sparse", "")
             reason = f"{how}density {unit.density:.2f}, predicted {speed:.1f}x"
@@ -154,6 +165,21 @@ class Chooser:
             reason = self._how(unit, "compact", "") + why
             return Choice("compact", reason, self.builder.build(unit, "compact"))
         return Choice("dense", f"dense: {why}")
+
+    def _is_wide(self, unit: Unit | LinearUnit) -> bool:
+        shape = self.subject.shapes.get(unit.layers[0].name)
+        return shape is not None and shape.pixels >= WIDE
+
+
+def by_winograd(unit: Unit | LinearUnit) -> bool:
+    """Whether it is a convolution alone that Winograd's method computes."""
+    if isinstance(unit, LinearUnit) or unit.block is not None:
+        return False
+    node = unit.convs[0]
+    # Its error is relative to the largest sums of a tile, which ReLU6 cuts off and dense arithmetic
+    # then rounds no more.
+    cut = node.activation.kind == Kind.RELU6
+    return winograd_window(node.conv) and plain_conv(node.conv) is None and not cut
 
 
 def predicted_unit_speedup(unit: Unit | LinearUnit, subject: PlanSubject) -> float:

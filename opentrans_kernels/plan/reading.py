@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import PlanError
 from ..masks.limits import brief
 
-KINDS = ("dense", "compact", "sparse")
+KINDS = ("dense", "compact", "winograd", "sparse")
+PLANAR = ("winograd", "sparse")  # kinds whose outputs are in the layout of the kernels
 ROLES = ("stem", "block", "loose", "linear", "mlp", "attention")
 LARGEST = 2**53  # a whole number that JSON of any program keeps exactly
 
@@ -46,7 +47,7 @@ UNIT = {
     "kind": KINDS.__contains__,
     "density": number(1),
     "reason": text,
-    **dict.fromkeys(("dense_ms", "compact_ms", "sparse_ms"), time_or_none),
+    **dict.fromkeys(("dense_ms", "compact_ms", "sparse_ms", "winograd_ms"), time_or_none),
 }
 ROW = {
     **dict.fromkeys(("unit", "name"), text),

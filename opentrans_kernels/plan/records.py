@@ -21,7 +21,8 @@ class PlanRow:
 
     MACs are per image; predicted_ms comes from a cost model, per batch.
 
-    executed_macs: what its kind computes, with vector padding (sparse) or cut widths (compact).
+    executed_macs: what its kind computes: with vector padding (sparse), cut widths (compact), four
+        ninths (winograd).
     """
 
     unit: str
@@ -51,7 +52,7 @@ class PlanUnit:
     """What is decided as one: a residual block, a convolution with its norm and activation, a
     linear layer, or an MLP.
 
-    dense_ms, compact_ms, sparse_ms: measured milliseconds per batch; None if not measured.
+    dense_ms ... winograd_ms: measured milliseconds per batch; None if not measured.
     reason: why this kind, in words and numbers.
     """
 
@@ -63,10 +64,11 @@ class PlanUnit:
     dense_ms: float | None = None
     compact_ms: float | None = None
     sparse_ms: float | None = None
+    winograd_ms: float | None = None
 
     @property
     def chosen_ms(self) -> float | None:
-        return {"dense": self.dense_ms, "compact": self.compact_ms}.get(self.kind, self.sparse_ms)
+        return getattr(self, f"{self.kind}_ms")
 
 
 @dataclass(frozen=True)

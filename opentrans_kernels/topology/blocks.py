@@ -31,6 +31,12 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return plain_conv(conv, grouped=True) is None
 
 
+def winograd_window(conv: nn.Conv2d) -> bool:
+    """Whether it is a 3x3 of stride 1 that Winograd's F(2x2, 3x3) computes, whatever its class."""
+    form = (conv.kernel_size, conv.stride, conv.dilation, conv.groups)
+    return form == ((3, 3), (1, 1), (1, 1), 1) and unusual_window(conv) is None
+
+
 def plain_conv(module: nn.Module | None, grouped: bool = False) -> str | None:
     """None if ``module`` is a convolution the kernels can express; otherwise what is unusual about
     it. ``grouped``: it may be.

@@ -80,6 +80,49 @@ struct GradArgs {
   int32_t vectors;
 };
 
+// Winograd's F(2x2, 3x3), see winograd.cpp: a vector's first output pixel.
+struct WinogradVector {
+  int32_t y, x;
+};
+constexpr int kWinogradVectors = 3;  // of a panel
+
+// Transforms the inputs of a panel: to[(p * pitch) + (channel * kWinogradVectors + vector) *
+// lanes].
+struct WinogradInputArgs {
+  const float* x;  // channel 0, pixel (0, 0)
+  int64_t x_channel, row_stride, col_stride;
+  int32_t h, w, padding, channels;
+  const WinogradVector* vectors;
+  int32_t count;
+  float* to;
+  int64_t pitch;  // floats between the 16 matrices
+};
+
+// A block of rows of one of the 16 products.
+struct WinogradProductArgs {
+  const float* weight;  // [channel][kWinogradRows]
+  const float* x;       // [channel][kWinogradVectors * lanes]
+  int32_t channels, vectors;
+  float* sums;  // [kWinogradRows][kWinogradVectors * lanes]
+  bool add;     // to what is there
+};
+
+// From sums[p * pitch + (row * kWinogradVectors + vector) * lanes] to the pixels of `rows` planes.
+struct WinogradOutputArgs {
+  const float* sums;
+  int64_t pitch;
+  int32_t rows;
+  const float* bias;  // of the first row, or null
+  float* out;         // plane of the first row, rows dense
+  int64_t out_stride;
+  const float* residual;  // as out, or null
+  int64_t residual_stride;
+  int32_t h, w;
+  const WinogradVector* vectors;
+  int32_t count;
+  Activation act;
+};
+
 // What the entries of one block add up to.
 struct EntrySums {
   uint32_t nonzeros, largest_row;
@@ -103,6 +146,9 @@ struct Isa {
                  float* dst, int64_t dst_stride, int64_t dst_tile);
   void (*stage)(const StageArgs&);
   void (*depthwise)(const DepthwiseArgs&);
+  void (*winograd_input)(const WinogradInputArgs&);
+  void (*winograd_product)(const WinogradProductArgs&);
+  void (*winograd_output)(const WinogradOutputArgs&);
   void (*pool2)(const float* row0, const float* row1, float* out, int64_t n);
   // [tokens][channels] -> [channels][tokens], planes filled up with zeros to whole vectors; back,
   // plus a residual or null; activations of rows of `len` floats, in place.
