@@ -6,6 +6,9 @@ layer gives on the same images is the target. No label and no gradient is needed
 either network and one solution per layer, a minute or three in all. Errors of earlier layers are
 seen by later ones, which correct what they can.
 
+Asked to ``select``, it also chooses anew, inside every layer, which weights to keep
+(:mod:`opentrans.support`).
+
 Least squares with a fixed support is old (Hassibi and Stork, 1992; layer by layer for convolutional
 networks: Dong et al., arXiv 1705.07565; He et al., arXiv 1707.06168).
 """
@@ -22,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opentrans_kernels.errors import MaskError, OpenTransError, PlanError
-from opentrans_kernels.masks import MaskSet
+from opentrans_kernels.masks import MaskSet, Provenance
+
+from .support import best_support
 
 __all__ = ["LayerFit", "Reconstruction", "reconstruct"]
 
@@ -30,8 +35,9 @@ __all__ = ["LayerFit", "Reconstruction", "reconstruct"]
 @dataclass(frozen=True)
 class LayerFit:
     """One layer. before, after: squared error of its output on the images, relative to the variance
-    of the dense layer's output; the input is the pruned network's both times. shifted: where the
-    constant part went ("bias", name of a batch norm, or "" for none). why: not changed, and why.
+    of the dense layer's output; the input is the pruned network's both times. moved: share of the
+    kept weights that were not kept before. shifted: where the constant part went ("bias", name of a
+    batch norm, or "" for none). why: not changed, and why.
     """
 
     name: str
@@ -39,14 +45,19 @@ class LayerFit:
     before: float = float("nan")
     after: float = float("nan")
     seconds: float = 0.0
+    moved: float = 0.0
     shifted: str = ""
     why: str = ""
 
 
 @dataclass
 class Reconstruction:
-    """What :func:`reconstruct` did, layer by layer in the order of the forward."""
+    """What :func:`reconstruct` did, layer by layer in the order of the forward.
 
+    masks: of the network as it is now; those that were given, unless weights were selected.
+    """
+
+    masks: MaskSet
     layers: list[LayerFit] = field(default_factory=list)
 
     @property
@@ -74,6 +85,7 @@ def reconstruct(
     *,
     positions: int = 8192,
     ridge: float = 1e-3,
+    select: int = 0,
     seed: int = 0,
     forward: Callable[[nn.Module, Tensor], object] | None = None,
 ) -> Reconstruction:
@@ -93,18 +105,24 @@ def reconstruct(
         positions: rows of the least squares problem, drawn from all output positions of the batch.
         ridge: how hard weights are held at their old values, relative to the mean square of the
             layer's inputs.
+        select: turns of choosing anew, inside every layer, which weights to keep: as many as the
+            mask keeps, starting from the dense network's. 30 is enough; 0: those of the mask.
+            Patterns such as 2:4 are not kept.
         seed: of the draw.
         forward: ``forward(model, inputs)``; by default the model is called.
 
     Time: about nnz**3 / 3 multiply-adds per output channel with nnz weights left, once for
     channels that share their support. On one core a ResNet-50 of half the width takes 46 seconds
-    at a tenth of its weights; above a third of a wide layer it is minutes for each.
+    at a tenth of its weights; above a third of a wide layer it is minutes for each. Selecting
+    takes another ``select`` products of C x C by C x K for C inputs and K outputs.
 
     Raises:
         MaskError: masks do not fit the model.
         PlanError: no layer can be fitted, settings that make no sense, a network in training mode.
         OpenTransError: values that are not finite.
     """
+    if select < 0:
+        raise PlanError(f"select is {select}: the turns of choosing must be 0 (none) or more.")
     if positions < 2 or not ridge > 0:
         raise PlanError(
             f"positions is {positions} and ridge {ridge}: at least 2 rows and a ridge above 0 are "
@@ -116,12 +134,12 @@ def reconstruct(
                 f"the {which} network is in training mode ({training[0]}), in which a forward "
                 "changes it. Call eval() first."
             )
-    chosen = masks.match(model, strict=True).masks
+    chosen = dict(masks.match(model, strict=True).masks)
     masks.apply_(model)
     run = forward or (lambda network, x: network(x))
     layers = {name: module for name, module in model.named_modules() if name in chosen}
     targets = _Targets(dense, layers, positions, seed)
-    found = Reconstruction()
+    found = Reconstruction(MaskSet(dict(chosen), masks.source))
     handles = []
     with torch.no_grad():
         targets.run(run, inputs)
@@ -131,7 +149,7 @@ def reconstruct(
                 found.layers.append(LayerFit(name, density, why=why))
                 continue
             norm = targets.norms.get(name, "")
-            hook = _Fit(name, chosen[name], targets, norm, model, ridge, density, found)
+            hook = _Fit(name, chosen, targets, norm, model, ridge, select, density, found)
             handles.append(layer.register_forward_pre_hook(hook))
         if not handles:
             raise PlanError(
@@ -143,6 +161,10 @@ def reconstruct(
         finally:
             for handle in handles:
                 handle.remove()
+    if select:
+        notes = {**masks.source.notes, "selected": f"least squares, {select} turns"}
+        kind, synthetic = masks.source.kind, masks.source.synthetic
+        found.masks = MaskSet(chosen, Provenance(kind, notes=notes, synthetic=synthetic))
     return found
 
 
@@ -206,6 +228,10 @@ class _Targets:
             for handle in handles:
                 handle.remove()
 
+    def weight(self, name: str) -> Tensor:
+        """Of the dense layer, ``[K, C]``."""
+        return self.dense.get_submodule(name).weight.detach().flatten(1)
+
     def unusable(self, name: str) -> str:
         """Why a layer cannot be fitted, or nothing."""
         if name in self.why:
@@ -236,11 +262,11 @@ class _Fit:
     """Solves one layer when its input arrives, so that it already runs refitted."""
 
     def __init__(
-        self, name: str, mask: Tensor, targets: _Targets, norm: str, model: nn.Module,
-        ridge: float, density: float, found: Reconstruction,
+        self, name: str, masks: dict[str, Tensor], targets: _Targets, norm: str,
+        model: nn.Module, ridge: float, select: int, density: float, found: Reconstruction,
     ) -> None:  # fmt: skip
-        self.name, self.targets, self.ridge = name, targets, ridge
-        self.mask = mask.flatten(1)
+        self.name, self.targets, self.ridge, self.select = name, targets, ridge, select
+        self.masks = masks  # of all layers, where the one of this is put if it changes
         self.norm_name, self.density, self.found = norm, density, found
         self.norm = model.get_submodule(norm) if norm else None
 
@@ -258,7 +284,8 @@ class _Fit:
         shifts = layer.bias is not None or self.norm is not None
         errors = [0.0, 0.0]
         constant = torch.zeros_like(weight[:, 0])
-        mask = self.mask.to(weight.device)
+        given = self.masks[self.name].flatten(1).to(weight.device)
+        mask = given.clone()
         per = len(weight) // groups
         for group in range(groups):
             rows = slice(group * per, (group + 1) * per)
@@ -268,20 +295,37 @@ class _Fit:
             own, wanted = own - mean_x, wanted - mean_y.to(wanted)
             left = wanted - (own @ weight[rows].to(own).t()).double()
             errors[0] += float(left.square().sum())
+            if self.select:
+                first = self.targets.weight(self.name)[rows].to(own)
+                mask[rows] = self._chosen(own, wanted, first, int(mask[rows].sum()))
+                weight[rows] = (first * mask[rows]).double()
+                left = wanted - (own @ weight[rows].to(own).t()).double()
             weight[rows] += _solve(own, left, mask[rows], self.ridge, self.name)
             left = wanted - (own @ weight[rows].to(own).t()).double()
             errors[1] += float(left.square().sum())
             constant[rows] = mean_y.double() - weight[rows] @ mean_x.double()
         layer.weight.copy_(weight.view_as(layer.weight))
         self._shift(layer, constant)
+        if self.select:
+            self.masks[self.name] = mask.view_as(layer.weight).to(self.masks[self.name].device)
         spread = float((y - y.mean(0)).square().sum()) or 1.0
         self.found.layers.append(
             LayerFit(
                 self.name, self.density, errors[0] / spread, errors[1] / spread,
-                time.perf_counter() - began,
+                time.perf_counter() - began, float((mask & ~given).sum() / max(1, int(mask.sum()))),
                 "bias" if layer.bias is not None else self.norm_name,
             )
         )  # fmt: skip
+
+    def _chosen(self, x: Tensor, y: Tensor, first: Tensor, count: int) -> Tensor:
+        """Which weights [K, C] to keep for inputs [R, C], outputs [R, K]; ``first``: guessed."""
+        gram, right = (x.t() @ x) / len(x), (x.t() @ y.to(x)) / len(x)
+        held = self.ridge * float(gram.diagonal().mean())
+        start = first.t().contiguous()
+        if not held > 0 or not math.isfinite(held):  # constant inputs; the solution tells of others
+            gram, right, held = torch.eye(len(gram)).to(gram), start, 0.0
+        gram.diagonal().add_(held)
+        return best_support(gram, right + held * start, start, count, self.select).t()
 
     def _shift(self, layer: nn.Module, constant: Tensor) -> None:
         if layer.bias is not None:

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refit the kept weights to the dense network's outputs on N crops after every round "
         "that leaves few of them (64 with --rounds 1; default 0: training alone)",
     )  # fmt: skip
+    parser.add_argument(
+        "--select", type=positive, default=0, metavar="N",
+        help="choose the weights to keep, layer by layer, in N turns of least squares before the "
+        "last refit, as many as the rounds kept (30; default 0: the largest stay)",
+    )  # fmt: skip
     parser.add_argument("--crops", type=positive, metavar="N", help="different training crops")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of crops")
     parser.add_argument(
@@ -63,7 +68,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
         recovery=options.recovery, lr=chosen.lr / 2, recovery_lr=chosen.lr, batch=chosen.batch,
         allocation=options.allocation, strength=options.strength, pattern=options.pattern,
         seed=options.seed, sparse=not options.dense_training, statistics=chosen.statistics,
-        fit=options.fit,
+        fit=options.fit, select=options.select,
     )  # fmt: skip
     loaded = load(options.name)
     make_folder(folder)

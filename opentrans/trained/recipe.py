@@ -22,6 +22,7 @@ from torch import nn
 
 from opentrans_kernels.errors import OpenTransError, PlanError
 from opentrans_kernels.masks import MaskSet, atomic_write, open_checkpoint
+from opentrans_kernels.plan import Plan
 
 from ..gradskip import restore_skipped, skip_frozen
 from ..imp import Progress, iterative_magnitude_pruning
@@ -39,6 +40,7 @@ SAVE_EVERY = 100  # steps of recovery
 FIT_BELOW = 0.35  # of the weights; a fit of more takes minutes and training does as well
 WARM_UP = 20  # steps, in which Adam's second moments are still those of a few batches
 RECOVERY = "recovery.pt"
+SELECTED = "selected.safetensors"  # masks, where they are not those of the last round
 Settings = dict[str, Any]
 ENTRIES = {"model": tensors, "optimizer": mapping, "steps": count, "settings": mapping}
 
@@ -59,6 +61,8 @@ class Recipe:
         round; 0: they keep those of the dense network.
     fit: crops on which the kept weights are refitted, layer by layer, to the dense network's
         outputs after every round that leaves at most ``FIT_BELOW`` (:func:`reconstruct`); 0: never.
+    select: turns in which the fit after the last round chooses anew, inside every layer, which
+        weights to keep; 0: those the rounds left. Needs ``fit`` and single weights.
     """
 
     rounds: int = 22
@@ -75,6 +79,7 @@ class Recipe:
     sparse: bool = True
     statistics: int = 0
     fit: int = 0
+    select: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.density < 1 or self.rounds < 1:
@@ -82,6 +87,12 @@ class Recipe:
                 f"density={self.density} and rounds={self.rounds} do not go together with pruning: "
                 "density is the share of weights left, above 0 and below 1 (0.1 keeps a tenth), "
                 "rounds a whole number from 1."
+            )
+        if self.select and (not self.fit or self.pattern != "unstructured"):
+            raise PlanError(
+                f"select={self.select} chooses single weights while they are refitted, but fit is "
+                f"{self.fit} and the pattern {self.pattern}. Set fit (64 crops) and the pattern "
+                "'unstructured', or select=0."
             )
 
     def steps(self) -> int:
@@ -106,6 +117,7 @@ def prune_on_photographs(
     *,
     scope: Iterable[str] | None = None,
     input_size: tuple[int, int] = (224, 224),
+    plan: Plan | None = None,
     out_dir: str | os.PathLike[str] | None = None,
     on_progress: Callable[[str, int, int, float], None] | None = None,
 ) -> MaskSet:
@@ -116,6 +128,7 @@ def prune_on_photographs(
         prepare: uint8 images -> network input.
         scope: names of the convolutions to prune; None: all but the first.
         input_size: (height, width) in pixels that ``macs`` and ``latency`` weigh by.
+        plan: measured, whose milliseconds ``latency`` weighs by; None: predicted ones.
         out_dir: where the run is kept, to be continued by the same call.
         on_progress: called with "prune" or "recover", steps done, steps in all, loss.
 
@@ -139,17 +152,34 @@ def prune_on_photographs(
         model, step, rounds=recipe.rounds, rate=recipe.rate(), target_density=recipe.density,
         period=recipe.period, first_after=1, scope=names, allocation=recipe.allocation,
         strength=recipe.strength, pattern=recipe.pattern, optimizer=optimizer, out_dir=out_dir,
-        input_size=input_size, run_config=asdict(recipe), sparse=recipe.sparse, on_progress=show,
+        input_size=input_size, plan=plan, run_config=asdict(recipe), sparse=recipe.sparse,
+        on_progress=show,
     )  # fmt: skip
-    repair(model, recipe.steps() - recipe.recovery)
+    masks = _after_rounds(repair, model, result.masks, None if out_dir is None else Path(out_dir))
     fine_tune(
-        model, objective, bank, prepare, result.masks, steps=recipe.recovery,
+        model, objective, bank, prepare, masks, steps=recipe.recovery,
         lr=recipe.lr if recipe.recovery_lr is None else recipe.recovery_lr, batch=recipe.batch,
         sparse=recipe.sparse, first=recipe.steps() - recipe.recovery,
         path=None if out_dir is None else Path(out_dir) / RECOVERY,
         on_progress=None if on_progress is None else lambda *at: on_progress("recover", *at),
     )  # fmt: skip
-    return result.masks
+    return masks
+
+
+def _after_rounds(
+    repair: _Repair, model: nn.Module, masks: MaskSet, folder: Path | None
+) -> MaskSet:
+    """Repair what the last round left; the masks as they are then. A recovery that has begun goes
+    on with the weights that were selected before it."""
+    kept = None if folder is None else folder / SELECTED
+    if kept is not None and kept.exists() and (kept.parent / RECOVERY).exists():
+        return MaskSet.load(kept)
+    repair(model, repair.recipe.steps() - repair.recipe.recovery)
+    if repair.selected is None:
+        return masks
+    if kept is not None:
+        repair.selected.save(kept)
+    return repair.selected
 
 
 class _Repair:
@@ -162,6 +192,7 @@ class _Repair:
     ) -> None:  # fmt: skip
         self.names, self.bank, self.prepare, self.recipe = names, bank, prepare, recipe
         self.needed = bool(recipe.statistics or recipe.fit)
+        self.selected: MaskSet | None = None  # masks, where those of the rounds were changed
         # Ordinary modules: a model that trains on the sparse kernels normalises inside them.
         self.dense = copy.deepcopy(model) if recipe.fit else model
         self.plain = copy.deepcopy(model) if self.needed else model
@@ -172,10 +203,13 @@ class _Repair:
         if self.recipe.fit:
             self.plain.load_state_dict(network.state_dict())
             masks = _live(self.plain, self.names)
-            if masks.density() <= FIT_BELOW:
+            last = iteration == self.recipe.after_rounds()[-1]
+            select = self.recipe.select if last else 0
+            if select or masks.density() <= FIT_BELOW:
                 inputs = torch.cat(list(bank_inputs(self.bank, self.prepare, self.recipe.fit)))
-                reconstruct(self.plain, self.dense, masks, inputs)
+                found = reconstruct(self.plain, self.dense, masks, inputs, select=select)
                 network.load_state_dict(self.plain.state_dict())
+                self.selected = found.masks if select else None
         if self.recipe.statistics:
             inputs = bank_inputs(self.bank, self.prepare, self.recipe.statistics)
             recalibrate(network, self.plain, inputs)
