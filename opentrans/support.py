@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["best_support"]
+__all__ = ["best_support", "largest"]
 
 PENALTY = 0.1  # of the first turn; the mean square of every scaled input is 1
 EVERY = 3  # turns from one look at the support to the next
@@ -42,7 +42,7 @@ def best_support(gram: Tensor, right: Tensor, start: Tensor, count: int, turns: 
         return torch.zeros_like(start, dtype=torch.bool)
     scale = gram.diagonal().sqrt().unsqueeze(1)
     gram, right = gram / (scale * scale.t()), right / scale
-    kept = _largest(start * scale, count)
+    kept = largest(start * scale, count)
     support, before = kept != 0, None
     multiplier, penalty = torch.zeros_like(kept), PENALTY
     inverse: Tensor | None = None
@@ -52,7 +52,7 @@ def best_support(gram: Tensor, right: Tensor, start: Tensor, count: int, turns: 
             held.diagonal().add_(penalty)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(held))
         whole = inverse @ (right - multiplier + penalty * kept)
-        kept = _largest(whole + multiplier / penalty, count)
+        kept = largest(whole + multiplier / penalty, count)
         multiplier += penalty * (whole - kept)
         support = kept != 0
         if turn % EVERY:
@@ -65,7 +65,7 @@ def best_support(gram: Tensor, right: Tensor, start: Tensor, count: int, turns: 
     return support
 
 
-def _largest(weights: Tensor, count: int) -> Tensor:
+def largest(weights: Tensor, count: int) -> Tensor:
     """``weights`` with all but the ``count`` largest set to zero."""
     found = torch.zeros_like(weights)
     places = weights.abs().flatten().topk(count).indices
