@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ SETS = {
     "prefix": "first half",
     "classifier": "everything but the classifier",
 }
-BARE = ("untrained/", "fitted/")  # cells without a training step
-WAYS = ("global", "uniform", "macs", "random")
+BARE = ("untrained/", "fitted/", "selected/")  # cells without a training step
+#: Of those, what was done to the weights that were left -> its name in tables and figures.
+REPAIRED = {"fitted/": "refitted", "selected/": "selected and refitted"}
+WAYS = ("global", "uniform", "macs", "latency", "random")
 
 
 def load(folder: Path) -> dict[str, Result]:
@@ -94,24 +97,25 @@ def untrained_table(name: str, result: Result | None) -> str:
     rows = []
     key, title, digits = NETWORKS[name][1][0]
     again = any("recalibrated" in found for found in cells.values())
-    fitted = _cells(result, "fitted/")
+    repaired = [kind for kind in REPAIRED if _cells(result, kind)]
     for cell, found in cells.items():
         _, way, density = cell.split("/")
         row = [way, f"{1 - float(density):.0%}", f"{found['macs_left']:.3f}", *_values(name, found)]
         if again:
             row.append(f"{found['recalibrated']['mean'][key]:.{digits}f}")
-        if fitted:
-            row += _fitted(fitted.get(cell.replace("untrained/", "fitted/")), key, digits)
+        for kind in repaired:
+            other = _cells(result, kind).get(cell.replace("untrained/", kind))
+            row += _repaired(other, key, digits)
         rows.append(row)
     head = ["allocation", "zeros", "multiply-adds left", *_heads(name)]
     if again:
         head.append(f"{title}, statistics measured again")
-    if fitted:
-        head += [f"{title}, refitted", "seconds"]
+    for kind in repaired:
+        head += [f"{title}, {REPAIRED[kind]}", "seconds"]
     return table(head, rows)
 
 
-def _fitted(cell: Result | None, key: str, digits: int) -> tuple[str, str]:
+def _repaired(cell: Result | None, key: str, digits: int) -> tuple[str, str]:
     """Agreement after the least squares fit, and its CPU seconds."""
     if cell is None:
         return "-", "-"
@@ -243,13 +247,13 @@ def sparsity_figure(name: str, result: Result) -> str | None:
         )
         if points:
             curves.append(Curve(f"{way}, untrained", points, f"c{len(curves)}"))
-    for way in WAYS:
+    for kind, way in itertools.product(REPAIRED, WAYS):
         points = sorted(
             (1 - found["density"], found.get("recalibrated", found["agreement"])["mean"][key])
-            for found in _cells(result, f"fitted/{way}/").values()
+            for found in _cells(result, f"{kind}{way}/").values()
         )
         if points:
-            curves.append(Curve(f"{way}, refitted", points, f"c{len(curves)}"))
+            curves.append(Curve(f"{way}, {REPAIRED[kind]}", points, f"c{len(curves)}"))
     points, tips = [], []
     for cell, found in _cells(result, "").items():
         if not cell.startswith(BARE):

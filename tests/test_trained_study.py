@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import trained_tables  # noqa: E402
 
-from benchmarks.trained.study import cells_of, folder_of  # noqa: E402
+from benchmarks.trained.cells import cells_of  # noqa: E402
+from benchmarks.trained.study import folder_of  # noqa: E402
 from opentrans.trained.recipe import Recipe  # noqa: E402
 
 
@@ -98,7 +99,7 @@ def test_cells_of_one_budget_have_the_same_steps() -> None:
         cells = cells_of(network, quick=False)
         steps = {n: c.steps() for n, c in cells.items() if isinstance(c, Recipe)}
         long = {name for name in steps if name.startswith("long/")}
-        assert len(long) == 3 and {steps.pop(name) for name in long} == {3000}
+        assert len(long) == 4 and {steps.pop(name) for name in long} == {3000}
         assert set(steps.values()) == {300} and cells["random"][1] == 300
         places = [folder_of(Path("w"), network, name) for name in cells]
         assert len(set(places)) == len(cells), "two cells would share a folder"

@@ -24,26 +24,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.trained.cells import BARE, BUDGET, cells_of
 from opentrans import reconstruct
 from opentrans.trained import Crops, Loaded, load, photographs
 from opentrans.trained.bank import Bank
 from opentrans.trained.judge import Unseen, holdout, judge
-from opentrans.trained.recipe import (
-    FIT_BELOW,
-    Recipe,
-    fine_tune,
-    prune_on_photographs,
-    save_weights,
-)
+from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs, save_weights
 from opentrans.trained.statistics import bank_inputs, recalibrate
 from opentrans.trained.subjects import SUBJECTS, Subject
 from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.masks import MaskSet, atomic_write
+from opentrans_kernels.plan import Plan, make_plan
 
 SCHEMA = 1
-BUDGET = 300  # steps of every trained cell but the long ones
-LONG = 3000  # steps of those: 22 rounds and a recovery, or a fit and a recovery
-FIT = 64  # crops that kept weights are refitted on
 TIMED = "imp/macs-0.2"  # whose training step is timed with and without the sparse kernels
 
 
@@ -57,6 +50,7 @@ class Data:
     bank: Bank
     holdout: list[Unseen]
     work: Path
+    quick: bool = False
 
     @property
     def dense(self) -> nn.Module:
@@ -69,6 +63,21 @@ class Data:
     def agreement(self, model: nn.Module) -> dict[str, Any]:
         """Means over the hold-out photographs, and the values of each."""
         return judge(model, self.loaded, self.subject, self.holdout)
+
+    def plan(self, allocation: str) -> Plan | None:
+        """Measured milliseconds of the dense layers, and of their forms, for ``latency``."""
+        if allocation != "latency":
+            return None
+        path = self.work / f"{self.name}-plan.json"
+        if not path.exists():
+            model = copy.deepcopy(self.dense)
+            scope = self.subject.scope(model)
+            masks = MaskSet.from_tensors({
+                name: torch.rand(model.get_submodule(name).weight.shape) < 0.2 for name in scope
+            })  # fmt: skip
+            plan = make_plan(model, masks, self.subject.size, measure=not self.quick)
+            atomic_write(path, json.dumps(plan.to_dict()).encode())
+        return Plan.from_dict(json.loads(path.read_text()))
 
     def measure(self, model: nn.Module) -> None:
         """Batch norms of a pruned copy, measured again; nothing where there are none."""
@@ -86,7 +95,7 @@ def prepare_data(name: str, work: Path, quick: bool) -> Data:
     subject.ready(loaded.module, bank, loaded.prepare)
     photos = photographs("holdout")
     unseen = holdout(loaded, subject, photos[:3] if quick else photos)
-    return Data(name, subject, loaded, bank, unseen, work)
+    return Data(name, subject, loaded, bank, unseen, work, quick)
 
 
 def build_bank(loaded: Loaded, subject: Subject, work: Path, count: int) -> Bank:
@@ -122,7 +131,8 @@ def run_recipe(data: Data, recipe: Recipe, folder: Path | None, scope: list[str]
     began, cpu = time.perf_counter(), time.process_time()
     masks = prune_on_photographs(
         model, data.subject.objective, bank, data.prepare, recipe, scope=scope,
-        input_size=data.subject.size, out_dir=folder, on_progress=_progress(),
+        input_size=data.subject.size, plan=data.plan(recipe.allocation), out_dir=folder,
+        on_progress=_progress(),
     )  # fmt: skip
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     if folder is not None:
@@ -138,9 +148,11 @@ def run_recipe(data: Data, recipe: Recipe, folder: Path | None, scope: list[str]
 
 
 def run_untrained(
-    data: Data, allocation: str, strength: float, density: float, scope: list[str], fit: int = 0
-) -> dict[str, Any]:
-    """Pruned once, not trained at all; with ``fit`` refitted on that many crops."""
+    data: Data, allocation: str, strength: float, density: float, scope: list[str], fit: int = 0,
+    select: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Pruned once, not trained at all; with ``fit`` refitted on that many crops, with ``select``
+    turns of choosing anew which weights stay."""
     model = copy.deepcopy(data.dense)
     if allocation == "random":
         masks = random_masks(model, scope, density, 0)
@@ -152,12 +164,12 @@ def run_untrained(
         )  # fmt: skip
         masks = prune_on_photographs(
             model, data.subject.objective, data.bank, data.prepare, recipe, scope=scope,
-            input_size=data.subject.size,
+            input_size=data.subject.size, plan=data.plan(allocation),
         )  # fmt: skip
     began, cpu = time.perf_counter(), time.process_time()
     if fit:
         inputs = torch.cat(list(bank_inputs(data.bank, data.prepare, fit)))
-        reconstruct(model, data.dense, masks, inputs)
+        masks = reconstruct(model, data.dense, masks, inputs, select=select).masks
     found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
     found |= shares(masks, model, data.subject.size)
     found["agreement"] = data.agreement(model)
@@ -230,66 +242,6 @@ def folder_of(work: Path, network: str, cell: str) -> Path:
     return work / network / cell.replace("/", "_").replace(":", "of")
 
 
-def cells_of(name: str, quick: bool) -> dict[str, Any]:
-    """Cell -> how to run it: a Recipe, or a tuple for the untrained and random ones."""
-    found: dict[str, Any] = {}
-    densities = (0.1,) if quick else (0.5, 0.3, 0.2, 0.1)
-    ways = (("global", 0.5), ("uniform", 0.5), ("macs", 0.2), ("random", 0.0))
-    for allocation, strength in ways[:2] if quick else ways:
-        for density in densities:
-            found[f"untrained/{allocation}/{density:g}"] = (allocation, strength, density)
-            if density <= FIT_BELOW:
-                found[f"fitted/{allocation}/{density:g}"] = (allocation, strength, density)
-    budget = 6 if quick else BUDGET
-    rounds, period = (2, 1) if quick else (11, budget // 20)
-    batch, lr, statistics = SUBJECTS[name].batch, SUBJECTS[name].lr, SUBJECTS[name].statistics
-    same = {"batch": batch, "lr": lr / 2, "recovery_lr": lr, "statistics": statistics}
-    recovery = budget - 1 - (rounds - 1) * period
-    trained = {
-        "imp/global": Recipe(rounds, 0.1, period, recovery, **same),
-        "imp/uniform": Recipe(
-            rounds, 0.1, period, recovery, allocation="uniform", **same
-        ),
-        "imp/macs-0.2": Recipe(
-            rounds, 0.1, period, recovery, allocation="macs", strength=0.2, **same
-        ),
-        "one-shot/global": Recipe(1, 0.1, 1, budget - 1, **same),
-        "one-shot/uniform": Recipe(1, 0.1, 1, budget - 1, allocation="uniform", **same),
-        "one-shot/macs-0.2": Recipe(
-            1, 0.1, 1, budget - 1, allocation="macs", strength=0.2, **same
-        ),
-        "fit/global": Recipe(1, 0.1, 1, budget - 1, fit=FIT, **same),
-        "fit/uniform": Recipe(
-            1, 0.1, 1, budget - 1, allocation="uniform", fit=FIT, **same
-        ),
-        "fit/macs-0.2": Recipe(
-            1, 0.1, 1, budget - 1, allocation="macs", strength=0.2, fit=FIT, **same
-        ),
-        "imp/channel": Recipe(
-            rounds, 0.5, period, recovery, allocation="uniform",
-            pattern="channel", **same,
-        ),
-        "imp/2:4": Recipe(
-            rounds, 0.5, period, recovery, allocation="uniform", pattern="2:4",
-            **same,
-        ),
-    }  # fmt: skip
-    if quick:
-        trained = {key: trained[key] for key in ("imp/macs-0.2", "one-shot/global")}
-    found |= trained
-    if not quick:
-        found["random"] = (0.1, budget, lr, batch)
-        for density in (0.2, 0.05):
-            found[f"imp/global/{density:g}"] = Recipe(rounds, density, period, recovery, **same)
-        whole = same | {"lr": lr, "recovery_lr": 2 * lr}
-        found["long/global"] = Recipe(22, 0.1, 25, LONG - 526, **whole)
-        found["long/fit/global"] = Recipe(1, 0.1, 1, LONG - 1, fit=FIT, **same)
-        found["long/fit/macs-0.2"] = Recipe(
-            1, 0.1, 1, LONG - 1, allocation="macs", strength=0.2, fit=FIT, **same
-        )
-    return found
-
-
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -338,7 +290,8 @@ def main() -> int:
             folder.parent.mkdir(parents=True, exist_ok=True)
             found = run_recipe(data, cell, folder, scope)
         elif len(cell) == 3:
-            found = run_untrained(data, *cell, scope, FIT if name.startswith("fitted/") else 0)
+            kind = next(kind for kind in BARE if name.startswith(kind))
+            found = run_untrained(data, *cell, scope, **BARE[kind])
         else:
             found = run_random(data, *cell, scope)
         say(f"    {found['agreement']['mean']}, multiply-adds left {found['macs_left']:.3f}")
