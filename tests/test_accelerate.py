@@ -77,7 +77,7 @@ def test_the_weights_own_zeros_are_the_mask_by_default() -> None:
 @pytest.mark.parametrize("kind", ["compact", "sparse"])
 def test_every_kind_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"compact": "sparse", "sparse": "compact"}[kind]
-    ms = {kind: 0.1, other: 0.2, "dense": 1.0, "dense here": 1.0}
+    ms = {kind: 0.1, other: 0.2, "dense": 1.0, "dense here": 1.0, "winograd": 0.3}
     monkeypatch.setattr(
         "opentrans_kernels.plan.choose.interleaved_ms",
         lambda calls, *a: {name: [ms[name]] for name in calls},

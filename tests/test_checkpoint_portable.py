@@ -135,7 +135,7 @@ def test_without_a_plan_one_is_measured_here(
 ) -> None:
     header, _ = parts(portable)
     assert header["plan"] is None
-    times = {"sparse": 0.5, "compact": 2.0, "dense": 1.0, "dense here": 1.0}
+    times = {"sparse": 0.5, "compact": 2.0, "dense": 1.0, "dense here": 1.0, "winograd": 2.0}
     monkeypatch.setattr(
         "opentrans_kernels.plan.choose.interleaved_ms",
         lambda calls, *_: {name: [times[name]] for name in calls},

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from opentrans_kernels import MaskSet, Plan, PlanError, UnsupportedModelError, accelerate, make_plan
+from opentrans_kernels.plan.reading import KINDS
 
 
 def test_every_convolution_has_a_row_and_every_unit_a_reason() -> None:
@@ -21,7 +22,7 @@ def test_every_convolution_has_a_row_and_every_unit_a_reason() -> None:
     assert [u.name for u in plan.units[:4]] == ["conv1", "conv2", "conv3", "layer1.0"]
     text = str(plan)
     for unit in plan.units:
-        assert unit.kind in ("dense", "compact", "sparse")
+        assert unit.kind in KINDS
         assert unit.reason.startswith(unit.kind) and unit.reason in text
         assert unit.dense_ms is not None and unit.dense_ms > 0
         assert unit.chosen_ms is not None
@@ -55,7 +56,7 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nets.tower()
     masks = nets.random_masks(model)
     masks.apply_(model)
-    times = {"dense": 1.0, "dense here": 1.0}
+    times = {"dense": 1.0, "dense here": 1.0, "winograd": 2.0}
 
     def clock(calls: dict, *args: object) -> dict[str, list[float]]:
         return {name: [times[name]] for name in calls}
@@ -71,6 +72,11 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = make_plan(model)
         assert {unit.kind for unit in plan.units} == {expected}
         assert plan.kind("layer1.0") == expected
+    # Winograd's form is that of the 3x3s of stems alone.
+    times.update(compact=2.0, sparse=2.0, winograd=0.9)
+    kinds = {unit.name: unit.kind for unit in make_plan(model).units}
+    assert kinds["conv2"] == "winograd" and kinds["layer1.0"] == "dense"
+    times["winograd"] = 2.0
     # Behind a sparse layer the dense form pays for its input's layout; it does not at the start.
     times.update({"compact": 2.0, "sparse": 0.5, "dense here": 0.4})
     assert {u.kind for u in make_plan(model).units} == {"sparse"}
@@ -79,7 +85,7 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slow_form_is_still_taken_where_the_mask_must_be_applied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = {"dense": 1.0, "dense here": 1.0, "compact": 1.5, "sparse": 2.0}
+    clock = {"dense": 1.0, "dense here": 1.0, "compact": 1.5, "sparse": 2.0, "winograd": 2.0}
     monkeypatch.setattr(
         "opentrans_kernels.plan.choose.interleaved_ms",
         lambda calls, *a: {name: [clock[name]] for name in calls},

@@ -55,11 +55,12 @@ def replaced(model: nn.Module) -> dict[str, type]:
 
 
 @pytest.mark.parametrize("make", [stem, vgg])
-@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("measure", [False, True, "winograd"])
 def test_exact_and_the_same_objects_come_back(
-    make: Callable, measure: bool, monkeypatch: pytest.MonkeyPatch
+    make: Callable, measure: bool | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ms = {"sparse": 0.1, "compact": 0.2, "dense": 1.0, "dense here": 1.0}
+    ms["winograd"] = 0.05 if measure == "winograd" else 0.3
     faster = {"before": [2.0], "planar": [1.0]}
     monkeypatch.setattr(
         "opentrans_kernels.plan.choose.interleaved_ms",
@@ -69,7 +70,10 @@ def test_exact_and_the_same_objects_come_back(
     model = make()
     masks, before = nets.random_masks(model), nets.snapshot(model)
     dense, modules = nets.masked(model, masks), dict(model.named_modules())
-    report = accelerate(model, masks, input_size=(64, 64), measure=measure)
+    report = accelerate(model, masks, input_size=(64, 64), measure=bool(measure))
+    kinds = {unit.kind for unit in report.plan.units}
+    tried = make is vgg and measure == "winograd" and bool(replaced(model))
+    assert ("winograd" in kinds) == tried
     if not replaced(model):
         said = " ".join(report.notes)
         assert measure and ("it was left as it was" in said or "it runs densely" in said)
