@@ -67,6 +67,35 @@ def test_fit_is_part_of_the_recipe(
     assert "other settings" in capsys.readouterr().err
 
 
+def test_weights_are_selected_by_measured_milliseconds(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extension: None
+) -> None:
+    """Selection needs a fit; what was selected is kept, and a finished run gives it again."""
+    out = tmp_path / "run"
+    words = ["trained", "prune", "hed", "--images", str(small), *STEPS, "--recovery", "2"]
+    words += ["--allocation", "latency", "--output", str(out), "--json"]
+    assert main([*words, "--select", "4"]) == 2
+    assert "Set fit" in capsys.readouterr().err
+    words += ["--select", "4", "--fit", "2"]
+    assert main(words) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["recipe"]["select"] == 4 and (out / "plan.json").exists()
+    masks = MaskSet.load(out / "masks.safetensors")
+    assert masks.content_hash() == MaskSet.load(out / "run" / "selected.safetensors").content_hash()
+    weights = load_file(out / "weights.safetensors")
+    for name, mask in masks.masks.items():
+        assert not weights[f"{name}.weight"][~mask].any()
+    rounds = sorted((out / "run").glob("*round*"))
+    assert rounds, "the rounds kept their own"
+    assert main(words) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["content_hash"] == first["content_hash"]
+    assert again["agreement"] == first["agreement"]
+    (out / "plan.json").write_text("{")
+    assert main(words) == 2
+    assert "plan.json" in capsys.readouterr().err
+
+
 def test_masks_weights_and_agreement(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extension: None
 ) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 
 from benchmarks.trained.cells import BARE, BUDGET, cells_of
 from opentrans import reconstruct
+from opentrans.imp.milliseconds import measured_plan
 from opentrans.trained import Crops, Loaded, load, photographs
 from opentrans.trained.bank import Bank
 from opentrans.trained.judge import Unseen, holdout, judge
@@ -34,7 +35,7 @@ from opentrans.trained.statistics import bank_inputs, recalibrate
 from opentrans.trained.subjects import SUBJECTS, Subject
 from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.masks import MaskSet, atomic_write
-from opentrans_kernels.plan import Plan, make_plan
+from opentrans_kernels.plan import Plan
 
 SCHEMA = 1
 TIMED = "imp/macs-0.2"  # whose training step is timed with and without the sparse kernels
@@ -69,15 +70,7 @@ class Data:
         if allocation != "latency":
             return None
         path = self.work / f"{self.name}-plan.json"
-        if not path.exists():
-            model = copy.deepcopy(self.dense)
-            scope = self.subject.scope(model)
-            masks = MaskSet.from_tensors({
-                name: torch.rand(model.get_submodule(name).weight.shape) < 0.2 for name in scope
-            })  # fmt: skip
-            plan = make_plan(model, masks, self.subject.size, measure=not self.quick)
-            atomic_write(path, json.dumps(plan.to_dict()).encode())
-        return Plan.from_dict(json.loads(path.read_text()))
+        return measured_plan(self.dense, self.subject.size, path, not self.quick)
 
     def measure(self, model: nn.Module) -> None:
         """Batch norms of a pruned copy, measured again; nothing where there are none."""

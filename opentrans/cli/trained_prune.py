@@ -56,6 +56,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     folder = check_writable(options.output, directory=True)
     import torch
 
+    from opentrans.imp.milliseconds import measured_plan
     from opentrans.trained.judge import holdout, judge
     from opentrans.trained.load import load
     from opentrans.trained.recipe import Recipe, prune_on_photographs, save_weights
@@ -76,10 +77,14 @@ def run(options: argparse.Namespace, out: Output) -> int:
     unseen = holdout(loaded, chosen)
     model = loaded.module
     chosen.ready(model, bank, loaded.prepare)
+    scope, plan = chosen.scope(model), None
+    if recipe.allocation == "latency":
+        out.text("measuring what every layer costs ...")
+        plan = measured_plan(model, chosen.size, folder / "plan.json")
     with progress_bar(out, "prune") as bar:
         masks = prune_on_photographs(
-            model, chosen.objective, bank, loaded.prepare, recipe, scope=chosen.scope(model),
-            input_size=chosen.size, out_dir=_run_of(folder),
+            model, chosen.objective, bank, loaded.prepare, recipe, scope=scope,
+            input_size=chosen.size, plan=plan, out_dir=_run_of(folder),
             on_progress=lambda phase, done, total, loss: bar(done, total, f"{phase}, {loss:.4g}"),
         )  # fmt: skip
     masks.save(folder / "masks.safetensors")
