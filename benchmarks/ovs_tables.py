@@ -1,5 +1,6 @@
-"""Rewrite the tables of docs/tiny-run.md and docs/fc-clip.md from the files that ``bench_ovs.py``
-and ``opentrans bench model --system`` wrote to ``benchmarks/results/MACHINE/ovs``.
+"""Rewrite the tables of docs/tiny-run.md, docs/fc-clip.md and docs/heads.md from the files that
+``bench_ovs.py`` and ``opentrans bench model --system`` wrote to ``benchmarks/results/MACHINE/ovs``,
+and those of ``bench_deform.py`` in ``benchmarks/results/attention``.
 
 A part without a stored result keeps the table it has. Exit code 1 with ``--check`` if a table is
 old, 2 for bad input.
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("whole", "backbone", "head")
 PAGES = {"inference": "tiny-run.md", "text": "tiny-run.md", "fc-clip": "fc-clip.md"}
 SYSTEMS_PAGE = "fc-clip.md"
+ATTENTION, ATTENTION_PAGE = "attention", "heads.md"  # deformable, of bench_deform.py
 
 
 def load(folder: Path) -> list[Result]:
@@ -99,6 +101,31 @@ def system_table(result: Result) -> str:
             _origin(result),
         )
     )
+
+
+def attention_table(result: Result) -> str:
+    """Deformable attention against ``grid_sample`` and against the peer, every case."""
+    if result["failed_checks"]:
+        raise OpenTransError(f"attention: {result['failed_checks'][0]}. Measure it again.")
+    rows = []
+    for row in result["rows"]:
+        times = {name: f"{timing['cpu_ms']:.1f}" for name, timing in row["timings"].items()}
+        cells = [f"{row['queries']:,}", str(row["d"]), row["pass"]]
+        cells += [times.get(name, "-") for name in ("eager", "compiled", "peer", "ours")]
+        cells += [_times(row[key]) if row[key] else "-" for key in ("speedup", "speedup_of_peer")]
+        rows.append((*cells, f"{row['errors']['ours']:.1e}", f"{row['errors']['eager']:.1e}"))
+    head = (
+        "queries", "D", "pass", "`grid_sample` ms", "compiled ms", "package ms", "our ms",
+        "over `grid_sample`", "over the package", "our error", "its error",
+    )  # fmt: skip
+    words = [
+        result["machine"]["cpu"], f"{result['threads']} pinned thread, CPU time",
+        f"torch {result['versions']['torch']}", f"median of {row['speedup']['n']} rounds",
+        f"commit {str(result['source'].get('commit'))[:12]}",
+    ]  # fmt: skip
+    words += [] if result["complete"] else [f"stopped after {len(rows)} cases"]
+    words += ["disturbed machine"] * result["canary"]["disturbed"]
+    return f"{table(head, rows)}\n\n`{shlex.join(result['command'])}`\n\n{'; '.join(words)}."
 
 
 def text_table(result: Result, part: dict[str, Any]) -> str:
@@ -202,7 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = load(options.results)
         systems = load_systems(options.results)
-        for page in sorted(set(PAGES.values())):
+        attention = [
+            read_json(path) for path in sorted((options.results / ATTENTION).glob("*.json"))
+        ]
+        for page in sorted({*PAGES.values(), *([ATTENTION_PAGE] if attention else [])}):
             made = {
                 f"ovs-{name}": "\n\n".join(
                     TABLES[name](result, result["parts"][name])
@@ -212,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, home in PAGES.items()
                 if home == page
             }
+            if page == ATTENTION_PAGE:
+                made["attention"] = "\n\n".join(map(attention_table, attention))
             if page == SYSTEMS_PAGE:
                 made["systems"] = "\n\n".join(map(system_table, systems))
             file = options.docs / page

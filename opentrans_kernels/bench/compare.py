@@ -18,7 +18,7 @@ from .tokens_form import KIND as TOKENS
 from .tokens_form import check_tokens, inexact
 
 #: Results of scripts in ``benchmarks/``, which have forms of their own.
-OTHER_FOLDERS = ("alpha", "trained", "training", "gpu", "ovs")
+OTHER_FOLDERS = ("alpha", "trained", "training", "gpu", "ovs", "attention")
 
 
 @dataclass(frozen=True)
