@@ -114,6 +114,10 @@ def test_layouts_threads_and_purity(row: dispatch.Row) -> None:
     if compiled:  # PyTorch has no convolution to no channels
         nothing = ops.winograd_conv2d(x, transform_weight(torch.zeros(0, 6, 3, 3)), cout=0)
         assert nothing.shape == (3, 0, 30, 71)
+        bare = ops.winograd_conv2d(
+            x[:, :0], transform_weight(torch.zeros(20, 0, 3, 3)), bias, cout=20
+        )
+        assert torch.equal(bare, bias.view(1, 20, 1, 1).expand_as(bare))
 
 
 def test_where_numbers_that_are_none_go(extension: None) -> None:

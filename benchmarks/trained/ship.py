@@ -1,9 +1,10 @@
 """From a finished run of ``opentrans trained prune`` to the file that comes with the package.
 
-    opentrans trained prune hed --rounds 1 --fit 64 --recovery 2999 --output hed-run
+    opentrans trained prune hed --rounds 1 --fit 64 --select 30 --recovery 2999 \\
+        --allocation latency --strength 0.3 --output hed-run
     python benchmarks/trained/ship.py --run hed-run
 
-The study's cell ``long/fit/macs-0.2`` is the same run.
+The study's cell ``long/select/latency-0.3`` is the same run.
 
 ``--more``: a second recovery, from a higher rate to 0 again. Then the weights are rounded to half
 precision, judged as they are now, and written as a sparse checkpoint without a plan. The numbers go
