@@ -24,11 +24,11 @@ def transform_weight(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -
         raise ValueError(f"the weight must be [cout, cin, 3, 3], got {list(weight.shape)}")
     cout, cin = weight.shape[:2]
     g = torch.tensor(_G, dtype=torch.float64)
-    wide = weight.new_zeros((-(-cout // ROWS) * ROWS, cin, 3, 3), dtype=torch.float64)
+    blocks = -(-cout // ROWS)
+    wide = weight.new_zeros((blocks * ROWS, cin, 3, 3), dtype=torch.float64)
     wide[:cout] = weight
     found = g @ wide @ g.T  # [rows, cin, 4, 4]
-    blocks = found.view(-1, ROWS, cin, 16).permute(3, 0, 2, 1)
-    return blocks.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    return found.view(blocks, ROWS, cin, 16).permute(3, 0, 2, 1).to(dtype).contiguous()
 
 
 def plain_weight(packed: torch.Tensor, cout: int) -> torch.Tensor:
@@ -43,6 +43,7 @@ def plain_gradient(grad: torch.Tensor) -> torch.Tensor:
     """Gradient of a transformed weight from that of its :func:`plain_weight`."""
     back = grad.new_tensor(_BACK)
     cout, cin = grad.shape[:2]
-    wide = grad.new_zeros((-(-cout // ROWS) * ROWS, cin, 4, 4))
+    blocks = -(-cout // ROWS)
+    wide = grad.new_zeros((blocks * ROWS, cin, 4, 4))
     wide[:cout] = back.T @ grad @ back
-    return wide.view(-1, ROWS, cin, 16).permute(3, 0, 2, 1).contiguous()
+    return wide.view(blocks, ROWS, cin, 16).permute(3, 0, 2, 1).contiguous()
