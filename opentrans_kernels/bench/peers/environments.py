@@ -25,12 +25,10 @@ def python_of(name: str, home: Path) -> Path:
 
 def absent(name: str, home: Path) -> str | None:
     """Why a peer cannot run, with the command that helps; None if its environment is there."""
-    python = python_of(name, home)
-    if python.exists():
+    if python_of(name, home).exists():
         return None
-    return (
-        f"no environment at {python.parent.parent}. Make it with: opentrans bench peers {name} "
-        "--setup"
+    return (  # results are stored with it, so it names no place of one machine
+        f"no environment at {home.name}/{name}. Make it with: opentrans bench peers {name} --setup"
     )
 
 
