@@ -295,12 +295,13 @@ class _Fit:
             own, wanted = own - mean_x, wanted - mean_y.to(wanted)
             left = wanted - (own @ weight[rows].to(own).t()).double()
             errors[0] += float(left.square().sum())
+            product = own.t() @ own  # of which both make a Gram matrix
             if self.select:
                 first = self.targets.weight(self.name)[rows].to(own)
-                mask[rows] = self._chosen(own, wanted, first, int(mask[rows].sum()))
+                mask[rows] = self._chosen(product, own, wanted, first, int(mask[rows].sum()))
                 weight[rows] = (first * mask[rows]).double()
                 left = wanted - (own @ weight[rows].to(own).t()).double()
-            weight[rows] += _solve(own, left, mask[rows], self.ridge, self.name)
+            weight[rows] += _solve(product, own, left, mask[rows], self.ridge, self.name)
             left = wanted - (own @ weight[rows].to(own).t()).double()
             errors[1] += float(left.square().sum())
             constant[rows] = mean_y.double() - weight[rows] @ mean_x.double()
@@ -317,9 +318,9 @@ class _Fit:
             )
         )  # fmt: skip
 
-    def _chosen(self, x: Tensor, y: Tensor, first: Tensor, count: int) -> Tensor:
+    def _chosen(self, product: Tensor, x: Tensor, y: Tensor, first: Tensor, count: int) -> Tensor:
         """Which weights [K, C] to keep for inputs [R, C], outputs [R, K]; ``first``: guessed."""
-        gram, right = (x.t() @ x) / len(x), (x.t() @ y.to(x)) / len(x)
+        gram, right = product / len(x), (x.t() @ y.to(x)) / len(x)
         held = self.ridge * float(gram.diagonal().mean())
         start = first.t().contiguous()
         if not held > 0 or not math.isfinite(held):  # constant inputs; the solution tells of others
@@ -334,10 +335,13 @@ class _Fit:
             self.norm.running_mean.sub_(constant.to(self.norm.running_mean))
 
 
-def _solve(x: Tensor, left: Tensor, mask: Tensor, ridge: float, name: str) -> Tensor:
-    """Change of the weights [K, C] float64, zero outside ``mask``, for inputs [R, C] and what is
-    left of the outputs [R, K]: the least squares solution with a ridge towards no change."""
-    gram = (x.t() @ x).double() / len(x)
+def _solve(
+    product: Tensor, x: Tensor, left: Tensor, mask: Tensor, ridge: float, name: str
+) -> Tensor:
+    """Change of the weights [K, C] float64, zero outside ``mask``, for inputs [R, C], their product
+    [C, C] and what is left of the outputs [R, K]: the least squares solution with a ridge towards
+    no change."""
+    gram = product.double() / len(x)
     right = (x.double().t() @ left) / len(x)
     held = ridge * float(gram.diagonal().mean())
     change = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)

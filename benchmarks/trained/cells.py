@@ -91,14 +91,7 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
             1, 0.1, 1, LONG - 1, allocation="macs", strength=0.2, fit=FIT, **same
         )
         found[f"long/select/latency-{LATENCY}"] = Recipe(
-            1,
-            0.1,
-            1,
-            LONG - 1,
-            allocation="latency",
-            strength=LATENCY,
-            fit=FIT,
-            select=SELECT,
-            **same,
-        )
+            1, 0.1, 1, LONG - 1, allocation="latency", strength=LATENCY, fit=FIT,
+            select=SELECT, **same,
+        )  # fmt: skip
     return found
