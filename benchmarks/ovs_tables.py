@@ -120,7 +120,8 @@ def attention_table(result: Result) -> str:
     )  # fmt: skip
     words = [
         result["machine"]["cpu"], f"{result['threads']} pinned thread, CPU time",
-        f"torch {result['versions']['torch']}", f"median of {result['rows'][-1]['speedup']['n']} rounds",
+        f"torch {result['versions']['torch']}",
+        f"median of {result['rows'][-1]['speedup']['n']} rounds",
         f"commit {str(result['source'].get('commit'))[:12]}",
     ]  # fmt: skip
     words += [] if result["complete"] else [f"stopped after {len(rows)} cases"]
