@@ -90,6 +90,7 @@ def cells_of(name: str, quick: bool) -> dict[str, Any]:
         found["long/fit/macs-0.2"] = Recipe(
             1, 0.1, 1, LONG - 1, allocation="macs", strength=0.2, fit=FIT, **same
         )
+        found["long/select/global"] = Recipe(1, 0.1, 1, LONG - 1, fit=FIT, select=SELECT, **same)
         found[f"long/select/latency-{LATENCY}"] = Recipe(
             1, 0.1, 1, LONG - 1, allocation="latency", strength=LATENCY, fit=FIT,
             select=SELECT, **same,
