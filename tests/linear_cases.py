@@ -87,6 +87,26 @@ def sweep() -> int:
         x = 4 * torch.randn(21, 33)
         assert_linear(ops.sparse_linear(x, packed, None, act), x, weight, bias, None, act, str(act))
         runs += 1
+    return runs + cuts()
+
+
+def cuts() -> int:
+    """A hidden layer made in blocks of rows that are not the next layer's chunks."""
+    runs = 0
+    first, second = layer(37, 150, 0.3, 1)[:2], layer(150, 41, 0.3, 2)[:2]
+    x, residual = torch.randn(53, 37), torch.randn(53, 41)
+    for rows, chunk in ((1, 150), (7, 5), (5, 7), (64, 64), (64, 65), (100, 48), (150, 1)):
+        what = (rows, chunk)
+        one = SparseWeight.from_dense(first[0][..., None, None], first[1], row_block=rows)
+        two = SparseWeight.from_dense(
+            second[0][..., None, None], second[1], chunk=chunk, row_block=rows
+        )
+        out = ops.sparse_mlp(x, one, two, GELU, residual)
+        assert torch.equal(
+            out, ops.sparse_linear(ops.sparse_linear(x, one, None, GELU), two, residual)
+        ), what
+        assert_mlp(out, x, first, second, residual, GELU, what)
+        runs += 1
     return runs
 
 

@@ -12,6 +12,9 @@ namespace {
 
 // Input of a group of tokens that stays in L2 beside partial sums and weights.
 constexpr int64_t kGroupFloats = 96 * 1024;
+// All planes of a group that goes through two layers.
+constexpr int64_t kPairFloats = 128 * 1024;
+constexpr int64_t kFewestPairVectors = 8;
 // Vectors of the narrowest group: the weights are read once for each.
 constexpr int64_t kFewestVectors = 6;
 constexpr int64_t kUnitsPerThread = 2;
@@ -24,79 +27,117 @@ struct Chain {
   Activation act;  // between the layers, or behind the only one
 };
 
-// A group as planes. Floats of a plane; whole vectors of them are used.
-int64_t plane_of(int64_t tokens) { return plane_stride(tokens); }
+// Tokens [t0, t0 + tokens).
+struct Group {
+  int64_t t0, tokens;
+  int64_t plane;  // floats between channels, of which whole vectors are used
+  int64_t vectors;
 
-Run run_of(const SparseWeight& w, const float* x, int64_t tokens, int first_row, float* out) {
+  Group(int64_t begin, int64_t end, const Isa& isa)
+      : t0(begin),
+        tokens(end - begin),
+        plane(plane_stride(tokens)),
+        vectors((tokens + isa.lanes - 1) / isa.lanes) {}
+};
+
+Run run_of(const SparseWeight& w, const float* x, const Group& g, int first_row, float* out) {
   Run run{};
   run.w = &w;
   run.x = x;
-  run.x_channel = run.out_channel = plane_of(tokens);
-  run.positions = tokens;
+  run.x_channel = run.out_channel = g.plane;
+  run.positions = g.tokens;
   run.gathered = true;
   run.first_row = first_row;
   run.out = out;
   return run;
 }
 
-int64_t scratch_of(const Chain& chain, int64_t tokens, const Isa& isa) {
-  const int64_t plane = plane_of(tokens);
-  int64_t run = run_scratch(run_of(*chain.last, nullptr, tokens, 0, nullptr), isa);
-  int64_t planes = chain.last->cin;
-  if (chain.first) {
-    run = std::max(run, run_scratch(run_of(*chain.first, nullptr, tokens, 0, nullptr), isa));
-    planes += chain.first->cin;
+// The group's input as planes.
+void to_planes(const Tokens& from, const Group& g, const Isa& isa, float* x) {
+  const float* token = from.data + g.t0 * from.stride;
+  if (from.channel == 1) return isa.to_planes(token, from.stride, g.tokens, from.width, x, g.plane);
+  for (int64_t c = 0; c < from.width; ++c, token += from.channel, x += g.plane) {
+    std::copy(token, token + g.tokens, x);
+    std::fill(x + g.tokens, x + g.vectors * isa.lanes, 0.f);
   }
-  return (planes + chain.last->row_block) * plane + run;
 }
 
-// Tokens [t0, t1) and row blocks [b0, b1) of the last layer.
-void run_group(const Chain& chain, int64_t t0, int64_t t1, int b0, int b1, const Isa& isa,
-               Arena& local) {
-  const int64_t tokens = t1 - t0, plane = plane_of(tokens);
-  const int64_t vectors = (tokens + isa.lanes - 1) / isa.lanes;
-  const SparseWeight& last = *chain.last;
-  local.reset(scratch_of(chain, tokens, isa));
-  const auto planes_of = [&](int64_t channels) { return local.take(channels * plane); };
-  float* x = planes_of(chain.x.width);
-  const float* from = chain.x.data + t0 * chain.x.stride;
-  if (chain.x.channel == 1) {
-    isa.to_planes(from, chain.x.stride, tokens, chain.x.width, x, plane);
-  } else {
-    for (int64_t c = 0; c < chain.x.width; ++c, from += chain.x.channel) {
-      std::copy(from, from + tokens, x + c * plane);
-      std::fill(x + c * plane + tokens, x + c * plane + vectors * isa.lanes, 0.f);
-    }
-  }
-  if (chain.first) {
-    const SparseWeight& first = *chain.first;
-    float* hidden = planes_of(first.cout);
-    const Run run = run_of(first, x, tokens, 0, hidden);
-    for (int b = 0; b < first.n_row_blocks; ++b) {
-      const int64_t mark = local.used();
-      run_range(run, 0, vectors, b, b + 1, isa, local);
-      local.rewind(mark);
-      const int64_t row = int64_t{b} * first.row_block;
-      const int64_t rows = std::min<int64_t>(first.row_block, first.cout - row);
-      isa.activate(hidden + row * plane, rows, plane, vectors * isa.lanes, chain.act);
-    }
-    x = hidden;
-  }
-  float* out = planes_of(last.row_block);
+// Channels [row, row + rows) of the group's output, from its planes.
+void to_tokens(const Chain& chain, const Group& g, const float* planes, int64_t row, int64_t rows,
+               const Isa& isa) {
+  const Tokens *out = &chain.out, *residual = chain.residual;
+  isa.to_tokens(planes, g.plane, g.tokens, rows, out->data + g.t0 * out->stride + row, out->stride,
+                residual ? residual->data + g.t0 * residual->stride + row : nullptr,
+                residual ? residual->stride : 0);
+}
+
+// Row blocks [b0, b1) of a single layer.
+void run_layer(const Chain& chain, const Group& g, int b0, int b1, const Isa& isa, Arena& local) {
+  const SparseWeight& w = *chain.last;
+  local.reset((w.cin + w.row_block) * g.plane +
+              run_scratch(run_of(w, nullptr, g, 0, nullptr), isa));
+  float* x = local.take(w.cin * g.plane);
+  to_planes(chain.x, g, isa, x);
+  float* out = local.take(w.row_block * g.plane);
   for (int b = b0; b < b1; ++b) {
-    const int row = b * last.row_block;
-    const int rows = std::min(last.row_block, last.cout - row);
+    const int row = b * w.row_block;
+    const int rows = std::min(w.row_block, w.cout - row);
     const int64_t mark = local.used();
-    run_range(run_of(last, x, tokens, row, out), 0, vectors, b, b + 1, isa, local);
+    run_range(run_of(w, x, g, row, out), 0, g.vectors, b, b + 1, isa, local);
     local.rewind(mark);
-    float* to = chain.out.data + t0 * chain.out.stride + row;
-    const float* residual =
-        chain.residual ? chain.residual->data + t0 * chain.residual->stride + row : nullptr;
-    isa.to_tokens(out, plane, tokens, rows, to, chain.out.stride, residual,
-                  chain.residual ? chain.residual->stride : 0);
-    if (!chain.first && chain.act.kind != kNone)
-      isa.activate(to, tokens, chain.out.stride, rows, chain.act);
+    to_tokens(chain, g, out, row, rows, isa);
+    if (chain.act.kind != kNone)
+      isa.activate(chain.out.data + g.t0 * chain.out.stride + row, g.tokens, chain.out.stride, rows,
+                   chain.act);
   }
+}
+
+int64_t last_rows(const SparseWeight& w) { return int64_t{w.n_row_blocks} * w.row_block; }
+
+// Floats of a group's planes per float of a plane, and the partial sums.
+int64_t pair_channels(const Chain& chain) {
+  const SparseWeight &first = *chain.first, &last = *chain.last;
+  return first.cin + first.row_block + last.chunk + last.cout;
+}
+
+// Two layers. What lies between them is used up chunk by chunk as soon as it is there, while it is
+// in cache; only the sums of the second are kept for all of its rows.
+void run_pair(const Chain& chain, const Group& g, const Isa& isa, Arena& local) {
+  const SparseWeight &first = *chain.first, &last = *chain.last;
+  const int64_t floats = g.vectors * isa.lanes;
+  const int vectors = static_cast<int>(g.vectors);
+  local.reset(
+      pair_channels(chain) * g.plane + Arena::rounded(last_rows(last) * floats) +
+      std::max(run_scratch(run_of(first, nullptr, g, 0, nullptr), isa), chunk_floats(last)));
+  for (int b = 0; b < last.n_row_blocks; ++b) check_rows(last, b, isa);
+  float* x = local.take(first.cin * g.plane);
+  to_planes(chain.x, g, isa, x);
+  float* hidden = local.take((first.row_block + last.chunk) * g.plane);
+  float* out = local.take(last.cout * g.plane);
+  float* partial = local.take(last_rows(last) * floats);
+  const Run second = run_of(last, nullptr, g, 0, out);
+  int64_t held = 0;  // channels in `hidden`, always less than a chunk between two blocks
+  int c = 0;
+  for (int b = 0; b < first.n_row_blocks; ++b) {
+    const int row = b * first.row_block;
+    const int64_t rows = std::min(first.row_block, first.cout - row);
+    float* next = hidden + held * g.plane;
+    const int64_t mark = local.used();
+    run_range(run_of(first, x, g, row, next), 0, g.vectors, b, b + 1, isa, local);
+    local.rewind(mark);
+    isa.activate(next, rows, g.plane, floats, chain.act);
+    held += rows;
+    int64_t used = 0;
+    for (; c < last.n_chunks; ++c) {
+      const int64_t channels = std::min(last.chunk, last.cin - c * last.chunk);
+      if (used + channels > held) break;
+      run_chunk(second, c, vectors, hidden + used * g.plane, isa, partial, local);
+      used += channels;
+    }
+    held -= used;
+    std::copy_n(hidden + used * g.plane, used ? held * g.plane : 0, hidden);
+  }
+  to_tokens(chain, g, out, 0, last.cout, isa);
 }
 
 void run_chain(const Chain& chain, const Parallel& par) {
@@ -104,8 +145,12 @@ void run_chain(const Chain& chain, const Parallel& par) {
   const SparseWeight& last = *chain.last;
   if (chain.x.count == 0 || last.cout == 0) return;
   const int64_t vectors = (chain.x.count + isa.lanes - 1) / isa.lanes;
-  const int64_t fit = kGroupFloats / (chain.x.width * isa.lanes);
-  const int64_t largest = std::clamp<int64_t>(fit, isa.max_vectors, 4 * int64_t{isa.max_vectors});
+  const int64_t most_in_tile = isa.max_vectors;
+  const int64_t largest =
+      chain.first
+          ? std::clamp(kPairFloats / (pair_channels(chain) * isa.lanes),
+                       std::min(kFewestPairVectors, most_in_tile), most_in_tile)
+          : std::clamp(kGroupFloats / (chain.x.width * isa.lanes), most_in_tile, 4 * most_in_tile);
   const int64_t want = par.threads <= 1 ? 1 : kUnitsPerThread * par.threads;
   const int64_t most = std::max<int64_t>(vectors / kFewestVectors, 1);
   const int64_t groups = std::max((vectors + largest - 1) / largest, std::min(want, most));
@@ -115,11 +160,14 @@ void run_chain(const Chain& chain, const Parallel& par) {
   parallel_for(par, groups * parts, [&](int64_t begin, int64_t end) {
     Arena& local = thread_scratch().local;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / parts, p = i % parts;
-      const int64_t t1 = vectors * (g + 1) / groups * isa.lanes;
-      run_group(chain, vectors * g / groups * isa.lanes, std::min(t1, chain.x.count),
-                static_cast<int>(last.n_row_blocks * p / parts),
-                static_cast<int>(last.n_row_blocks * (p + 1) / parts), isa, local);
+      const int64_t at = i / parts, p = i % parts;
+      const int64_t t1 = vectors * (at + 1) / groups * isa.lanes;
+      const Group g(vectors * at / groups * isa.lanes, std::min(t1, chain.x.count), isa);
+      if (chain.first)
+        run_pair(chain, g, isa, local);
+      else
+        run_layer(chain, g, static_cast<int>(last.n_row_blocks * p / parts),
+                  static_cast<int>(last.n_row_blocks * (p + 1) / parts), isa, local);
     }
   });
 }

@@ -13,7 +13,7 @@ constexpr int kGroup = 4;
 constexpr int64_t kStageReuse = 6;
 // ... and it stays in L2.
 constexpr int64_t kStageFloats = 96 * 1024;
-constexpr int kTileFloats = 10 * 1024;
+constexpr int kTileFloats = 14 * 1024;
 
 // More units than threads let the others go on while one thread is disturbed, but each of them
 // copies input or reads weights again.
@@ -22,22 +22,6 @@ constexpr int64_t kUnitsPerThread = 2;
 // Most nonzeros a (row block, chunk) can have.
 int64_t block_nnz(const SparseWeight& w) {
   return std::min(w.nnz, int64_t{w.row_block} * w.chunk * w.kernel * w.kernel);
-}
-
-// Throws PackError unless the entries of row block b can be run: also where each row begins with
-// its own sum and is written as often as it should be. Without partial sums no entry may ask for
-// them.
-void check_rows(const SparseWeight& w, int b, const Isa& isa) {
-  uint32_t begun = 0, finished = 0;
-  for (int c = 0; c < w.n_chunks; ++c) {
-    const EntrySums sums = check_entries(w, b, c, isa);
-    begun += sums.begun;
-    finished += sums.finished;
-  }
-  const auto rows = static_cast<uint32_t>(std::min(w.row_block, w.cout - b * w.row_block));
-  const int32_t* block = block_of(w, b, 0);
-  const bool alone = w.n_chunks > 1 || block[2] - block[0] == static_cast<int32_t>(rows);
-  if (begun != rows || finished != rows || !alone) throw PackError{};
 }
 
 TileArgs block_args(const Run& run, int b) {
@@ -229,6 +213,19 @@ EntrySums check_entries(const SparseWeight& w, int b, int c, const Isa& isa) {
   return sums;
 }
 
+void check_rows(const SparseWeight& w, int b, const Isa& isa) {
+  uint32_t begun = 0, finished = 0;
+  for (int c = 0; c < w.n_chunks; ++c) {
+    const EntrySums sums = check_entries(w, b, c, isa);
+    begun += sums.begun;
+    finished += sums.finished;
+  }
+  const auto rows = static_cast<uint32_t>(std::min(w.row_block, w.cout - b * w.row_block));
+  const int32_t* block = block_of(w, b, 0);
+  const bool alone = w.n_chunks > 1 || block[2] - block[0] == static_cast<int32_t>(rows);
+  if (begun != rows || finished != rows || !alone) throw PackError{};
+}
+
 void decode_block(const SparseWeight& w, int b, int c, const Isa& isa, const uint32_t* tap_bytes,
                   uint32_t channel_bytes, uint32_t* offsets) {
   const int32_t* block = block_of(w, b, c);
@@ -237,6 +234,30 @@ void decode_block(const SparseWeight& w, int b, int c, const Isa& isa, const uin
   if (!isa.decode(w.codes + block[1], block[3] - block[1], limit, tap_bytes, channel_bytes,
                   offsets))
     throw PackError{};
+}
+
+int64_t chunk_floats(const SparseWeight& w) { return Arena::rounded(block_nnz(w)); }
+
+void run_chunk(const Run& run, int c, int vectors, const float* x, const Isa& isa, float* partial,
+               Arena& local) {
+  const SparseWeight& w = *run.w;
+  const int64_t mark = local.used();
+  auto* offsets = reinterpret_cast<uint32_t*>(local.take(block_nnz(w)));
+  for (int b = 0; b < w.n_row_blocks; ++b) {
+    const int32_t* block = block_of(w, b, c);
+    if (block[2] == block[0]) continue;
+    decode_block(w, b, c, isa, nullptr, static_cast<uint32_t>(run.x_channel * 4), offsets);
+    TileArgs a = block_args(run, b);
+    a.entries = w.entries + block[0];
+    a.n_entries = block[2] - block[0];
+    a.values = w.values + block[1];
+    a.offsets = offsets;
+    a.x = x;
+    a.partial = partial + int64_t{b} * w.row_block * vectors * isa.lanes;
+    a.vectors = vectors;
+    isa.tile(a);
+  }
+  local.rewind(mark);
 }
 
 int64_t units_of(const Run& run, const Isa& isa) {

@@ -39,6 +39,14 @@ int64_t run_scratch(const Run& run, const Isa& isa);
 void run_range(const Run& run, int64_t u0, int64_t u1, int b0, int b1, const Isa& isa,
                Arena& local);
 
+// Chunk c of all row blocks of a 1x1 over one sub-tile, whose input channels of that chunk begin at
+// `x`; takes chunk_floats of `local`. Sums wait in `partial` ([row blocks][row_block][vectors *
+// lanes]) from the first chunk to the last, which writes the planes. The rows must have been
+// checked.
+void run_chunk(const Run& run, int c, int vectors, const float* x, const Isa& isa, float* partial,
+               Arena& local);
+int64_t chunk_floats(const SparseWeight& w);
+
 // All of it, split over row blocks and units.
 void run_parallel(const Run& run, const Isa& isa, const Parallel& par);
 
@@ -50,6 +58,11 @@ inline const int32_t* block_of(const SparseWeight& w, int b, int c) {
 // What the entries of block (b, c) add up to. Throws PackError unless their rows lie in the block
 // and they count its nonzeros.
 EntrySums check_entries(const SparseWeight& w, int b, int c, const Isa& isa);
+
+// Throws PackError unless the entries of row block b can be run: also where each row begins with
+// its own sum and is written as often as it should be. Without partial sums no entry may ask for
+// them.
+void check_rows(const SparseWeight& w, int b, const Isa& isa);
 
 // Byte offsets of the nonzeros of block (b, c), see Isa::decode. Throws PackError for a code
 // outside the chunk's channels.
