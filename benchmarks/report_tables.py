@@ -1,7 +1,8 @@
 """Rewrite the generated tables of README.md ("networks"), docs/performance.md ("trunk", "layers",
-"limits", "crossover", "peers") and docs/sparse-linears.md ("linears") from the JSON files that
-``opentrans bench`` and ``bench_ovs.py`` wrote to ``benchmarks/results/MACHINE``, and
-docs/install.md ("settings") from the package.
+"limits", "crossover", "peers"), docs/sparse-linears.md ("linears") and
+docs/vision-transformers.md ("tokens") from the JSON files that ``opentrans bench`` and
+``bench_ovs.py`` wrote to ``benchmarks/results/MACHINE``, and docs/install.md ("settings") from the
+package.
 
 A table is what stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``. A result that
 failed its checks, or lies in another machine's folder, is refused. Exit code 1 with ``--check`` if
@@ -17,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from opentrans_kernels import settings
-from opentrans_kernels.bench.compare import OTHER_FOLDERS
+from opentrans_kernels.bench.compare import OTHER_FOLDERS, load_result
 from opentrans_kernels.bench.derive import beside, timed_variants
 from opentrans_kernels.bench.machines import machine_slug
-from opentrans_kernels.bench.schema import Result, check_result, kind_of, read_json
+from opentrans_kernels.bench.schema import Result, kind_of
 from opentrans_kernels.errors import OpenTransError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import network_table  # noqa: E402
 import ovs_tables  # noqa: E402
 import performance_tables  # noqa: E402
+import token_tables  # noqa: E402
 import trained_tables  # noqa: E402
 import training_tables  # noqa: E402
 from markdown_tables import EMPTY, origin, rewrite, table  # noqa: E402
@@ -49,7 +51,7 @@ def load_results(folder: Path) -> list[Result]:
     for path in sorted(folder.rglob("*.json")):
         if set(path.relative_to(folder).parts[:-1]) & set(OTHER_FOLDERS):
             continue
-        result = check_result(read_json(path), path.name)
+        result = load_result(path)
         why = ""
         gated = kind_of(result)[0] != "training"  # whose checks are of time: losing rows stay
         if not result["complete"]:
@@ -149,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--linears", type=Path, default=ROOT / "docs" / "sparse-linears.md", metavar="PAGE"
     )
+    parser.add_argument(
+        "--tokens", type=Path, default=ROOT / "docs" / "vision-transformers.md", metavar="PAGE"
+    )
     parser.add_argument("--install", type=Path, default=ROOT / "docs" / "install.md")
     parser.add_argument("--training-docs", type=Path, metavar="DIR", help="its training pages too")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
@@ -159,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Pages that do not name the network are about CLIP's.
         own = [r for r in trunks if ":" not in r["subject"]["arch"]]
         ops = [r for r in results if kind_of(r)[0] == "op"]
+        tokens = [r for r in results if kind_of(r)[0] == "tokens"]
         models = [r for r in results if kind_of(r)[0] == "model"]
         rows = [(f"`{r.name}`", r.when, r.default, r.choices, r.doc) for r in settings.table({})]
         systems = ovs_tables.load_systems(options.results)
@@ -172,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "peers": performance_tables.peers_table(trunks),
             },
             options.linears: {"linears": performance_tables.linears_table(ops)},
+            options.tokens: {"tokens": token_tables.tokens_table(tokens)},
             options.install: {"settings": table(SETTINGS.split("|"), rows)},
         }
         if options.training_docs or options.results == ROOT / "benchmarks" / "results":

@@ -17,7 +17,7 @@ import pytest
 
 from opentrans.cli import bench, bench_all, bench_scripts, bench_trunk, build_parser, main
 from opentrans.cli.render import Output
-from opentrans_kernels.bench import schema
+from opentrans_kernels.bench import compare, schema
 from opentrans_kernels.bench.environment import isa_environment, machine, portable_words
 from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.errors import OpenTransError
@@ -142,7 +142,7 @@ def test_a_quick_trunk_run_is_valid_and_names_absent_peers(
     peers = ["--peers", "torch.compile,openvino", "--peer-envs", "none"]
     command = ["bench", "trunk", *words, *peers, "--quick", "--rounds", "2", "--no-layers"]
     assert main([*command, "--json", str(target)]) == 0
-    result = schema.load_result(target)
+    result = compare.load_result(target)
     assert result["complete"] and result["rounds"] == 2 and not result["layers"]
     assert {"none", "trunk.json"} < set(result["command"])
     assert str(tmp_path) not in str(result["command"])
@@ -230,7 +230,7 @@ def test_scripts_become_results_of_the_common_form(
     target = tmp_path / "result.json"
     extra = ["--peer-envs", str(tmp_path)] if kind == "alpha" else ["--mask", "none"]
     code = main(["bench", kind, *extra, "--quick", "--json", str(target)])
-    result = schema.load_result(target)
+    result = compare.load_result(target)
     said = capsys.readouterr().err
     if kind == "alpha":
         assert code == 0 and "weightwatcher is skipped" in said
@@ -256,7 +256,7 @@ def test_only_a_clean_exit_of_a_script_is_no_failure(
     monkeypatch.setattr(bench_scripts, "script_path", lambda name: script)
     target = tmp_path / "result.json"
     ended = main(["bench", "training", "--quick", "--json", str(target)])
-    result = schema.load_result(target)
+    result = compare.load_result(target)
     assert ended == {0: 0, 130: 130}.get(code, 1)
     assert result["complete"] is (code != 130)
     said = {0: None, 130: None, 1: "failed; what it printed says which"}.get(

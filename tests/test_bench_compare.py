@@ -39,7 +39,7 @@ def put(result: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", sorted(make.ALL))
 def test_every_kind_has_a_form_and_a_valid_example(tmp_path: Path, kind: str) -> None:
     assert set(make.ALL) == set(schema.KINDS)
-    loaded = schema.load_result(store(tmp_path / "r.json", make.ALL[kind]()))
+    loaded = compare.load_result(store(tmp_path / "r.json", make.ALL[kind]()))
     assert schema.kind_of(loaded) == (kind, schema.VERSION)
 
 
@@ -64,7 +64,7 @@ def test_malformed_files_are_refused_with_the_place(
 ) -> None:
     file = store(tmp_path / "r.json", put(make.trunk(), path, value))
     with pytest.raises(OpenTransError) as caught:
-        schema.load_result(file)
+        compare.load_result(file)
     message = str(caught.value)
     assert said in message and "r.json" in message
     assert "Measure it again with 'opentrans bench trunk" in message
@@ -93,9 +93,9 @@ def test_old_new_and_foreign_files_are_refused(tmp_path: Path) -> None:
             schema.check_result(foreign, "foreign.json")
     (tmp_path / "cut.json").write_text('{"schema": {"kind": "tru')
     with pytest.raises(OpenTransError, match="cut.json is not JSON.*Measure it again"):
-        schema.load_result(tmp_path / "cut.json")
+        compare.load_result(tmp_path / "cut.json")
     with pytest.raises(CheckpointError, match="cannot be read.*Name a file"):
-        schema.load_result(tmp_path / "absent.json")
+        compare.load_result(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize(

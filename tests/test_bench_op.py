@@ -11,7 +11,7 @@ from bench_results import spread, timing
 
 from opentrans.cli import build_parser, main
 from opentrans_kernels import dispatch, native
-from opentrans_kernels.bench import cases, derive, ops, schema
+from opentrans_kernels.bench import cases, compare, derive, ops, schema
 from opentrans_kernels.bench.environment import isa_environment
 from opentrans_kernels.bench.linear_ops import LinearCase, linear_cases
 from opentrans_kernels.errors import OpenTransError
@@ -164,7 +164,7 @@ def test_the_command_writes_a_valid_result(limited: None, tmp_path: Path, capsys
     target = tmp_path / "op.json"
     arguments = ["--quick", "--densities", "0.1,0.9", "--rounds", "1", "--backends", "reference"]
     assert main(["bench", "op", *arguments, "--json", str(target)]) == 0
-    result = schema.load_result(target)
+    result = compare.load_result(target)
     assert result["complete"] and len(result["rows"]) == 4
     assert result["command"][-1] == "op.json"
     said = capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_an_interrupt_keeps_the_finished_rows(
     monkeypatch.setattr(ops, "measure_case", interrupted)
     arguments = ["--quick", "--densities", "0.1,0.5", "--rounds", "1", "--backends", "reference"]
     assert main(["bench", "op", *arguments, "--json", str(target)]) == 130
-    result = schema.load_result(target)
+    result = compare.load_result(target)
     assert len(result["rows"]) == 2 and not result["complete"]
     assert "what was finished was kept" in capsys.readouterr().err
 
@@ -230,11 +230,11 @@ def test_engines_beside_rows_are_timed_skipped_or_told(
     words = ["--peers", "all", "--peer-envs", "none", "--densities", "0.3", "--rounds", "1"]
     command = ["bench", "op", *words, "--json", str(target), "--quick", "--backends"]
     assert main([*command, "reference"]) == 0
-    assert all("peers" not in row for row in schema.load_result(target)["rows"])
+    assert all("peers" not in row for row in compare.load_result(target)["rows"])
     if not native.load():
         return
     assert main([*command, "cpu"]) == 0
-    rows = schema.load_result(target)["rows"]
+    rows = compare.load_result(target)["rows"]
     assert {row["op"] for row in rows} == {"sparse_linear", "sparse_mlp"}
     for row in rows:
         assert list(row["peers"]) == ["onnxruntime", "openvino", "deepsparse"]
@@ -253,7 +253,7 @@ def test_engines_beside_rows_are_timed_skipped_or_told(
     ops_asked = ["--ops", "sparse_mlp,sparse_linear"]
     asked = iter(["24->40"])
     assert main([*command, "cpu", *ops_asked]) == 130, "an interrupted session ends the command"
-    row = schema.load_result(target)["rows"][-1]
+    row = compare.load_result(target)["rows"][-1]
     words = row["peers"]["onnxruntime"]["command"]
     again = build_parser().parse_args(words[1:])
     assert (again.peers, again.peer_envs, again.case) == ("onnxruntime", "none", [row["case"]])

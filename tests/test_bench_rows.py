@@ -19,7 +19,7 @@ import torch
 from opentrans.cli import bench_model, bench_op, bench_trunk, build_parser, main
 from opentrans.cli.bench_rows import match_cell, ratio_cell, show_repeats
 from opentrans.cli.render import Output
-from opentrans_kernels.bench import cases, ops, schema
+from opentrans_kernels.bench import cases, compare, ops, schema
 from opentrans_kernels.bench.environment import isa_environment
 from opentrans_kernels.bench.layers import measure_layers
 from opentrans_kernels.bench.rows import command_words, matched
@@ -101,12 +101,12 @@ def test_the_command_of_an_op_row_measures_that_row(limited: None, tmp_path: Pat
     assert main([*words, "--json", str(tmp_path / "all.json")]) == 0
     said = capsys.readouterr().out
     assert "equal" in said and "spread" in said and longest(said) <= 120
-    rows = schema.load_result(tmp_path / "all.json")["rows"]
+    rows = compare.load_result(tmp_path / "all.json")["rows"]
     assert len(rows) == 3 and all(row["speedup"]["q1"] <= row["speedup"]["q3"] for row in rows)
     for row in rows[1:]:
         assert row["match"]["equal"] == row["exact"] and row["match"]["error"] == row["error"]
         assert main([*row["command"][1:], "--json", str(tmp_path / "one.json")]) == 0
-        (again,) = schema.load_result(tmp_path / "one.json")["rows"]
+        (again,) = compare.load_result(tmp_path / "one.json")["rows"]
         keys = ("op", "backend", "case", "density_asked", "nnz", "error", "command")
         assert {key: again[key] for key in keys} == {key: row[key] for key in keys}
     assert f"sparse_conv2d reference {SMALL.name}: opentrans bench op" in said

@@ -27,6 +27,7 @@ TABLES = {
     "README.md": ("networks",),
     "performance.md": ("trunk", "layers", "limits", "crossover", "peers"),
     "linears.md": ("linears",),
+    "tokens.md": ("tokens",),
     "install.md": ("settings",),
 }
 MARKED = {
@@ -96,7 +97,7 @@ def test_the_tables_hold_the_numbers_of_the_json(tables, tmp_path, result) -> No
     ) in text
     assert "torch: 2.14.1; commit: 0123456789ab; uncommitted changes: False" in text
     assert "masks: synthetic" in text
-    assert not re.search(r"\bold\b", text) and text.count("before\n") == 8
+    assert not re.search(r"\bold\b", text) and text.count("before\n") == 9
 
 
 def test_the_performance_page_has_limits_crossovers_and_peers(tables, tmp_path, result) -> None:
@@ -138,6 +139,27 @@ def test_engines_beside_linear_layers_have_a_table(tables, tmp_path) -> None:
     assert f"{start} deepsparse | 8.0 | 10.0 | **0.80x loses** (0.78-0.82) |" in text
     assert f"{start} openvino |  |  |  |  | no environment |" in text
     assert "no engine here" not in text and "commit: 0123456789ab" in text
+
+
+def test_fewer_tokens_stand_beside_what_their_work_buys_otherwise(tables, tmp_path) -> None:
+    masked, bare = make.tokens(), make.tokens()
+    bare |= {"mask": None, "system": "segmenter-b16", "parts": [], "unavailable": {}}
+    for one in (masked, bare):
+        one["machine"]["cpu"] = CPU
+    masked["canary"]["disturbed"] = True
+    assert run(tables, tmp_path, write(tmp_path / "r", masked=masked, bare=bare))[0] == 0
+    text = (tmp_path / "tokens.md").read_text()
+    start = "| segmenter-s16, 640x640, uniform:0.90 |"
+    assert f"{start} eager | 100 | the fastest dense | 40.0 | 1.00x | 2 |" in text
+    assert (
+        f"{start} sparse, cluster, alpha 5, 28x28 | 50 | **2.00x** (1.96-2.04) | 10.0 | 4.00x | 2 |"
+    ) in text
+    assert f"{start} smaller input, sparse, 448x448 | 125 | **0.80x loses** (" in text
+    assert "| segmenter-b16, 640x640 | eager |" in text
+    assert (
+        "segmenter-s16: 1 thread, 3 rounds; reducing takes 4.0%; compiled was not timed: not asked "
+        "for; a disturbed machine."
+    ) in text
 
 
 def test_another_librarys_network_is_named_and_keeps_the_readme_short(
@@ -192,7 +214,7 @@ def test_without_results_the_tables_say_so_and_a_second_run_changes_nothing(
     assert run(tables, tmp_path, tmp_path / "none", "--check")[0] == 1
     assert all((tmp_path / page).read_text() == text for page, text in MARKED.items())
     code, text = run(tables, tmp_path, tmp_path / "none")
-    assert code == 0 and text.count(tables.EMPTY) == 7
+    assert code == 0 and text.count(tables.EMPTY) == 8
     assert run(tables, tmp_path, tmp_path / "none", "--check") == (0, text)
 
 

@@ -102,17 +102,18 @@ def load_results(places: Iterable[str | Path]) -> dict[str, Result]:
                 f"{place} holds no result files (*.json). Write some with "
                 f"'opentrans bench trunk ... --json {place}/NAME.json'."
             )
-        found.update({str(path): _load(path) for path in files})
+        found.update({str(path): load_result(path) for path in files})
     if not found:
         raise OpenTransError("no result file was given. Name at least one file or directory.")
     return found
 
 
-def _load(path: Path) -> Result:
-    data = read_json(path)
+def load_result(path: str | Path) -> Result:
+    """A result file of any kind that is compared. Raises OpenTransError for a bad one."""
+    data, name = read_json(path), Path(path).name
     if kind_of(data)[0] == TOKENS:
-        return dict(check_tokens(data, path.name))
-    return check_result(data, path.name)
+        return dict(check_tokens(data, name))
+    return check_result(data, name)
 
 
 def one_machine(results: Mapping[str, Result]) -> str:

@@ -328,15 +328,6 @@ def read_json(path: str | Path) -> Any:
         ) from error
 
 
-def load_result(path: str | Path) -> Result:
-    """Read and check one result file.
-
-    Raises:
-        OpenTransError: see :func:`check_result` and :func:`read_json`.
-    """
-    return check_result(read_json(path), Path(path).name)
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
