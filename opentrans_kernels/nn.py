@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 _FIX = "Call opentrans_kernels.restore(model) first"
+_OTHER_DERIVATIVES = f"For other derivatives: {_FIX}."
 
 
 class Replacement(Operators):
@@ -107,8 +108,8 @@ class Replacement(Operators):
             fresh.changed()  # takes down what is the same in another form; forward tells the rest
         return self
 
-    def _checked(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as the kernels take it. Raises UnsupportedModelError with the fix."""
+    def _require_ready(self) -> None:
+        """Raise UnsupportedModelError if it was written to, or is in training mode."""
         if self.opentrans_freshness is not None:
             self.opentrans_freshness.require()
         if self.training:
@@ -116,7 +117,11 @@ class Replacement(Operators):
                 f"this {type(self).__name__} is in training mode, but {self.PREPARED} for "
                 f"inference. Call model.eval(). To train: {_FIX}."
             )
-        require_backward_alone(f"For other derivatives: {_FIX}.")
+
+    def _checked(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` as the kernels take it. Raises UnsupportedModelError with the fix."""
+        self._require_ready()
+        require_backward_alone(_OTHER_DERIVATIVES)
         if x.dtype != torch.float32:
             if torch.is_autocast_enabled("cpu"):
                 return x.float()

@@ -46,7 +46,7 @@ class AcceleratedStage(Replacement, nn.Sequential):
     def _fused(self, x: torch.Tensor, blocks: list[AcceleratedBlock]) -> torch.Tensor:
         x = blocks[0]._checked(x)
         for block in blocks[1:]:
-            block._checked(x)
+            block._require_ready()
         weights: list[torch.Tensor] = []
         cout, pool, down, stride = [], [], [], []
         for block in blocks:
@@ -54,7 +54,8 @@ class AcceleratedStage(Replacement, nn.Sequential):
             for role in ("conv1", "conv2", "conv3", "downsample"):
                 engine = engines.get(role)
                 if engine is not None:
-                    weights += (engine.structure, engine.values, engine.bias)
+                    held = engine._buffers  # not by attribute, which a module looks up slowly
+                    weights += (held["structure"], held["values"], held["bias"])
             cout.append(engines["conv3"].cout)
             pool.append(block.opentrans_pool)
             stride.append(engines["conv2"].stride)
