@@ -126,6 +126,7 @@ def test_positions_are_resized_and_odd_sizes_padded(tmp_path):
     padded = F.pad(image, (0, 6, 0, 8))
     assert model(image).shape == (2, CLASSES, 40, 90)
     torch.testing.assert_close(model(image), model(padded)[..., :40, :90])
+    assert model(padded).is_contiguous(), "as planes, which are not copied after enlarging"
 
 
 @torch.no_grad()

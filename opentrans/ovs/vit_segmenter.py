@@ -184,7 +184,8 @@ class Segmenter(nn.Module):
         image = F.pad(image, (0, -width % self.patch, 0, -height % self.patch))
         logits = self.token_logits(image)
         maps = (image.shape[2] // self.patch, image.shape[3] // self.patch)
-        logits = logits.transpose(1, 2).unflatten(2, maps)
+        # Planes: as channels_last it would be enlarged so, and copied at full size afterwards.
+        logits = logits.transpose(1, 2).unflatten(2, maps).contiguous()
         logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
