@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 import opentrans_kernels as otk
 from opentrans.ovs.deeplab import DeepLabHead
 from opentrans_kernels.errors import OpenTransError
-from opentrans_kernels.heads import atrous
+from opentrans_kernels.heads import atrous, packed
 from opentrans_kernels.heads.embeddings import LateEmbeddings, late_embeddings
 from opentrans_kernels.heads.enlarged import add_convolution_of_enlarged, pays
 from opentrans_kernels.heads.zeros import PackedConv
@@ -75,25 +76,25 @@ class Staged(nn.Module):
             x = super().forward(x)
             return self.activation(x if self.norm is None else self.norm(x))
 
-    def __init__(self, classes: int | None = 5, norm: bool = True) -> None:
+    def __init__(self, classes: int | None = 5, norm: bool = True, wide: int = 16) -> None:
         super().__init__()
         self.in_features, self.common_stride = list(WIDTHS), 4
         self.decoder_only = classes is None
         self.decoder = nn.ModuleDict()
         for name, width in WIDTHS.items():
             if name == "res5":
-                stage = {"project_conv": self.Conv(width, 16, 1), "fuse_conv": None}
+                stage = {"project_conv": self.Conv(width, wide, 1), "fuse_conv": None}
             else:
                 stage = {
                     "project_conv": self.Conv(width, 6, 1),
                     "fuse_conv": nn.Sequential(
-                        self.Conv(6 + 16, 16, 3, padding=1, norm=norm),
-                        self.Conv(16, 16, 3, padding=1, bias=False),
+                        self.Conv(6 + wide, wide, 3, padding=1, norm=norm),
+                        self.Conv(wide, wide, 3, padding=1, bias=False),
                     ),
                 }
             self.decoder[name] = nn.ModuleDict(stage)
         if classes is not None:
-            self.predictor = nn.Conv2d(16, classes, 1)
+            self.predictor = nn.Conv2d(wide, classes, 1)
 
     def layers(self, maps):
         for name in self.in_features[::-1]:
@@ -115,16 +116,17 @@ class Staged(nn.Module):
 class TwoInputs(nn.Module):
     """In ZS3's form."""
 
-    def __init__(self, align: bool) -> None:
+    def __init__(self, align: bool, wide: int = 16, second: int = 8) -> None:
         super().__init__()
         self.align = align
         self.conv1, self.bn1 = nn.Conv2d(12, 6, 1, bias=False), nn.BatchNorm2d(6)
         self.relu = nn.ReLU()
         self.last_conv = nn.Sequential(
-            nn.Conv2d(22, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(22, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(),
             nn.Dropout(0.5),
-            nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1),
-            nn.Conv2d(8, 5, 1),
+            nn.Conv2d(wide, second, 3, padding=1), nn.BatchNorm2d(second), nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Conv2d(second, 5, 1),
         )  # fmt: skip
 
     def forward(self, x, low):
@@ -245,8 +247,8 @@ def test_convolutions_most_of_which_is_zero(form: str, caplog: pytest.LogCapture
         head = TwoInputs(True)
         given = tuple(torch.randn(2, *s, generator=made) for s in ((16, 3, 4), (12, 11, 13)))
     dense, ours, report = pair(sparse(head))
-    packed = [part.path for part in report.replaced if isinstance(part.replacement, PackedConv)]
-    assert packed and any(isinstance(p.replacement, atrous._Atrous) for p in report.replaced)
+    names = [part.path for part in report.replaced if isinstance(part.replacement, PackedConv)]
+    assert names and any(isinstance(p.replacement, atrous._Atrous) for p in report.replaced)
 
     def double(value: Any) -> Any:
         if isinstance(value, dict):
@@ -258,7 +260,7 @@ def test_convolutions_most_of_which_is_zero(form: str, caplog: pytest.LogCapture
         assert_exact(ours(*given) + 0, dense(*given), exact)
         for model in (dense, ours):
             for name, weight in model.named_parameters():
-                if name.removesuffix(".weight") in packed:
+                if name.removesuffix(".weight") in names:
                     weight.mul_(2)
         with caplog.at_level(logging.WARNING):
             assert_exact(ours(*given) + 0, dense(*given), copy.deepcopy(dense).double()(
@@ -266,6 +268,61 @@ def test_convolutions_most_of_which_is_zero(form: str, caplog: pytest.LogCapture
     assert "was written to" in caplog.text
     otk.restore_heads(ours)
     assert not any(isinstance(module, PackedConv) for module in ours.modules())
+
+
+@pytest.mark.parametrize("form", ("own", "detectron2", "two inputs"))
+def test_wide_convolutions_behind_run_by_winograds_method(
+    form: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = torch.Generator().manual_seed(1)
+    maps = {k: torch.randn(2, WIDTHS[k], *map(lambda s: 2 * s, SIZES[k]), generator=made)
+            for k in WIDTHS}  # fmt: skip
+    given: tuple[Any, ...] = (maps,)
+    if form == "own":
+        head: nn.Module = DeepLabHead(WIDTHS, 40, width=32, project=6, rates=(1, 2, 3))
+    elif form == "detectron2":
+        head = Staged(None, wide=33)
+    else:
+        head = TwoInputs(True, wide=40, second=32)
+        given = tuple(torch.randn(2, *s, generator=made) for s in ((16, 3, 4), (12, 11, 14)))
+    dense, ours, report = pair(head)
+    (part,) = (m for m in ours.modules() if isinstance(m, atrous._Atrous))
+    calls = []
+    convolve = packed.Transformed.convolve
+    monkeypatch.setattr(
+        packed.Transformed, "convolve", lambda *given: (calls.append(1), convolve(*given))[1]
+    )
+
+    def check(used: int) -> None:
+        plain = [
+            {k: v.double() for k, v in one.items()} if isinstance(one, dict) else one.double()
+            for one in given
+        ]
+        with torch.no_grad():
+            exact = copy.deepcopy(dense).double()(*plain)
+            assert_exact(ours(*given) + 0, dense(*given), exact)
+        assert len(calls) == used
+        calls.clear()
+
+    # Of detectron2's stages, the map of res3 has 12 x 14 pixels, that of res2 26 x 18.
+    count = len(part.opentrans_smooth)
+    assert count == (2 if form == "detectron2" else 1) and "Winograd" in str(report)
+    check(count)
+    ours = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    check(count)
+    (part,) = (m for m in ours.modules() if isinstance(m, atrous._Atrous))
+    link = atrous.links_of(next(iter(part.fuse_modules().values())))[1]
+    twin = atrous.links_of(next(iter(_chains(dense.head, part))))[1]
+    for one in (link, twin):
+        one.norm.running_var.mul_(3)
+    with caplog.at_level(logging.WARNING):
+        check(count - 1)
+        check(count - 1)
+    assert caplog.text.count("running_var was written to") == 1
+
+
+def _chains(head: Any, part: Any) -> list[nn.Module]:
+    return [head.get_submodule(path) for path in part.fuse_modules()]
 
 
 def test_what_is_not_a_chain_stays_with_its_reason() -> None:

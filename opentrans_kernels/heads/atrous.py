@@ -2,7 +2,8 @@
 
 The convolution of the enlarged half is computed from the coarse map (``enlarged``), batch norms go
 into weights and ReLUs into products, and an embedding that only meets words is never made
-(``embeddings``). Weights are folded at every call, so they may be written to at any time.
+(``embeddings``). Weights are folded at every call, so they may be written to at any time; those in
+Winograd's form are watched.
 
 Three forms: that of ``opentrans.ovs.DeepLabHead``, that of detectron2's ``DeepLabV3PlusHead``, and
 the decoder of two inputs that ZS3 and others took from one another.
@@ -18,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..activations import NONE, RELU
 from ..topology.fold import is_plain_bn, scale_shift
 from .embeddings import late_embeddings
 from .enlarged import add_convolution_of_enlarged, pays
 from .linear import has_kernel
-from .packed import Packed
+from .packed import Packed, Transformed, transformable
 from .parts import Found, HeadPart, NotTheSame, prove
 from .zeros import PackedConv
 
@@ -55,7 +57,11 @@ class _Link:
         conv = self.conv
         return list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, smooth: Mapping[nn.Conv2d, Transformed]) -> Tensor:
+        """Of a map; smooth: convolutions that have another form, with what is behind them in it."""
+        other = smooth.get(self.conv)
+        if other is not None and other.serves(x):
+            return other.convolve(x, RELU if self.relu else NONE)
         if self.packed is not None and self.packed.serves(x):
             out = self.packed.convolve(x)
             out = out if self.norm is None else self.norm(out)
@@ -77,7 +83,7 @@ class _Link:
         of_fine, of_coarse = parts if first else parts[::-1]
         if (*stride, groups) != (1, 1, 1) or not pays(coarse, of_coarse, size, out):
             full = F.interpolate(coarse, size, mode="bilinear", align_corners=align)
-            return self.run(torch.cat([fine, full] if first else [full, fine], 1))
+            return self.run(torch.cat([fine, full] if first else [full, fine], 1), {})
         sums = _convolution(fine, of_fine, bias, padding, stride, dilation, 1, "none", [], "")
         sums = add_convolution_of_enlarged(
             sums, coarse, of_coarse, size, padding=(padding[0], padding[1]),
@@ -138,6 +144,20 @@ class _Atrous(HeadPart):
     #: Path -> chain of convolutions, which are not called.
     fuse_modules: Callable[[], dict[str, nn.Module]]
 
+    def transform(self, name: str) -> None:
+        """Find what Winograd's method computes, and make its weights; ``name``: of this part."""
+        smooth: dict[nn.Conv2d, Transformed] = {}
+        for path, module in self.fuse_modules().items():
+            names = {child: f"{name}.{path}.{at}" for at, child in module.named_modules()}
+            for link in links_of(module)[1:]:
+                if link.packed is None and transformable(link.conv):
+                    at = names[link.conv]
+                    norm = None if link.norm is None else (names[link.norm], link.norm)
+                    smooth[link.conv] = Transformed(at, link.conv, norm)
+        self.__dict__["opentrans_smooth"] = smooth
+        if smooth:
+            self.__dict__["how"] = f"{self.how}; the 3x3 behind by Winograd's method"
+
     def bypassed(self) -> Iterator[tuple[str, nn.Module]]:
         for path, module in self.fuse_modules().items():
             for name, child in module.named_modules():
@@ -147,7 +167,7 @@ class _Atrous(HeadPart):
         head, *rest = links_of(module)
         x = head.run_joined(fine, coarse, first=self.opentrans_first, align=self.opentrans_align)
         for link in rest:
-            x = link.run(x)
+            x = link.run(x, self.opentrans_smooth)
         return x
 
 
@@ -234,11 +254,10 @@ def find(model: nn.Module) -> Iterator[Found]:
             yield _prove_decoder(name, module)
 
 
-def _checked(kind: type[_Atrous]) -> Any:
+def _checked(kind: type[_Atrous], name: str) -> Any:
     def make(original: nn.Module) -> HeadPart:
         part = kind(original)
-        for module in part.fuse_modules().values():
-            links_of(module)
+        part.transform(name)
         return part
 
     return make
@@ -249,7 +268,7 @@ def _maps(widths: Mapping[str, int], deep: str, dtype: torch.dtype) -> dict[str,
     made = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(
-            2, width, *((3, 2) if name == deep else (13, 9)), generator=made
+            2, width, *((3, 2) if name == deep else (13, 12)), generator=made
         ).to(dtype)
         for name, width in widths.items()
     }  # fmt: skip
@@ -261,7 +280,7 @@ def _prove_head(name: str, module: Any) -> Found:
         widths[module.deep] = _width(module.pyramid)
         return (_maps(widths, module.deep, dtype),), {}
 
-    return prove(name, KIND, module, _checked(AtrousHead), inputs)
+    return prove(name, KIND, module, _checked(AtrousHead, name), inputs)
 
 
 def _prove_staged(name: str, module: Any) -> Found:
@@ -271,7 +290,7 @@ def _prove_staged(name: str, module: Any) -> Found:
         return (_maps(widths, names[-1], dtype),), {}
 
     return prove(
-        name, KIND, module, _checked(StagedAtrousHead), inputs,
+        name, KIND, module, _checked(StagedAtrousHead, name), inputs,
         lambda out: [out if isinstance(out, Tensor) else out[0]],
     )  # fmt: skip
 
@@ -283,9 +302,9 @@ def _prove_decoder(name: str, module: Any) -> Found:
         maps = _maps(widths, "coarse", dtype)
         return (maps["coarse"], maps["fine"]), {}
 
-    found = prove(name, KIND, module, _checked(AlignedAtrousDecoder), inputs)
+    found = prove(name, KIND, module, _checked(AlignedAtrousDecoder, name), inputs)
     if found.replacement is None:
-        found = prove(name, KIND, module, _checked(AtrousDecoder), inputs)
+        found = prove(name, KIND, module, _checked(AtrousDecoder, name), inputs)
     return found
 
 

@@ -9,35 +9,47 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from ..activations import NONE, Activation
 from ..finite import count_non_finite
 from ..freshness import Freshness
 from ..ops.sparse_conv2d import sparse_conv2d
 from ..ops.winograd_conv2d import winograd_conv2d
 from ..pack import SparseWeight
 from ..pack.winograd import transform_weight
-from ..topology.blocks import unusual_window
+from ..topology.blocks import unusual_window, winograd_window
+from ..topology.fold import scale_shift
 
-__all__ = ["DENSEST", "Copied", "Packed", "Transformed", "packed"]
+__all__ = ["DENSEST", "SMALLEST", "Copied", "Packed", "Transformed", "packed", "transformable"]
 
 #: Largest share of nonzero weights that is packed. A 1x1 wins up to 0.7 and more, which depends on
 #: the machine and on the size; here nothing is timed.
 DENSEST = 0.4
+#: Pixels of a map from which Winograd's method is worth it: below them it lost up to 14 % with the
+#: fewest channels.
+SMALLEST = 144
 #: Weights of a layer that is worth it.
 _FEWEST = 1024
+_NARROWEST = 32  # channels from which Winograd's transforms cost little beside the products
 
 _log = logging.getLogger(__name__)
 
 
 class Copied(ABC):
-    """A form of a layer's weight, and whether it still is that weight."""
+    """A form of a layer's weight, and whether it still is that weight.
 
-    def __init__(self, path: str, layer: nn.Module) -> None:
+    further: path -> module whose tensors are in it as well.
+    """
+
+    def __init__(
+        self, path: str, layer: nn.Module, further: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.told = False
-        self.fresh = Freshness({path: _Tensors(layer)})
+        self.fresh = Freshness({path: _Tensors(layer), **(further or {})})
 
     @abstractmethod
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,16 +92,31 @@ class Packed(Copied):
 
 
 class Transformed(Copied):
-    """The weight of a 3x3 convolution of stride 1 in the domain of Winograd's F(2x2, 3x3)."""
+    """The weight of a 3x3 convolution of stride 1 in the domain of Winograd's F(2x2, 3x3).
 
-    def __init__(self, path: str, conv: nn.Conv2d) -> None:
-        super().__init__(path, conv)
-        self.weight = transform_weight(conv.weight.detach())
-        self.bias = None if conv.bias is None else conv.bias.detach().clone()
+    norm: (path, batch norm behind it), which goes into the weight.
+    """
+
+    def __init__(
+        self, path: str, conv: nn.Conv2d, norm: tuple[str, nn.Module] | None = None
+    ) -> None:
+        super().__init__(path, conv, dict([norm] if norm else []))
+        weight = conv.weight.detach()
+        bias = None if conv.bias is None else conv.bias.detach().clone()
+        if norm is not None:
+            scale, shift = scale_shift(norm[1], "batch norm")
+            weight = weight.double() * scale.view(-1, 1, 1, 1)
+            bias = (shift if bias is None else shift + bias.double() * scale).float()
+        self.weight, self.bias = transform_weight(weight), bias
         self.cout, self.padding = conv.out_channels, int(conv.padding[0])
 
-    def convolve(self, x: torch.Tensor) -> torch.Tensor:
-        return winograd_conv2d(x, self.weight, self.bias, cout=self.cout, padding=self.padding)
+    def serves(self, x: torch.Tensor) -> bool:
+        return x.shape[-2] * x.shape[-1] >= SMALLEST and super().serves(x)
+
+    def convolve(self, x: torch.Tensor, activation: Activation = NONE) -> torch.Tensor:
+        return winograd_conv2d(
+            x, self.weight, self.bias, cout=self.cout, padding=self.padding, activation=activation
+        )
 
 
 class _Tensors(nn.Module):
@@ -98,6 +125,17 @@ class _Tensors(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self._parameters, self._buffers = layer._parameters, layer._buffers
+
+
+def transformable(conv: nn.Conv2d) -> bool:
+    """Whether :class:`Transformed` serves it, and packing what is not zero would not serve more."""
+    weight = conv._parameters.get("weight")
+    if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    if not winograd_window(conv) or min(weight.shape[:2]) < _NARROWEST:
+        return False
+    dense = int(torch.count_nonzero(weight)) > DENSEST * weight.numel()
+    return dense and not count_non_finite(weight)
 
 
 def packed(path: str, layer: nn.Module) -> Packed | None:

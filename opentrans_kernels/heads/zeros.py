@@ -14,20 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..finite import count_non_finite
 from ..nn import Replacement
-from ..topology.blocks import unusual_window, winograd_window
+from ..topology.blocks import unusual_window
 from ..topology.naming import naming_of_root
 from .linear import packed_part
-from .packed import DENSEST, Copied, Transformed, packed
+from .packed import DENSEST, Copied, Transformed, packed, transformable
 from .parts import Found, HeadPart, prove
 from .pointwise import beside_encoders
 
 __all__ = ["PackedConv", "WinogradConv", "find", "find_smooth"]
 
 KIND = "convolution"
-_NARROWEST = 32  # channels from which the transforms cost little beside the products
-_SMALLEST = 144  # pixels of a map: below them it lost up to 14 % with the fewest channels
 
 
 class CopiedConv(HeadPart):
@@ -55,21 +52,11 @@ class PackedConv(CopiedConv):
 class WinogradConv(CopiedConv):
     how = "16 products for 36 (Winograd)"
 
-    def fast(self, x: torch.Tensor) -> torch.Tensor:
-        small = x.dim() == 4 and x.shape[-2] * x.shape[-1] < _SMALLEST
-        return self.as_it_was(x) if small else super().fast(x)
-
 
 def find_smooth(model: nn.Module) -> Iterator[Found]:
     """Dense 3x3 convolutions beside deformable encoders: those of a feature pyramid."""
     for name, conv in beside_encoders(model).items():
-        weight = conv._parameters.get("weight")
-        if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
-            continue
-        if not winograd_window(conv) or min(weight.shape[:2]) < _NARROWEST:
-            continue
-        dense = int(torch.count_nonzero(weight)) > DENSEST * weight.numel()
-        if dense and not count_non_finite(weight):
+        if transformable(conv):
             kind = functools.partial(WinogradConv, copied=Transformed(name, conv))
             yield prove(name, KIND, conv, kind, lambda dtype, c=conv: _noise(c, dtype))
 
