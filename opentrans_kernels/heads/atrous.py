@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -140,6 +141,9 @@ class _Atrous(HeadPart):
     what, how = KIND, "enlarged maps convolved before they are enlarged, norms folded"
     #: Whether the fine map comes first, and how the coarse one is enlarged.
     opentrans_first, opentrans_align = True, False
+
+    #: Convolutions that have another form; none in parts that were pickled without.
+    opentrans_smooth: Mapping[nn.Conv2d, Transformed] = MappingProxyType({})
 
     #: Path -> chain of convolutions, which are not called.
     fuse_modules: Callable[[], dict[str, nn.Module]]
