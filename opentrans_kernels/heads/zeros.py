@@ -1,8 +1,8 @@
 """Layers of a head that no larger part computes, with their weights in another form.
 
 Anywhere in a head: layers most of whose weights are zero. Convolutions with a window and 1x1
-convolutions give planes, linear layers tokens. Beside deformable encoders: 3x3 convolutions, dense
-ones by Winograd's method.
+convolutions give planes, linear layers tokens. Dilated convolutions, whose taps read padding where
+the map is small. Beside deformable encoders: 3x3 convolutions, dense ones by Winograd's method.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from .linear import packed_part
 from .packed import DENSEST, Copied, Transformed, packed, transformable
 from .parts import Found, HeadPart, prove
 from .pointwise import beside_encoders
+from .taps import Taps, outlying
 
-__all__ = ["PackedConv", "WinogradConv", "find", "find_smooth"]
+__all__ = ["PackedConv", "TrimmedConv", "WinogradConv", "find", "find_smooth"]
 
 KIND = "convolution"
 
@@ -51,6 +52,10 @@ class PackedConv(CopiedConv):
 
 class WinogradConv(CopiedConv):
     how = "16 products for 36 (Winograd)"
+
+
+class TrimmedConv(CopiedConv):
+    how = "on small maps without the taps that read padding"
 
 
 def find_smooth(model: nn.Module) -> Iterator[Found]:
@@ -84,10 +89,16 @@ def _conv(name: str, conv: nn.Conv2d) -> Iterator[Found]:
     elif (found := packed(name, conv)) is not None:
         kind = functools.partial(PackedConv, copied=found)
         yield prove(name, KIND, conv, kind, lambda dtype: _noise(conv, dtype))
+    elif outlying(conv):
+        kind = functools.partial(TrimmedConv, copied=Taps(name, conv))
+        small = conv.dilation[0] * (conv.kernel_size[0] - 1) // 2 + 2
+        yield prove(name, KIND, conv, kind, lambda dtype: _noise(conv, dtype, small))
 
 
-def _noise(conv: nn.Conv2d, dtype: torch.dtype) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
+def _noise(
+    conv: nn.Conv2d, dtype: torch.dtype, side: int = 0
+) -> tuple[tuple[torch.Tensor], dict[str, Any]]:
     made = torch.Generator().manual_seed(0)
-    side = conv.kernel_size[0]
-    # Not square, and no smaller than a map that every form serves.
-    return (torch.randn(2, conv.in_channels, side + 8, side + 11, generator=made).to(dtype),), {}
+    # Not square, and no smaller than a map that every form but one serves.
+    height, width = (side, side + 1) if side else (conv.kernel_size[0] + more for more in (8, 11))
+    return (torch.randn(2, conv.in_channels, height, width, generator=made).to(dtype),), {}

@@ -1,0 +1,102 @@
+"""A dilated convolution tap by tap, each over the pixels where it reads the map and not padding.
+
+At a rate near the size of a map, as in the pyramids of DeepLab, most taps read padding at most
+places: at 18 on 16 x 16 pixels all but the middle one do everywhere. A dense convolution multiplies
+these zeros as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..finite import count_non_finite
+from ..topology.blocks import unusual_window
+from .packed import DENSEST, Copied
+
+__all__ = ["Taps", "outlying"]
+
+#: Largest share of the products that are left for which this is done: their pixels are copied.
+_SHARE = 0.6
+_NARROWEST = 32  # channels, so that a tap is a product worth its copy
+
+Range = tuple[int, int]
+
+
+def outlying(conv: nn.Conv2d) -> bool:
+    """Whether :class:`Taps` serves it, and packing what is not zero would not serve more."""
+    weight = conv._parameters.get("weight")
+    if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    if min(conv.dilation) < 2 or conv.stride != (1, 1) or conv.groups != 1:
+        return False
+    if min(weight.shape[:2]) < _NARROWEST or unusual_window(conv) is not None:
+        return False
+    dense = int(torch.count_nonzero(weight)) > DENSEST * weight.numel()
+    return dense and not count_non_finite(weight)
+
+
+def _inside(size: int, tap: int, conv: Taps) -> tuple[Range, Range]:
+    """(output, input) pixels of a side for which a tap reads the map."""
+    shift = tap * conv.dilation - conv.padding
+    first = max(0, -shift)
+    last = max(first, min(conv.out_side(size), size - shift))
+    return (first, last), (first + shift, last + shift)
+
+
+class Taps(Copied):
+    """The weight of a dilated convolution of stride 1, a matrix per tap."""
+
+    def __init__(self, path: str, conv: nn.Conv2d) -> None:
+        super().__init__(path, conv)
+        self.conv = conv
+        #: [kernel, kernel, cout, cin]; made for the first map that is small enough.
+        self.weight: torch.Tensor | None = None
+        self.kernel, self.cout = conv.kernel_size[0], conv.out_channels
+        self.dilation, self.padding = conv.dilation[0], int(conv.padding[0])
+
+    def out_side(self, size: int) -> int:
+        """Pixels of a side of the output."""
+        return size + 2 * self.padding - self.dilation * (self.kernel - 1)
+
+    def share(self, height: int, width: int) -> float:
+        """Of the products of a dense convolution of such a map, those that read no padding."""
+        shares = 1.0
+        for size in (height, width):
+            reads = (_inside(size, tap, self)[0] for tap in range(self.kernel))
+            shares *= sum(last - first for first, last in reads)
+            shares /= max(1, self.kernel * self.out_side(size))
+        return shares
+
+    def serves(self, x: torch.Tensor) -> bool:
+        height, width = x.shape[-2:]
+        if min(self.out_side(height), self.out_side(width)) < 1:
+            return False  # an error, which the convolution words
+        return self.share(height, width) <= _SHARE and super().serves(x)
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is None:  # the dense one is what it was when this was made: see ``serves``
+            self.weight = self.conv.weight.detach().permute(2, 3, 0, 1).contiguous()
+        height, width = x.shape[2:]
+        out = x.new_zeros(len(x), self.cout, self.out_side(height), self.out_side(width))
+        if self.conv.bias is not None:
+            out += self.conv.bias.view(1, -1, 1, 1)
+        for (ky, kx), (rows, columns), (above, left) in self._taps(height, width):
+            part = x[:, :, slice(*above), slice(*left)]
+            product = self.weight[ky, kx] @ part.flatten(2)
+            to = out[:, :, slice(*rows), slice(*columns)]
+            to += product.view(to.shape)
+        return out
+
+    def _taps(
+        self, height: int, width: int
+    ) -> Iterator[tuple[tuple[int, int], tuple[Range, Range], tuple[Range, Range]]]:
+        """(tap, output rows and columns, input rows and columns) of those that read anything."""
+        for ky in range(self.kernel):
+            rows, above = _inside(height, ky, self)
+            for kx in range(self.kernel):
+                columns, left = _inside(width, kx, self)
+                if rows[0] < rows[1] and columns[0] < columns[1]:
+                    yield (ky, kx), (rows, columns), (above, left)
