@@ -148,7 +148,8 @@ def trained_table(name: str, result: Result | None) -> str:
         "way", "steps", "zeros", "multiply-adds left", *_heads(name), "dense ms, ours",
         "speed-up (quartiles)", "minutes of training",
     ]  # fmt: skip
-    return "\n\n".join(part for part in (table(head, rows), _measured(result)) if part)
+    below = _measured(result), _step(result)
+    return "\n\n".join([table(head, rows), *filter(None, below)])
 
 
 def _latency(cell: Result) -> tuple[str, str]:
@@ -173,6 +174,19 @@ def _measured(result: Result | None) -> str:
         f"Times: {width}x{height}, one thread, CPU time, medians of {one['rounds']} interleaved "
         f"rounds, against {best} (fastest of {len(one['dense_ms'])} dense variants), on "
         f"{machine}{disturbed}."
+    )
+
+
+def _step(result: Result | None) -> str:
+    """What the sparse kernels make of a training step."""
+    if result is None or "training_step" not in result:
+        return ""
+    one = result["training_step"]
+    low, high = min(one["ratios"]), max(one["ratios"])
+    return (
+        f"A training step of `{one['cell']}`, dense in PyTorch {one['plain_seconds']:.2f} s, on the "
+        f"sparse kernels {one['sparse_seconds']:.2f} s: **{one['ratio']:.2f}x** ({low:.2f}-{high:.2f}; "
+        f"{one['counted']})."
     )
 
 

@@ -40,6 +40,10 @@ def stored(tmp_path: Path) -> Path:
             "imp/macs-0.2": cell(0.95, 0.1, recipe={"steps": 300}, latency=timed),
             "random": cell(0.3, 0.1, steps=300),
         },
+        "training_step": {
+            "cell": "imp/macs-0.2", "plain_seconds": 0.9, "sparse_seconds": 0.3, "ratio": 3.0,
+            "ratios": [2.9, 3.0, 3.2], "counted": "CPU seconds",
+        },
         "latency": {
             "input": [320, 480], "threads": 1, "dense_ms": {"eager": 400.0}, "rounds": 9,
             "machine": {"disturbed": True}, "environment": {"machine": {"cpu": "X"}},
@@ -65,6 +69,7 @@ def test_tables_show_every_cell_the_losing_ones_too(stored: Path) -> None:
     assert lines[2].startswith("| imp/macs-0.2 | 300 | 90% | 0.100 | 0.950 |")
     assert "**4.00x** (3.90-4.10)" in lines[2] and "400, 100" in lines[2]
     assert lines[3].startswith("| random | 300 ") and "| - | - |" in lines[3]
+    assert "0.90 s, on the sparse kernels 0.30 s: **3.00x** (2.90-3.20" in made["trained-hed"]
     assert "disturbed machine" in made["trained-hed"] and "480x320" in made["trained-hed"]
     assert "| global | 50% | 0.500 | 0.900 |" in made["untrained-hed"]
     assert "0.9000 ± 0.0100" in made["freezing-hed"] and "5 seeds" in made["freezing-hed"]
