@@ -184,9 +184,9 @@ def _step(result: Result | None) -> str:
     one = result["training_step"]
     low, high = min(one["ratios"]), max(one["ratios"])
     return (
-        f"A training step of `{one['cell']}`, dense in PyTorch {one['plain_seconds']:.2f} s, on the "
-        f"sparse kernels {one['sparse_seconds']:.2f} s: **{one['ratio']:.2f}x** ({low:.2f}-{high:.2f}; "
-        f"{one['counted']})."
+        f"A training step of `{one['cell']}`: {one['plain_seconds']:.2f} s in plain PyTorch, "
+        f"{one['sparse_seconds']:.2f} s on the sparse kernels, **{one['ratio']:.2f}x** "
+        f"({low:.2f}-{high:.2f}; {one['counted']})."
     )
 
 
