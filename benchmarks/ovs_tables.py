@@ -91,6 +91,12 @@ def system_table(result: Result) -> str:
     words = [
         f"Errors against {result['reference']}, dense float32's own {result['dense_error']:.1e}."
     ]
+    if (scaling := result.get("scaling")) is not None:
+        ratio = scaling["ratio"]
+        words.append(
+            f"{scaling['name'].capitalize()}, {result['threads']} threads over one: "
+            f"**{ratio['median']:.2f}x** ({ratio['q1']:.2f}-{ratio['q3']:.2f}), wall time."
+        )
     words += [f"Not timed: {name}, {why}." for name, why in result["unavailable"].items()]
     return "\n\n".join(
         (
@@ -179,6 +185,12 @@ def model_table(result: Result, part: dict[str, Any]) -> str:
         words.append(
             "The measured ratio is above that bound, so it is noise to that extent: rounds of the "
             "whole model differ by more than the gain. Rely on the prediction."
+        )
+    if (scaling := result.get("scaling")) is not None:
+        ratio = scaling["ratio"]
+        words.append(
+            f"{scaling['name'].capitalize()}, {result['threads']} threads over one: "
+            f"**{ratio['median']:.2f}x** ({ratio['q1']:.2f}-{ratio['q3']:.2f}), wall time."
         )
     words += [f"Not timed: {name}, {why}." for name, why in part["unavailable"].items()]
     if "deformable_attention" in part:

@@ -102,7 +102,7 @@ def test_one_thread_counts_cpu_time_and_more_count_wall_time(
     capsys: pytest.CaptureFixture[str],
     tables: ModuleType,
 ) -> None:
-    wall_and_cpu = {EAGER: (100.0, 150.0), LAST: (110.0, 120.0)}
+    wall_and_cpu = {EAGER: (100.0, 150.0), LAST: (110.0, 120.0), "one": (85.0, 9.0)}
 
     def timed(calls: dict[str, Any], *, rounds: int, **_: Any) -> TimingTable:
         made = {}
@@ -128,7 +128,9 @@ def test_one_thread_counts_cpu_time_and_more_count_wall_time(
     shown = capsys.readouterr().out
     assert ("CPU ms" if clock == "cpu" else "wall ms") in shown
     assert ("compared by wall time" in shown) == (clock == "wall")
-    assert f"{'CPU' if clock == 'cpu' else 'wall'} ms" in tables.system_table(data)
+    assert (f"{BOTH}: 2 threads over one 1.70x (1.70-1.70), 85 and 50 ms" in shown) == (threads > 1)
+    assert f"{'CPU' if clock == 'cpu' else 'wall'} ms" in (page := tables.system_table(data))
+    assert ("2 threads over one: **1.70x** (1.70-1.70)" in page) == (threads > 1)
     with pytest.raises(OpenTransError, match="clock"):
         check_system({**data, "clock": "sun"}, "x.json")
 

@@ -154,6 +154,13 @@ def show(result: dict[str, Any], out: Output) -> None:
             f"{result['threads']} threads are compared by wall time, which other work on the "
             "machine lengthens; one thread by CPU time"
         )
+    if (scaling := result.get("scaling")) is not None:
+        ratio, threads = scaling["ratio"], result["threads"]
+        out.text(
+            f"{scaling['name']}: {threads} threads over one {ratio['median']:.2f}x "
+            f"({ratio['q1']:.2f}-{ratio['q3']:.2f}), {scaling['one_thread_ms']:.0f} and "
+            f"{scaling['ms']:.0f} ms of wall time"
+        )
     if result.get("queries"):
         out.text(
             "a masked decoder's attention masks are thresholds: one rounding may move a pixel, so "

@@ -55,6 +55,7 @@ FORM = {
     "dense_error": NUMBER,
     "baseline": TEXT,
     "clock": Maybe(CLOCK),  # files from before: cpu
+    "scaling": Maybe({"name": TEXT, "one_thread_ms": POSITIVE, "ms": POSITIVE, "ratio": SPREAD}),
     "unavailable": Each(TEXT),
     "accelerated_layers": COUNT,
     "head": {"replaced": COUNT, "left": [TEXT], "done": Maybe([TEXT])},

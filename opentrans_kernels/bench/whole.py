@@ -245,6 +245,9 @@ def measure_whole(
         on_round=lambda done, total: step(f"round {done} of {total}"),
     )  # fmt: skip
     clock = "cpu" if threads == 1 else "wall"
+    fastest = BOTH if BOTH in sides.calls else OUR_TRUNK
+    step("one thread")
+    scaling = _scaling(fastest, sides.calls[fastest], threads, rounds) if threads > 1 else None
     step("memory")
     memory = {name: peak_bytes(call) for name, call in sides.calls.items()}
     step("parts")
@@ -265,6 +268,7 @@ def measure_whole(
         "clock": clock,
         "rows": list(_rows(table, clock, accuracy, memory)),
         "baseline": _best(table, clock),
+        "scaling": scaling,
         "parts": parts.to_dict(),
         "accelerated_layers": len(accelerated_parts(model.get_submodule(whole.tower))),
         "head": {
@@ -273,6 +277,28 @@ def measure_whole(
             "left": [f"{part.path}: {part.reason}" for part in heads.left],
         },
     }
+
+
+def _scaling(name: str, call: Call, threads: int, rounds: int) -> dict[str, Any]:
+    """One of our sides on one thread and on all of them in turns, by wall time; its layers are
+    those planned for all."""
+
+    def on(count: int) -> Call:
+        def run() -> torch.Tensor:
+            torch.set_num_threads(count)
+            return call()
+
+        return run
+
+    try:
+        table = interleave(
+            {"one": on(1), "all": on(threads)}, rounds=rounds, warmup_s=0.1, settle=0
+        )
+    finally:
+        torch.set_num_threads(threads)
+    one, ours = table["one"].wall.median, table["all"].wall.median
+    return {"name": name, "one_thread_ms": one, "ms": ours,
+            "ratio": table.ratio("one", "all").to_dict()}  # fmt: skip
 
 
 @torch.no_grad()
