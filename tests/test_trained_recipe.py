@@ -15,8 +15,9 @@ from trained_files import Noise, prepare
 from opentrans.trained import recipe as recipes
 from opentrans.trained.agreement import cosine, f_score, mean_absolute_error
 from opentrans.trained.bank import Bank
-from opentrans.trained.objective import EdgeMaps, Features
+from opentrans.trained.objective import EdgeMaps, FeatureMaps, Features, Objective
 from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs
+from opentrans.trained.resnet_half import ResNetHalf
 from opentrans_kernels.errors import CheckpointError, OpenTransError, PlanError
 from opentrans_kernels.hed import Hed
 from opentrans_kernels.masks import MaskSet
@@ -203,6 +204,30 @@ def test_a_classifier_is_judged_by_features_and_classes() -> None:
     assert numbers["cosine"] == pytest.approx(1, abs=1e-6) and numbers["top1"] == 1
     assert float(objective.loss(other, same)) > 0
     assert objective.agreement(other, same)["logit_error"] > 0
+
+
+def test_maps_are_compared_before_they_are_pooled(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, objective = ResNetHalf(4, (1, 1, 1)).eval(), FeatureMaps()
+    x = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        features, classes, *maps = same = objective.outputs(model, x)
+        assert torch.equal(features, model.features(x)) and torch.equal(classes, model(x))
+        assert [tuple(m.shape) for m in maps] == [(3, 32, 8, 8), (3, 64, 4, 4)]
+        assert float(objective.loss(same, same)) == pytest.approx(0, abs=1e-6)
+        # Turned by half a turn the maps are pooled to the same.
+        turned = [features, classes, *(m.flip(2, 3) for m in maps)]
+        assert float(objective.loss(turned, same)) > 0.01
+        none = [features, classes, *map(torch.zeros_like, maps)]
+        assert float(objective.loss(none, same)) == pytest.approx(2, abs=1e-4)
+    assert objective.agreement(turned, same) == Features().agreement(same[:2], same[:2])
+    assert torch.isfinite(objective.loss(same, none)), "a dense map of zeros"
+
+    def build(objective: Objective) -> Bank:
+        path = tmp_path / "bank.safetensors"
+        return Bank.build(model, objective, Noise(64), 2, prepare, path=path)
+
+    assert [len(build(one).targets) for one in (Features(), FeatureMaps(), Features())] == [2, 4, 2]
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.3])

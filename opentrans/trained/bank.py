@@ -68,7 +68,7 @@ class Bank:
         while len(images) < count:
             images += list(source.batch(len(images)))
         crops = torch.stack(images[:count])
-        key = _key(model, crops)
+        key = _key(model, objective, crops)
         if path is not None and Path(path).exists():
             if (found := _read(Path(path), key)) is not None:
                 return cls(crops, found)
@@ -105,9 +105,11 @@ class Bank:
         return self.images[picked], [t[picked] for t in self.targets]
 
 
-def _key(model: nn.Module, crops: torch.Tensor) -> str:
-    """Of the weights and the crops, so that a stored bank of others is not taken for this one."""
-    digest = hashlib.sha256(crops.numpy().tobytes())
+def _key(model: nn.Module, objective: Objective, crops: torch.Tensor) -> str:
+    """Of what is asked for, the weights and the crops, so that a stored bank of others is not taken
+    for this one."""
+    digest = hashlib.sha256(type(objective).__qualname__.encode())
+    digest.update(crops.numpy().tobytes())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -15,7 +15,7 @@ from torch import nn
 
 from .agreement import cosine, f_score, mean_absolute_error
 
-__all__ = ["EdgeMaps", "Features", "Objective"]
+__all__ = ["EdgeMaps", "FeatureMaps", "Features", "Objective"]
 
 Outputs = Sequence[torch.Tensor]
 
@@ -91,3 +91,31 @@ class Features:
             "logit_error": mean_absolute_error(logits, classes),
             "top1": float(same),
         }
+
+
+class FeatureMaps(Features):
+    """The same, and the maps of the last stages before they are pooled.
+
+    A pooled vector is one target per picture; a map has as many as pixels, which a few hundred
+    photographs do not let a student learn by heart. The model has ``maps(x)`` besides, [B, C, H, W]
+    each. To the loss comes, for every map, the mean over pictures of the squared distance over the
+    squared length of the dense map.
+    """
+
+    def outputs(self, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        maps = model.maps(x)  # type: ignore[operator]
+        features = model.pooled(maps[-1])  # type: ignore[operator]
+        return [features, model.fc(features), *maps]  # type: ignore[operator]
+
+    def loss(
+        self, outputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        total = super().loss(outputs[:2], targets[:2])
+        for found, wanted in zip(outputs[2:], targets[2:], strict=True):
+            dense = wanted.float().flatten(1)
+            apart = (found.flatten(1) - dense).square().sum(1)
+            total = total + (apart / dense.square().sum(1).clamp_min(1e-12)).mean()
+        return total
+
+    def agreement(self, outputs: Outputs, targets: Outputs) -> dict[str, float]:
+        return super().agreement(outputs[:2], targets[:2])

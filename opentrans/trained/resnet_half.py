@@ -85,9 +85,19 @@ class ResNetHalf(nn.Module):
         return self.fc(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
+        return self.pooled(self.maps(x)[-1])
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Maps of the last two stages, [B, C, H, W] each."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        found = []
         for stage in range(self.layers):
             x = self.get_submodule(f"layer{stage + 1}")(x)
+            found.append(x)
+        return found[-2:]
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The feature vectors of the last map, [B, C]."""
         return self.avgpool(x).flatten(1)
 
 

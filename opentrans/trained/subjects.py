@@ -11,7 +11,7 @@ from opentrans_kernels.synthetic import maskable_convs
 
 from .bank import Bank
 from .load import Prepare
-from .objective import EdgeMaps, Features, Objective
+from .objective import EdgeMaps, FeatureMaps, Objective
 from .statistics import bank_inputs, centre
 
 __all__ = ["SUBJECTS", "Subject", "subject"]
@@ -50,7 +50,7 @@ class Subject:
 #: By the names of the catalog. Left out of the edge detector: its 1x1 side outputs, 1,472 weights.
 SUBJECTS = {
     "hed": Subject(EdgeMaps(), 160, 480, (320, 480), 800, 2e-4, 1, ("blocks.",)),
-    "resnet50-half": Subject(Features(), 224, None, (224, 224), 1200, 2e-4, 4, statistics=64),
+    "resnet50-half": Subject(FeatureMaps(), 224, None, (224, 224), 1200, 2e-4, 4, statistics=64),
 }
 
 
