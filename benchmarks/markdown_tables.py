@@ -23,7 +23,7 @@ def origin(results: Sequence[Mapping[str, Any]]) -> str:
     """Where the numbers of all ``results`` come from, in one line."""
     facts = []
     for result in results:
-        source = result["source"] or {}
+        source = result.get("source") or {}
         weights = result.get("subject", result).get("weights", "synthetic")
         facts.append(
             (

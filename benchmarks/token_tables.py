@@ -15,7 +15,8 @@ TOKENS = "network, input|side|CPU ms|over the fastest dense (quartiles)|GMAC|les
 def tokens_table(results: Sequence[Result]) -> str:
     """Every side of every run, losing ones marked; what could not be timed, and the share of
     reducing, below."""
-    results = sorted(results, key=lambda r: (r["system"], r["height"], r["plan"]["method"]))
+    order = ("system", "height", "width")
+    results = sorted(results, key=lambda r: (*(r[key] for key in order), r["plan"]["method"]))
     rows = [
         (_network(result), *_cells(result, row)) for result in results for row in result["rows"]
     ]
@@ -29,24 +30,27 @@ def tokens_table(results: Sequence[Result]) -> str:
 def _origin(results: Sequence[Result]) -> str:
     # A run without a mask has none that could come from anywhere.
     unmasked = {"synthetic": True}
-    return origin([{**result, "mask": result["mask"] or unmasked} for result in results])
+    return origin([{**result, "mask": result.get("mask") or unmasked} for result in results])
 
 
 def _network(result: Result) -> str:
-    mask = f", {result['mask']['label'].split(' (')[0]}" if result["mask"] else ""
-    return f"{result['system']}, {result['height']}x{result['width']}{mask}"
+    mask = result.get("mask")
+    label = f", {mask['label'].split(' (')[0]}" if mask else ""
+    return f"{result['system']}, {result['height']}x{result['width']}{label}"
 
 
 def _cells(result: Result, row: Mapping[str, Any]) -> tuple[str, ...]:
     plan, name = result["plan"], row["name"]
     if row["kind"] == "reduced":
-        told = [f"{key} {plan[key]}" for key in ("alpha", "r", "keep") if plan[key] is not None]
-        told += [f"{plan['grid'][0]}x{plan['grid'][1]}"] if plan["grid"] else []
+        values = ((key, plan.get(key)) for key in ("alpha", "r", "keep"))
+        told = [f"{key} {value}" for key, value in values if value is not None]
+        told += ["{}x{}".format(*plan["grid"])] if plan.get("grid") else []
         name = ", ".join([name, *told])
-    elif name.startswith("smaller") and result["smaller"]:
-        name += f", {result['smaller'][0]}x{result['smaller'][1]}"
-    elif name.startswith("fewer") and result["fewer"]:
+    elif name.startswith("smaller") and result.get("smaller"):
+        name += ", {}x{}".format(*result["smaller"])
+    elif name.startswith("fewer") and result.get("fewer"):
         name += f", {result['fewer']}"
+    macs, work, peak = (row.get(key) for key in ("macs", "work", "peak_bytes"))
     spread, fastest = row["speedup"], row["name"] == result["baseline"]
     loses = " loses" * (spread["median"] < 1 and not fastest)
     ratio = f"**{spread['median']:.2f}x{loses}** ({spread['q1']:.2f}-{spread['q3']:.2f})"
@@ -54,9 +58,9 @@ def _cells(result: Result, row: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         f"{row['cpu_ms']:.0f}",
         "the fastest dense" if fastest else ratio,
-        "" if row["macs"] is None else f"{row['macs'] / 1e9:.1f}",
-        "" if row["work"] is None else f"{1 / row['work']:.2f}x",
-        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+        "" if macs is None else f"{macs / 1e9:.1f}",
+        "" if work is None else f"{1 / work:.2f}x",
+        "" if peak is None else f"{peak / 1e6:.0f}",
     )
 
 
@@ -64,5 +68,6 @@ def _below(result: Result) -> str:
     said = [f"{part['part']} takes {part['share']:.1%}" for part in result["parts"]]
     said += [f"{name} was not timed: {why}" for name, why in result["unavailable"].items()]
     said += ["a disturbed machine"] if result["canary"]["disturbed"] else []
-    told = f"{result['threads']} thread, {result['rounds']} rounds"
-    return f"{result['system']}: {'; '.join([told, *said])}."
+    threads = result["threads"]
+    told = f"{threads} thread{'s' * (threads != 1)}, {result['rounds']} rounds"
+    return f"{_network(result)}: {'; '.join([told, *said])}."

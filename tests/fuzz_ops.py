@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import itertools
 import math
 import os
 import random
@@ -218,9 +219,56 @@ def one_linear_layer(rng: random.Random) -> None:
     assert_within(out, *results, what=("linear", cin, cout), ulp=64)
 
 
+def one_mlp(rng: random.Random) -> None:
+    """Two layers whose blocks of rows and chunks do not fit each other; one pack is damaged."""
+    sizes = [rng.choice((1, 2, 7, 16, 33, 64, 65, 130)) for _ in range(3)]
+    packs = []
+    for cin, cout in itertools.pairwise(sizes):
+        weight = masked_weight(cout, cin, 1, rng.choice((0.0, 0.05, 0.3, 1.0)), rng.randrange(99))
+        bias = torch.randn(cout) if rng.random() < 0.7 else None
+        chunk = rng.choice((None, 1, 2, 5, 64, cin, max(1, cin - 1)))
+        row_block = rng.choice((None, 1, 2, 5, 64, cout, max(1, cout - 1)))
+        packs.append(SparseWeight.from_dense(weight, bias, chunk=chunk, row_block=row_block))
+    broken = rng.choice((None, 0, 1))
+    structures = [packed.structure for packed in packs]
+    if broken is not None:
+        structures[broken] = damaged(rng, structures[broken])
+    x = torch.randn(rng.choice((0, 1, 3, 8, 17, 20, 53, 119, 200)), sizes[0])
+    x = x.t().contiguous().t() if rng.random() < 0.3 else x
+    residual = torch.randn(len(x), sizes[2]) if rng.random() < 0.3 else None
+    act = Activation(rng.choice(list(Kind)), 0.1)
+    tensors = [
+        t
+        for s, packed in zip(structures, packs, strict=True)
+        for t in (s, packed.values, packed.bias)
+    ]
+    try:
+        valid = [
+            SparseWeight(s, p.values, p.bias, p.cin, p.cout, 1, 1, 0)
+            for s, p in zip(structures, packs, strict=True)
+        ]
+    except PlanError:
+        valid = []
+    torch.set_num_threads(rng.choice((1, 1, 2, 7)))
+    with torch.no_grad():
+        out = attempt(lambda: OPS.sparse_mlp(
+            x, *tensors, residual, sizes[2], act.kind, act.slope))  # fmt: skip
+    torch.set_num_threads(1)
+    if not valid:
+        return
+    assert out is not None, "valid packs were refused"
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        first, last = (packed.to_dense()[:, :, 0, 0] for packed in valid)
+        hidden = dense_linear(x, first, packs[0].bias, None, act, dtype)
+        results.append(dense_linear(hidden, last, packs[1].bias, residual, dtype=dtype))
+    if len(x):
+        assert_within(out, *results, what=("mlp", sizes, len(x)), ulp=64)
+
+
 PACKS = (
     one_convolution, one_convolution, one_convolution, one_block, one_trained_layer,
-    one_linear_layer,
+    one_linear_layer, one_mlp,
 )  # fmt: skip
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from kernel_cases import assert_within
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import opentrans_kernels as otk
-from opentrans_kernels.heads.taps import Taps, outlying
+from opentrans_kernels.heads.taps import Taps, trimmed
 from opentrans_kernels.heads.zeros import PackedConv, TrimmedConv
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -91,6 +92,69 @@ def test_only_small_maps_are_computed_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert type(model.far) is nn.Conv2d
 
 
+def test_nothing_is_kept_for_maps_that_are_never_small() -> None:
+    model, plain = Pyramid(), Pyramid()
+    otk.accelerate_heads(model)
+    taps = model.far.opentrans_copied
+    with torch.no_grad():
+        assert taps.weight is None
+        model(torch.randn(1, 33, 60, 60))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(torch.randn(1, 33, 16, 16))
+        assert taps.weight is None, "another mode's tensor"
+        x = torch.randn(1, 33, 16, 16)
+        torch.testing.assert_close(model(x), plain(x))
+        assert taps.weight is not None
+        # What nobody saw before the matrices were made is not in them later.
+        model, kept = Pyramid(), plain.far.weight.clone()
+        otk.accelerate_heads(model)
+        model.far.weight.data[0, 0, 0, 0] = 99.0
+        model(x)
+        model.far.weight.data.copy_(kept)
+        torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traces_hold_for_maps_of_any_size() -> None:
+    model, plain = Pyramid(), Pyramid()
+    otk.accelerate_heads(model)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(1, 33, 9, 9))
+        for x in (torch.randn(2, 33, 9, 9), torch.randn(1, 33, 24, 25), torch.randn(1, 33, 3, 4)):
+            torch.testing.assert_close(traced(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "served"),
+    [({"padding": 1, "dilation": 6}, (11, 12)), ({"padding": 20, "dilation": 3}, (3, 3)),
+     ({"kernel": 2, "padding": 5, "dilation": 9}, (3, 3)), ({"padding": 0}, None)],
+)  # fmt: skip
+def test_unusual_padding(options: dict[str, int], served: tuple[int, int] | None) -> None:
+    plain = nn.ModuleList([conv_of(**options)]).eval()
+    model = copy.deepcopy(plain)
+    report = otk.accelerate_heads(model)
+    assert not report.left and (type(model[0]) is TrimmedConv) == (served is not None)
+    with torch.no_grad():
+        for size in {served or (20, 20), (30, 31)}:
+            x = torch.randn(2, 33, *size)
+            torch.testing.assert_close(model[0](x), plain[0](x))
+        with pytest.raises(RuntimeError, match="to have 33 channels"):
+            model[0](torch.randn(2, 7, *(served or (20, 20))))
+    if served:
+        assert model[0].opentrans_copied.weight is not None
+
+
+def test_layers_without_numbers_are_passed_over() -> None:
+    layers = [
+        nn.Conv2d(32, 32, 3, groups=32, device="meta"), nn.LazyConv2d(32, 3, groups=4),
+        nn.LazyConv2d(32, 3, padding=2, dilation=2), nn.LazyLinear(32),
+        nn.Conv2d(64, 64, 3, padding=2, dilation=2, device="meta"), conv_of().half(),
+    ]  # fmt: skip
+    model = nn.ModuleList(layers).eval()
+    assert not otk.accelerate_heads(model).parts
+    assert list(model) == layers
+
+
 def test_a_weight_that_is_written_to_is_used(caplog: pytest.LogCaptureFixture) -> None:
     model, plain = Pyramid(), Pyramid()
     otk.accelerate_heads(model)
@@ -107,14 +171,16 @@ def test_a_weight_that_is_written_to_is_used(caplog: pytest.LogCaptureFixture) -
 
 
 def test_what_it_is_not_for() -> None:
-    assert outlying(conv_of())
-    assert not outlying(conv_of(dilation=1, padding=1)) and not outlying(conv_of(stride=2))
-    assert not outlying(conv_of(padding_mode="reflect")) and not outlying(conv_of().double())
-    narrow = nn.Conv2d(31, 40, 3, padding=6, dilation=6)
-    assert not outlying(narrow)
+    assert trimmed("conv", conv_of()) is not None
     odd = conv_of()
     odd.weight[0, 0, 0, 0] = float("inf")
-    assert not outlying(odd)
+    for conv in (
+        conv_of(dilation=1, padding=1), conv_of(stride=2), conv_of(padding_mode="reflect"),
+        conv_of().double(), nn.Conv2d(31, 40, 3, padding=6, dilation=6), odd,
+        conv_of(padding=0), conv_of(padding="same"), conv_of(padding=(6, 4)),
+        conv_of().to("meta"), nn.LazyConv2d(40, 3, padding=6, dilation=6),
+    ):  # fmt: skip
+        assert trimmed("conv", conv) is None, conv
     sparse = Pyramid()
     for conv in (sparse.far, sparse.near):
         conv.weight.mul_(torch.rand_like(conv.weight) < 0.1)

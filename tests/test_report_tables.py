@@ -157,9 +157,10 @@ def test_fewer_tokens_stand_beside_what_their_work_buys_otherwise(tables, tmp_pa
     assert f"{start} smaller input, sparse, 448x448 | 125 | **0.80x loses** (" in text
     assert "| segmenter-b16, 640x640 | eager |" in text
     assert (
-        "segmenter-s16: 1 thread, 3 rounds; reducing takes 4.0%; compiled was not timed: not asked "
-        "for; a disturbed machine."
+        "segmenter-s16, 640x640, uniform:0.90: 1 thread, 3 rounds; reducing takes 4.0%; compiled "
+        "was not timed: not asked for; a disturbed machine."
     ) in text
+    assert "segmenter-b16, 640x640: 1 thread, 3 rounds. " in text
 
 
 def test_another_librarys_network_is_named_and_keeps_the_readme_short(

@@ -28,7 +28,7 @@ class Each:
 
 @dataclass(frozen=True)
 class Maybe:
-    """None, or a value of the form."""
+    """Missing, None, or a value of the form."""
 
     form: Any
 

@@ -15,6 +15,7 @@ from .schema import (
     SPREAD,
     TEXT,
     Each,
+    Leaf,
     Maybe,
 )
 from .system_form import check_sides
@@ -24,6 +25,10 @@ __all__ = ["EXACT", "KIND", "check_tokens", "inexact"]
 KIND = "tokens"
 #: Difference of a side that computes the dense network, relative to its largest logit.
 EXACT = 1e-3
+SIZE = Leaf(
+    "height and width",
+    lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(COUNT.test, v)),
+)
 ROW = {
     "name": TEXT,
     "kind": TEXT,
@@ -34,7 +39,7 @@ ROW = {
     "speedup": SPREAD,
     "over_eager": SPREAD,
     "macs": Maybe(COUNT),
-    "work": Maybe(NUMBER),
+    "work": Maybe(POSITIVE),
     "difference": NUMBER,
     "same_class": SHARE,
     "peak_bytes": Maybe(COUNT),
@@ -49,10 +54,16 @@ FORM = {
     "classes": COUNT,
     "height": COUNT,
     "width": COUNT,
-    "plan": {"method": TEXT},
+    "plan": {
+        "method": TEXT,
+        "alpha": Maybe(COUNT),
+        "r": Maybe(COUNT),
+        "keep": Maybe(SHARE),
+        "grid": Maybe(SIZE),
+    },
     "rounds": COUNT,
     "baseline": TEXT,
-    "smaller": Maybe([COUNT]),
+    "smaller": Maybe(SIZE),
     "fewer": Maybe(COUNT),
     "kept": Maybe(SHARE),
     "mask": Maybe({"label": TEXT, "synthetic": FLAG}),

@@ -3,7 +3,7 @@
 The convolution of the enlarged half is computed from the coarse map (``enlarged``), batch norms go
 into weights and ReLUs into products, and an embedding that only meets words is never made
 (``embeddings``). Weights are folded at every call, so they may be written to at any time; those in
-Winograd's form are watched.
+another form are watched. Modules are read at every call as well: exchanged ones are used, or run.
 
 Three forms: that of ``opentrans.ovs.DeepLabHead``, that of detectron2's ``DeepLabV3PlusHead``, and
 the decoder of two inputs that ZS3 and others took from one another.
@@ -25,24 +25,28 @@ from ..topology.fold import is_plain_bn, scale_shift
 from .embeddings import late_embeddings
 from .enlarged import add_convolution_of_enlarged, pays
 from .linear import has_kernel
-from .packed import Packed, Transformed, transformable
+from .packed import Copied, Transformed, transformable
 from .parts import Found, HeadPart, NotTheSame, prove
-from .zeros import PackedConv
+from .zeros import CopiedConv
 
 __all__ = ["AlignedAtrousDecoder", "AtrousDecoder", "AtrousHead", "StagedAtrousHead", "find"]
 
 KIND = "DeepLab decoder"
 Tensor = torch.Tensor
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class _Link:
-    """A convolution, the batch norm and the ReLU behind it. packed: its sparse weight, if any."""
+    """A convolution, the batch norm and the ReLU behind it.
+
+    copied: its weight in another form, if it was replaced itself.
+    """
 
     conv: nn.Conv2d
     norm: nn.Module | None
     relu: bool
-    packed: Packed | None = None
+    copied: Copied | None = None
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with the batch norm in them."""
@@ -58,13 +62,18 @@ class _Link:
         conv = self.conv
         return list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
 
-    def run(self, x: Tensor, smooth: Mapping[nn.Conv2d, Transformed]) -> Tensor:
-        """Of a map; smooth: convolutions that have another form, with what is behind them in it."""
-        other = smooth.get(self.conv)
+    def key(self) -> Key:
+        """What a form of weight and norm together depends on, beside their numbers."""
+        conv = self.conv
+        return conv, self.norm, conv.padding, conv.stride, conv.dilation, conv.groups
+
+    def run(self, x: Tensor, smooth: Mapping[Key, Transformed]) -> Tensor:
+        """Of a map; smooth: key -> form with the norm in it."""
+        other = smooth.get(self.key())
         if other is not None and other.serves(x):
             return other.convolve(x, RELU if self.relu else NONE)
-        if self.packed is not None and self.packed.serves(x):
-            out = self.packed.convolve(x)
+        if self.copied is not None and self.copied.serves(x):
+            out = self.copied.convolve(x)
             out = out if self.norm is None else self.norm(out)
             return out.relu_() if self.relu else out
         weight, bias = self.folded()
@@ -93,10 +102,6 @@ class _Link:
         return sums.relu_() if self.relu else sums
 
 
-def _recorded() -> bool:
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
 def _convolution(x: Tensor, *rest: Any) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._convolution_pointwise.default(x, *rest)
@@ -106,27 +111,33 @@ def links_of(module: nn.Module) -> list[_Link]:
     """The convolutions of a chain of them; NotTheSame for anything else in it."""
     links: list[_Link] = []
     for child in _flat(module):
-        packed = None
-        if isinstance(child, PackedConv):  # put in when this part was: its dense weight is the same
-            packed, child = child.opentrans_copied, child.opentrans_original
+        copied = None
+        if isinstance(child, CopiedConv):  # put in when this part was: its dense weight is the same
+            copied, child = child.opentrans_copied, child.opentrans_original
         if isinstance(child, nn.Conv2d):
             if child.padding_mode != "zeros" or isinstance(child.padding, str):
                 raise NotTheSame(f"has a convolution with padding {child.padding_mode}")
             norm, activation = child._modules.get("norm"), getattr(child, "activation", None)
             if activation not in (None, F.relu, torch.relu) and type(activation) is not nn.ReLU:
                 raise NotTheSame("has a convolution with an activation other than ReLU")
-            if norm is not None and not is_plain_bn(norm):
+            if norm is not None and not _is_scale(norm):
                 raise NotTheSame(f"has a {type(norm).__name__} behind a convolution")
-            links.append(_Link(child, norm, activation is not None, packed))
+            links.append(_Link(child, norm, activation is not None, copied))
         elif type(child) is nn.ReLU and links and not links[-1].relu:
             links[-1] = replace(links[-1], relu=True)
-        elif links and links[-1].norm is None and not links[-1].relu and is_plain_bn(child):
+        elif links and links[-1].norm is None and not links[-1].relu and _is_scale(child):
             links[-1] = replace(links[-1], norm=child)
         elif not isinstance(child, (nn.Dropout, nn.Dropout2d, nn.Identity)):
             raise NotTheSame(f"has a {type(child).__name__} between convolutions")
     if not links:
         raise NotTheSame("has no convolutions to fuse")
     return links
+
+
+def _is_scale(norm: nn.Module) -> bool:
+    """Whether it is a batch norm with statistics of its own."""
+    stored = (getattr(norm, key, None) for key in ("running_mean", "running_var"))
+    return all(tensor is not None for tensor in stored) and is_plain_bn(norm)
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:
@@ -142,22 +153,22 @@ class _Atrous(HeadPart):
     #: Whether the fine map comes first, and how the coarse one is enlarged.
     opentrans_first, opentrans_align = True, False
 
-    #: Convolutions that have another form; none in parts that were pickled without.
-    opentrans_smooth: Mapping[nn.Conv2d, Transformed] = MappingProxyType({})
+    #: Convolutions and norms that have another form; none in parts that were pickled without.
+    opentrans_smooth: Mapping[Key, Transformed] = MappingProxyType({})
 
     #: Path -> chain of convolutions, which are not called.
     fuse_modules: Callable[[], dict[str, nn.Module]]
 
     def transform(self, name: str) -> None:
         """Find what Winograd's method computes, and make its weights; ``name``: of this part."""
-        smooth: dict[nn.Conv2d, Transformed] = {}
+        smooth: dict[Key, Transformed] = {}
         for path, module in self.fuse_modules().items():
             names = {child: f"{name}.{path}.{at}" for at, child in module.named_modules()}
             for link in links_of(module)[1:]:
-                if link.packed is None and transformable(link.conv):
+                if link.copied is None and transformable(link.conv):
                     at = names[link.conv]
                     norm = None if link.norm is None else (names[link.norm], link.norm)
-                    smooth[link.conv] = Transformed(at, link.conv, norm)
+                    smooth[link.key()] = Transformed(at, link.conv, norm)
         self.__dict__["opentrans_smooth"] = smooth
         if smooth:
             self.__dict__["how"] = f"{self.how}; the 3x3 behind by Winograd's method"
@@ -167,8 +178,21 @@ class _Atrous(HeadPart):
             for name, child in module.named_modules():
                 yield f"{path}.{name}".rstrip("."), child
 
-    def fused(self, module: nn.Module, fine: Tensor, coarse: Tensor) -> Tensor:
-        head, *rest = links_of(module)
+    def chains(self) -> dict[str, list[_Link]] | None:
+        """Path -> links; None if the modules are to run as they are."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        found = {}
+        for path, module in self.fuse_modules().items():
+            try:
+                found[path] = links_of(module)
+            except NotTheSame as different:  # something was exchanged
+                self.tell(f"{path} {different}")
+                return None
+        return found
+
+    def fused(self, links: list[_Link], fine: Tensor, coarse: Tensor) -> Tensor:
+        head, *rest = links
         x = head.run_joined(fine, coarse, first=self.opentrans_first, align=self.opentrans_align)
         for link in rest:
             x = link.run(x, self.opentrans_smooth)
@@ -186,11 +210,11 @@ class AtrousHead(_Atrous):
         yield "embed", self.embed
 
     def fast(self, features: Mapping[str, Tensor]) -> Tensor:
-        if _recorded():
+        if (chains := self.chains()) is None:
             return self.as_it_was(features)
         x = self.pyramid(features[self.deep])
         for name in self.shallow:
-            x = self.fused(self.fuse[name], self.project[name](features[name]), x)
+            x = self.fused(chains[f"fuse.{name}"], self.project[name](features[name]), x)
         return late_embeddings(x, self.embed)
 
 
@@ -206,14 +230,13 @@ class StagedAtrousHead(_Atrous):
         }
 
     def fast(self, features: Mapping[str, Tensor], targets: Any = None) -> Any:
-        if _recorded():
+        if (chains := self.chains()) is None:
             return self.as_it_was(features, targets)
         x: Tensor | None = None
         for name in self.in_features[::-1]:
-            stage = self.decoder[name]
-            fine = stage["project_conv"](features[name])
-            fuse = stage._modules["fuse_conv"]
-            x = fine if fuse is None or x is None else self.fused(fuse, fine, x)
+            fine = self.decoder[name]["project_conv"](features[name])
+            links = chains.get(f"decoder.{name}.fuse_conv")
+            x = fine if links is None or x is None else self.fused(links, fine, x)
         if self.decoder_only:
             return x
         x = self.predictor(x)
@@ -232,10 +255,10 @@ class AtrousDecoder(_Atrous):
         return {"last_conv": self.last_conv}
 
     def fast(self, x: Tensor, low_level_feat: Tensor) -> Tensor:
-        if _recorded():
+        if (chains := self.chains()) is None:
             return self.as_it_was(x, low_level_feat)
         fine = self.relu(self.bn1(self.conv1(low_level_feat)))
-        return self.fused(self.last_conv, fine, x)
+        return self.fused(chains["last_conv"], fine, x)
 
 
 class AlignedAtrousDecoder(AtrousDecoder):
@@ -268,11 +291,11 @@ def _checked(kind: type[_Atrous], name: str) -> Any:
 
 
 def _maps(widths: Mapping[str, int], deep: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The deep one of a few pixels, which the others enlarge."""
+    """The deep one of a few pixels; the others have enough of them for every form of a weight."""
     made = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(
-            2, width, *((3, 2) if name == deep else (13, 12)), generator=made
+            2, width, *((3, 2) if name == deep else (17, 16)), generator=made
         ).to(dtype)
         for name, width in widths.items()
     }  # fmt: skip

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..activations import NONE, Activation
 from ..finite import count_non_finite
@@ -24,7 +25,16 @@ from ..pack.winograd import transform_weight
 from ..topology.blocks import unusual_window, winograd_window
 from ..topology.fold import scale_shift
 
-__all__ = ["DENSEST", "SMALLEST", "Copied", "Packed", "Transformed", "packed", "transformable"]
+__all__ = [
+    "DENSEST",
+    "SMALLEST",
+    "Copied",
+    "Packed",
+    "Transformed",
+    "packed",
+    "transformable",
+    "weight_of",
+]
 
 #: Largest share of nonzero weights that is packed. A 1x1 wins up to 0.7 and more, which depends on
 #: the machine and on the size; here nothing is timed.
@@ -119,6 +129,14 @@ class Transformed(Copied):
         )
 
 
+def weight_of(layer: nn.Module) -> torch.Tensor | None:
+    """The layer's own weight, if it has one that a copy can be made of: float32 on the CPU."""
+    weight = layer._parameters.get("weight")
+    if weight is None or is_lazy(weight) or weight.device.type != "cpu":
+        return None
+    return weight if weight.dtype == torch.float32 else None
+
+
 class _Tensors(nn.Module):
     """Weight and bias of a layer, in its own dictionaries, without its children."""
 
@@ -129,10 +147,8 @@ class _Tensors(nn.Module):
 
 def transformable(conv: nn.Conv2d) -> bool:
     """Whether :class:`Transformed` serves it, and packing what is not zero would not serve more."""
-    weight = conv._parameters.get("weight")
-    if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return False
-    if not winograd_window(conv) or min(weight.shape[:2]) < _NARROWEST:
+    weight = weight_of(conv)
+    if weight is None or not winograd_window(conv) or min(weight.shape[:2]) < _NARROWEST:
         return False
     dense = int(torch.count_nonzero(weight)) > DENSEST * weight.numel()
     return dense and not count_non_finite(weight)
@@ -140,10 +156,8 @@ def transformable(conv: nn.Conv2d) -> bool:
 
 def packed(path: str, layer: nn.Module) -> Packed | None:
     """The packed form of a layer that has one and is sparse enough for it, otherwise None."""
-    weight = layer._parameters.get("weight")
-    if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return None
-    if weight.numel() < _FEWEST or not _expressible(layer):
+    weight = weight_of(layer)
+    if weight is None or weight.numel() < _FEWEST or not _expressible(layer):
         return None
     if int(torch.count_nonzero(weight.detach())) > DENSEST * weight.numel():
         return None

@@ -34,7 +34,8 @@ class HeadPart(Replacement):
 
     ``fast`` is the inference path: eval mode, float32, CPU. In training mode and for other tensors
     the original module runs, with the very same children and parameters. It also runs, and says so
-    once, after a hook was put on one of the modules that ``fast`` does not call (``bypassed``).
+    once, after a hook was put on one of the modules that ``fast`` does not call (``bypassed``), or
+    one of them was put in training mode.
     Weights may be written to or loaded at any time: what is packed is compared with them.
     """
 
@@ -72,13 +73,18 @@ class HeadPart(Replacement):
             return False
         if (why := self.changed()) is None:
             return True
-        if not self.opentrans_told:
-            self.__dict__["opentrans_told"] = True
-            _log.warning(
-                "%s since acceleration: this %s runs as it was, so that it is called. Remove "
-                "it to be fast again.", why, type(self.opentrans_original).__name__,
-            )  # fmt: skip
+        self.tell(why)
         return False
+
+    def tell(self, why: str) -> None:
+        """Say once that the original runs, and ``why`` ("NAME has hooks")."""
+        if self.opentrans_told:
+            return
+        self.__dict__["opentrans_told"] = True
+        _log.warning(
+            "%s since acceleration: this %s runs as it was, on the modules that are there now. "
+            "Undo that to be fast again.", why, type(self.opentrans_original).__name__,
+        )  # fmt: skip
 
     def unready(self) -> nn.Module:
         """The original, in the mode and with the children that this has now."""
@@ -97,7 +103,10 @@ class HeadPart(Replacement):
 
     def changed(self) -> str | None:
         """Why ``fast`` no longer does what the modules do ("NAME has hooks"); None if it does."""
-        return first_changed(self.bypassed())
+        bypassed = list(self.bypassed())
+        if (name := next((name for name, module in bypassed if module.training), None)) is not None:
+            return f"{name} is in training mode"
+        return first_changed(bypassed)
 
 
 @dataclass
@@ -147,8 +156,10 @@ def prove(
     What does not run in float64, because it converts its input to float32, is compared with the
     replacement in float64: the original must agree with that but for rounding.
     """
-    if original.training:
-        return Found(path, kind, None, "is in training mode; call model.eval()")
+    learning = next((name for name, m in original.named_modules() if m.training), None)
+    if learning is not None:  # a run of which would write to its statistics
+        where = f"has {learning} in" if learning else "is in"
+        return Found(path, kind, None, f"{where} training mode; call model.eval()")
     if (extra := own_behaviour(original)) is not None:
         return Found(path, kind, None, extra)
     try:

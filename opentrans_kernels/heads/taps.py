@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from ..finite import count_non_finite
+from ..ops.library import in_dispatch_mode
 from ..topology.blocks import unusual_window
-from .packed import DENSEST, Copied
+from .packed import DENSEST, Copied, weight_of
 
-__all__ = ["Taps", "outlying"]
+__all__ = ["Taps", "trimmed"]
 
 #: Largest share of the products that are left for which this is done: their pixels are copied.
 _SHARE = 0.6
@@ -25,17 +26,17 @@ _NARROWEST = 32  # channels, so that a tap is a product worth its copy
 Range = tuple[int, int]
 
 
-def outlying(conv: nn.Conv2d) -> bool:
-    """Whether :class:`Taps` serves it, and packing what is not zero would not serve more."""
-    weight = conv._parameters.get("weight")
-    if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return False
-    if min(conv.dilation) < 2 or conv.stride != (1, 1) or conv.groups != 1:
-        return False
+def trimmed(path: str, conv: nn.Conv2d) -> Taps | None:
+    """Its taps, if there are maps that they serve and packing would not serve more, else None."""
+    weight = weight_of(conv)
+    if weight is None or min(conv.dilation) < 2 or conv.stride != (1, 1) or conv.groups != 1:
+        return None
     if min(weight.shape[:2]) < _NARROWEST or unusual_window(conv) is not None:
-        return False
-    dense = int(torch.count_nonzero(weight)) > DENSEST * weight.numel()
-    return dense and not count_non_finite(weight)
+        return None
+    if int(torch.count_nonzero(weight)) <= DENSEST * weight.numel() or count_non_finite(weight):
+        return None
+    taps = Taps(path, conv)
+    return taps if taps.share(taps.small, taps.small + 1) <= _SHARE else None
 
 
 def _inside(size: int, tap: int, conv: Taps) -> tuple[Range, Range]:
@@ -56,6 +57,9 @@ class Taps(Copied):
         self.weight: torch.Tensor | None = None
         self.kernel, self.cout = conv.kernel_size[0], conv.out_channels
         self.dilation, self.padding = conv.dilation[0], int(conv.padding[0])
+        reach = self.dilation * (self.kernel - 1)
+        #: A side at which taps read padding; large enough for an output.
+        self.small = max(reach // 2 + 2, reach - 2 * self.padding + 1)
 
     def out_side(self, size: int) -> int:
         """Pixels of a side of the output."""
@@ -71,21 +75,39 @@ class Taps(Copied):
         return shares
 
     def serves(self, x: torch.Tensor) -> bool:
+        # A trace would keep the taps of this size for every other, and a captured graph or a mode's
+        # fake tensors leave nothing to keep the matrices in.
+        seen = torch.compiler.is_compiling() or in_dispatch_mode()
+        if torch.jit.is_tracing() or (seen and self.weight is None):
+            return False
         height, width = x.shape[-2:]
-        if min(self.out_side(height), self.out_side(width)) < 1:
-            return False  # an error, which the convolution words
-        return self.share(height, width) <= _SHARE and super().serves(x)
+        sides = self.out_side(height), self.out_side(width)
+        # Errors, which the convolution words.
+        if min(sides) < 1 or x.shape[1] != self.conv.in_channels:
+            return False
+        if self.conv.weight.dtype != x.dtype or self.share(height, width) > _SHARE:
+            return False
+        return super().serves(x) and (self.weight is not None or not self.fresh.at_capture())
+
+    def forget(self) -> None:
+        """Make the matrices anew when they are needed: there may never be a small map."""
+        self.weight = None
+
+    def matrices(self) -> torch.Tensor:
+        """``weight``, made if need be from the dense one, which is what it was (``serves``)."""
+        if self.weight is None:
+            self.weight = self.conv.weight.detach().permute(2, 3, 0, 1).contiguous()
+        return self.weight
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight is None:  # the dense one is what it was when this was made: see ``serves``
-            self.weight = self.conv.weight.detach().permute(2, 3, 0, 1).contiguous()
+        weight = self.matrices()
         height, width = x.shape[2:]
         out = x.new_zeros(len(x), self.cout, self.out_side(height), self.out_side(width))
         if self.conv.bias is not None:
             out += self.conv.bias.view(1, -1, 1, 1)
         for (ky, kx), (rows, columns), (above, left) in self._taps(height, width):
             part = x[:, :, slice(*above), slice(*left)]
-            product = self.weight[ky, kx] @ part.flatten(2)
+            product = weight[ky, kx] @ part.flatten(2)
             to = out[:, :, slice(*rows), slice(*columns)]
             to += product.view(to.shape)
         return out

@@ -18,12 +18,12 @@ from ..nn import Replacement
 from ..topology.blocks import unusual_window
 from ..topology.naming import naming_of_root
 from .linear import packed_part
-from .packed import DENSEST, Copied, Transformed, packed, transformable
+from .packed import DENSEST, Copied, Transformed, packed, transformable, weight_of
 from .parts import Found, HeadPart, prove
 from .pointwise import beside_encoders
-from .taps import Taps, outlying
+from .taps import trimmed
 
-__all__ = ["PackedConv", "TrimmedConv", "WinogradConv", "find", "find_smooth"]
+__all__ = ["CopiedConv", "PackedConv", "TrimmedConv", "WinogradConv", "find", "find_smooth"]
 
 KIND = "convolution"
 
@@ -82,17 +82,18 @@ def find(model: nn.Module) -> Iterator[Found]:
 
 
 def _conv(name: str, conv: nn.Conv2d) -> Iterator[Found]:
-    weight = conv._parameters.get("weight")
     if (why := unusual_window(conv)) is not None:
+        weight = weight_of(conv)
         if weight is not None and int(torch.count_nonzero(weight)) <= DENSEST * weight.numel():
             yield Found(name, KIND, None, f"most of its weights are zero, but it {why}: dense")
     elif (found := packed(name, conv)) is not None:
         kind = functools.partial(PackedConv, copied=found)
         yield prove(name, KIND, conv, kind, lambda dtype: _noise(conv, dtype))
-    elif outlying(conv):
-        kind = functools.partial(TrimmedConv, copied=Taps(name, conv))
-        small = conv.dilation[0] * (conv.kernel_size[0] - 1) // 2 + 2
-        yield prove(name, KIND, conv, kind, lambda dtype: _noise(conv, dtype, small))
+    elif (taps := trimmed(name, conv)) is not None:
+        kind = functools.partial(TrimmedConv, copied=taps)
+        proved = prove(name, KIND, conv, kind, lambda dtype: _noise(conv, dtype, taps.small))
+        taps.forget()
+        yield proved
 
 
 def _noise(

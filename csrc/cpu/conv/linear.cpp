@@ -74,7 +74,7 @@ void to_tokens(const Chain& chain, const Group& g, const float* planes, int64_t 
 // Row blocks [b0, b1) of a single layer.
 void run_layer(const Chain& chain, const Group& g, int b0, int b1, const Isa& isa, Arena& local) {
   const SparseWeight& w = *chain.last;
-  local.reset((w.cin + w.row_block) * g.plane +
+  local.reset((int64_t{w.cin} + w.row_block) * g.plane +
               run_scratch(run_of(w, nullptr, g, 0, nullptr), isa));
   float* x = local.take(w.cin * g.plane);
   to_planes(chain.x, g, isa, x);
@@ -97,7 +97,7 @@ int64_t last_rows(const SparseWeight& w) { return int64_t{w.n_row_blocks} * w.ro
 // Floats of a group's planes per float of a plane, and the partial sums.
 int64_t pair_channels(const Chain& chain) {
   const SparseWeight &first = *chain.first, &last = *chain.last;
-  return first.cin + first.row_block + last.chunk + last.cout;
+  return int64_t{first.cin} + first.row_block + last.chunk + last.cout;
 }
 
 // Two layers. What lies between them is used up chunk by chunk as soon as it is there, while it is
