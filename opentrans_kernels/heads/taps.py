@@ -53,7 +53,7 @@ class Taps(Copied):
     def __init__(self, path: str, conv: nn.Conv2d) -> None:
         super().__init__(path, conv)
         self.conv = conv
-        #: [kernel, kernel, cout, cin]; made for the first map that is small enough.
+        #: [kernel, kernel, cin, cout]; made for the first map that is small enough.
         self.weight: torch.Tensor | None = None
         self.kernel, self.cout = conv.kernel_size[0], conv.out_channels
         self.dilation, self.padding = conv.dilation[0], int(conv.padding[0])
@@ -96,21 +96,22 @@ class Taps(Copied):
     def matrices(self) -> torch.Tensor:
         """``weight``, made if need be from the dense one, which is what it was (``serves``)."""
         if self.weight is None:
-            self.weight = self.conv.weight.detach().permute(2, 3, 0, 1).contiguous()
+            self.weight = self.conv.weight.detach().permute(2, 3, 1, 0).contiguous()
         return self.weight
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.matrices()
         height, width = x.shape[2:]
-        out = x.new_zeros(len(x), self.cout, self.out_side(height), self.out_side(width))
+        # Channels last: what a tap reads are then whole rows of pixels, copied at memory's speed.
+        pixels = x.permute(0, 2, 3, 1).contiguous()
+        out = x.new_zeros(len(x), self.out_side(height), self.out_side(width), self.cout)
         if self.conv.bias is not None:
-            out += self.conv.bias.view(1, -1, 1, 1)
-        for (ky, kx), (rows, columns), (above, left) in self._taps(height, width):
-            part = x[:, :, slice(*above), slice(*left)]
-            product = weight[ky, kx] @ part.flatten(2)
-            to = out[:, :, slice(*rows), slice(*columns)]
-            to += product.view(to.shape)
-        return out
+            out += self.conv.bias
+        for tap, (rows, columns), (above, left) in self._taps(height, width):
+            part = pixels[:, slice(*above), slice(*left)].flatten(0, 2)
+            to = out[:, slice(*rows), slice(*columns)]
+            to += (part @ weight[tap]).view(to.shape)
+        return out.permute(0, 3, 1, 2)
 
     def _taps(
         self, height: int, width: int
