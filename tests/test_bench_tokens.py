@@ -120,7 +120,7 @@ def test_a_mask_adds_sides_on_the_kernels(masked_result: dict[str, Any]) -> None
     small = segmenter_macs(kept, tuple(result["smaller"]), 5)
     assert rows[f"{SMALLER}, sparse"]["macs"] == small
     assert set(result["replaced"]) == {name for name in rows if SPARSE in name}
-    assert result["mask"]["synthetic"] and "masks" in result["mask"]["label"]
+    assert result["mask"] == {"label": "uniform:0.90 (synthetic mask)", "synthetic": True}
     check_tokens(stored(result), "x.json")
     said = io.StringIO()
     show(result, Output(stdout=said, use_rich=False))

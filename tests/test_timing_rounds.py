@@ -152,6 +152,8 @@ def test_medians_of_sides_would_contradict_the_ratio() -> None:
     assert pair.ratios.n == 3 and pair.ratios.maximum == pytest.approx(900 / 330)
     even = median_pair([1.0, 2.0, 3.0, 4.0], [1.0] * 4)
     assert even.ratios.median == even.slow_ms == 2.0, "a round that took place, claiming less"
+    two = median_pair([1.0, 3.0], [1.0, 1.0]).ratios
+    assert (two.q1, two.median, two.q3) == (1.0, 1.0, 2.5), "no median beside its quartiles"
 
 
 def test_to_dict_is_plain() -> None:

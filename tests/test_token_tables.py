@@ -74,3 +74,13 @@ def test_no_side_has_no_work(tmp_path) -> None:
     one["rows"][0]["work"] = 0
     with pytest.raises(OpenTransError, match=r"rows\[0\].work is 0, expected a number above 0"):
         stored(tmp_path, one)
+
+
+@pytest.mark.parametrize(
+    "label",
+    ("uniform:0.90 (synthetic mask)", "9 masks, 1 of 9 weights kept; spec: uniform:0.90; model: M"),
+)
+def test_a_network_is_named_with_its_recipe(tables, label) -> None:
+    one = make.tokens()
+    one["mask"]["label"] = label
+    assert "| segmenter-s16, 640x640, uniform:0.90 | sparse |" in tables.tokens_table([one])

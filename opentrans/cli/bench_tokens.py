@@ -129,7 +129,9 @@ def mask_(subject: Any, given: str, step: Any) -> None:
     step(f"mask {given}")
     masks = masks_for(given, subject.model)
     masks.apply_(subject.model)
-    subject.facts["mask"] = {"label": str(masks), "synthetic": is_mask_spec(given)}
+    spec = is_mask_spec(given)
+    label = f"{given} (synthetic mask)" if spec else str(masks)
+    subject.facts["mask"] = {"label": label, "synthetic": spec}
 
 
 def plan_of(options: argparse.Namespace, maps: tuple[int, int], depth: int) -> Any:

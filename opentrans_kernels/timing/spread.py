@@ -87,4 +87,6 @@ def median_pair(slow: Sequence[float], fast: Sequence[float]) -> Pair:
     rounds = sorted((a / b, a, b) for a, b in zip(slow, fast, strict=False))
     ratios = Spread.of(ratio for ratio, _, _ in rounds)
     ratio, a, b = rounds[(len(rounds) - 1) // 2]
-    return Pair(a, b, replace(ratios, median=ratio))
+    # Of two rounds both quartiles, which are interpolated, lie above the lower one.
+    around = {"q1": min(ratios.q1, ratio), "q3": max(ratios.q3, ratio)}
+    return Pair(a, b, replace(ratios, median=ratio, **around))
