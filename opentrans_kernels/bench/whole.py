@@ -9,6 +9,7 @@ compiled) has copies. Scores are ``[K, H, W]``.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from ..synthetic import parse_mask_spec, synthetic_masks
 from .model import peak_bytes
 from .parts import Toggle, time_parts, trunk_path
 from .rows import matched
-from .timing import TimingTable, interleave
+from .timing import TimingTable, interleave, median_pair
 from .variants import fold_batch_norms_, freezing, relative_error
 
 __all__ = ["DENSE", "OURS", "Whole", "measure_whole"]
@@ -281,24 +282,22 @@ def measure_whole(
 
 def _scaling(name: str, call: Call, threads: int, rounds: int) -> dict[str, Any]:
     """One of our sides on one thread and on all of them in turns, by wall time; its layers are
-    those planned for all."""
-
-    def on(count: int) -> Call:
-        def run() -> torch.Tensor:
-            torch.set_num_threads(count)
-            return call()
-
-        return run
-
+    those planned for all. The first call on another number of threads is not counted: libraries
+    prepare themselves for it."""
+    spent: dict[int, list[float]] = {1: [], threads: []}
     try:
-        table = interleave(
-            {"one": on(1), "all": on(threads)}, rounds=rounds, warmup_s=0.1, settle=0
-        )
+        for index in range(rounds):
+            for count in list(spent) if index % 2 else list(reversed(spent)):
+                torch.set_num_threads(count)
+                call()
+                start = time.perf_counter()
+                call()
+                spent[count].append((time.perf_counter() - start) * 1e3)
     finally:
         torch.set_num_threads(threads)
-    one, ours = table["one"].wall.median, table["all"].wall.median
-    return {"name": name, "one_thread_ms": one, "ms": ours,
-            "ratio": table.ratio("one", "all").to_dict()}  # fmt: skip
+    pair = median_pair(spent[1], spent[threads])
+    return {"name": name, "one_thread_ms": pair.slow_ms, "ms": pair.fast_ms,
+            "ratio": pair.ratios.to_dict()}  # fmt: skip
 
 
 @torch.no_grad()
