@@ -43,6 +43,7 @@ def networks_table(
 ) -> str:
     """Trunks of the first run's instruction set, its peers, towers, whole segmentation models."""
     shown = [r for r in trunks if _is_shown(r, trunks[0])]
+    systems = [r for r in systems if not any(_is_fuller(other, r) for other in systems)]
     found = [(r, _trunk_row(r)) for r in shown]
     found += [(r, row) for r in shown for row in _peer_rows(r)]
     found += [(r, row) for r in models for row in _model_rows(r)]
@@ -54,6 +55,15 @@ def networks_table(
     head = [*COLUMNS, "machine"] if several else COLUMNS
     rows = [(*row, machine_slug(r["machine"])) if several else row for r, row in found]
     return f"{table(head, rows)}\n\n{origin(used)}"
+
+
+def _is_fuller(other: Result, r: Result) -> bool:
+    """Whether it holds the same system against more dense variants: then the best of fewer is no
+    baseline."""
+    key = ("system", "height", "width")
+    same = all(other[name] == r[name] for name in key)
+    same = same and machine_slug(other["machine"]) == machine_slug(r["machine"])
+    return same and set(other["unavailable"]) < set(r["unavailable"])
 
 
 def _is_shown(result: Result, first: Result) -> bool:

@@ -186,12 +186,6 @@ def model_table(result: Result, part: dict[str, Any]) -> str:
             "The measured ratio is above that bound, so it is noise to that extent: rounds of the "
             "whole model differ by more than the gain. Rely on the prediction."
         )
-    if (scaling := result.get("scaling")) is not None:
-        ratio = scaling["ratio"]
-        words.append(
-            f"{scaling['name'].capitalize()}, {result['threads']} threads over one: "
-            f"**{ratio['median']:.2f}x** ({ratio['q1']:.2f}-{ratio['q3']:.2f}), wall time."
-        )
     words += [f"Not timed: {name}, {why}." for name, why in part["unavailable"].items()]
     if "deformable_attention" in part:
         words.append(f"Deformable attention: {part['deformable_attention']}.")

@@ -141,6 +141,15 @@ def test_engines_beside_linear_layers_have_a_table(tables, tmp_path) -> None:
     assert "no engine here" not in text and "commit: 0123456789ab" in text
 
 
+def test_a_system_against_fewer_variants_is_no_row_of_the_readme(tables) -> None:
+    full = {"system": "s", "height": 64, "width": 64, "machine": make.MACHINE, "unavailable": {}}
+    less = full | {"unavailable": {"compiled": "not asked for"}}
+    fuller = tables.network_table._is_fuller
+    assert fuller(full, less) and not fuller(less, full) and not fuller(full, full)
+    assert not fuller(full | {"height": 96}, less)
+    assert not fuller(full | {"machine": make.MACHINE | {"cpu": "Other"}}, less)
+
+
 def test_fewer_tokens_stand_beside_what_their_work_buys_otherwise(tables, tmp_path) -> None:
     masked, bare = make.tokens(), make.tokens()
     bare |= {"mask": None, "system": "segmenter-b16", "parts": [], "unavailable": {}}
