@@ -13,7 +13,7 @@ constexpr int kGroup = 4;
 constexpr int64_t kStageReuse = 6;
 // ... and it stays in L2.
 constexpr int64_t kStageFloats = 96 * 1024;
-constexpr int kTileFloats = 14 * 1024;
+constexpr int kTileFloats = 10 * 1024;  // of a chunk's sub-tile
 
 // More units than threads let the others go on while one thread is disturbed, but each of them
 // copies input or reads weights again.
