@@ -34,6 +34,7 @@ SETS = {
     "above": "alpha above the median (alpha*)",
     "random": "random half",
     "prefix": "first half",
+    "affine": "everything but scales and shifts of norms",
     "classifier": "everything but the classifier",
 }
 BARE = ("untrained/", "fitted/", "selected/")  # cells without a training step

@@ -16,7 +16,7 @@ from opentrans.trained import recipe as recipes
 from opentrans.trained.agreement import cosine, f_score, mean_absolute_error
 from opentrans.trained.bank import Bank
 from opentrans.trained.objective import EdgeMaps, FeatureMaps, Features, Objective
-from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs
+from opentrans.trained.recipe import Recipe, fine_tune, norms_of, prune_on_photographs
 from opentrans.trained.resnet_half import ResNetHalf
 from opentrans_kernels.errors import CheckpointError, OpenTransError, PlanError
 from opentrans_kernels.hed import Hed
@@ -121,6 +121,39 @@ def test_frozen_layers_do_not_train(dense: Hed, bank: Bank, extension: None) -> 
             if not torch.equal(p, pruned.get_parameter(name))
         }
         assert "blocks.1.1.weight" not in moved and "blocks.1.3.weight" in moved
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_scales_and_shifts_train_alone(sparse: bool, extension: None) -> None:
+    torch.manual_seed(0)
+    dense = ResNetHalf(8, (1, 1, 1)).eval().requires_grad_(False)
+    for norm in norms_of(dense):
+        norm.running_mean.normal_()
+        norm.weight.uniform_(0.5, 1.5)
+    bank = Bank.build(dense, Features(), Noise(32), 4, prepare)
+    convs = [name for name, m in dense.named_modules() if isinstance(m, nn.Conv2d)]
+    masks = MaskSet.from_tensors(
+        {name: torch.rand(dense.get_submodule(name).weight.shape) < 0.3 for name in convs[1:]}
+    )
+    pruned, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    masks.apply_(pruned)
+    done = fine_tune(
+        model, Features(), bank, prepare, masks, steps=3, lr=1e-2, affine_only=True, sparse=sparse
+    )  # fmt: skip
+    assert done == 3 and not any(p.requires_grad for p in model.parameters())
+    affine = {id(p) for norm in norms_of(model) for p in norm.parameters()}
+    for name, parameter in model.named_parameters():
+        same = torch.equal(parameter, pruned.get_parameter(name))
+        assert same != (id(parameter) in affine), name
+
+
+def test_without_norms_nothing_would_train(dense: Hed, bank: Bank, extension: None) -> None:
+    masks = MaskSet.from_tensors({SCOPE[0]: torch.rand(8, 8, 3, 3) < 0.4})
+    model = copy.deepcopy(dense)
+    with pytest.raises(PlanError, match="no norm"):
+        fine_tune(model, EdgeMaps(), bank, prepare, masks, steps=1, lr=1.0, affine_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(),
+                                                 strict=True))  # fmt: skip
 
 
 def test_a_budget_in_seconds_ends_the_training(

@@ -25,8 +25,13 @@ from torch import nn
 
 from benchmarks.trained.study import Data, prepare_data, say, store
 from opentrans.freeze import FreezePlan, freeze_plan
-from opentrans.gradskip import restore_skipped, skip_frozen
-from opentrans.trained.recipe import Recipe, fine_tune, prune_on_photographs
+from opentrans.trained.recipe import (
+    Recipe,
+    fine_tune,
+    norms_of,
+    prepared,
+    prune_on_photographs,
+)
 from opentrans.trained.subjects import SUBJECTS
 from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.masks import MaskSet
@@ -34,15 +39,17 @@ from opentrans_kernels.spectrum import estimate_alpha
 
 SCHEMA = 1
 FIT = "xmin_peak"
-SETS = ("none", "below", "above", "random", "prefix", "classifier")
+SETS = ("none", "below", "above", "random", "prefix", "affine", "classifier")
 
 
 def frozen_of(which: str, data: Data, seed: int, plans: dict[str, FreezePlan]) -> list[str]:
-    """Names of the layers that a set freezes. Half of the convolutions each, but "none"."""
+    """Names of the convolutions that a set freezes: half of them; or none; or all, so that only the
+    classifier trains, as a norm is frozen with its convolution; or all, and the classifier, but no
+    norm ("affine")."""
     convs = [n for n, m in data.dense.named_modules() if isinstance(m, nn.Conv2d)]
     if which == "none":
         return []
-    if which == "classifier":  # a norm is frozen with its convolution, so that alone trains
+    if which in ("affine", "classifier"):
         return convs
     if which == "prefix":
         return convs[: len(convs) // 2]
@@ -76,20 +83,18 @@ def one_run(
     settings: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune once; agreement, steps, seconds, bytes kept."""
-    model = copy.deepcopy(start)
+    model, affine = copy.deepcopy(start), which == "affine"
+    layers = [] if affine else frozen  # their norms would be frozen with them
     data.bank.seed = seed
     began, cpu = time.perf_counter(), time.process_time()
     steps = fine_tune(
-        model, data.subject.objective, data.bank, data.prepare, masks, frozen=frozen,
-        lr=settings["lr"], batch=settings["batch"], steps=settings["steps"],
+        model, data.subject.objective, data.bank, data.prepare, masks, frozen=layers,
+        affine_only=affine, lr=settings["lr"], batch=settings["batch"], steps=settings["steps"],
         seconds=settings.get("seconds"),
     )  # fmt: skip
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    model.requires_grad_(True)
-    skip_frozen(model, frozen, bn="affine", masks=masks)
-    kept = saved_bytes(model, data, settings["batch"])
-    restore_skipped(model)
-    model.requires_grad_(False)
+    with prepared(model, layers, masks):
+        kept = saved_bytes(model, data, settings["batch"])
     mean = data.agreement(model)["mean"]
     return {
         "set": which, "seed": seed, "frozen": len(frozen), "steps": steps, "seconds": seconds,
@@ -165,11 +170,15 @@ def main() -> int:
         "frozen_of_dense_weights": sorted(plans["below"].modules),
         "frozen_of_pruned_weights": sorted(pruned.modules),
     }  # fmt: skip
+    sets = SETS
+    if not norms_of(data.dense):
+        say('no set "affine": the network has no norms')
+        sets = tuple(which for which in SETS if which != "affine")
     keys = tuple(result["before"]) + ("steps", "cpu_seconds", "kept_bytes", "frozen")
     for budget, chosen in budgets.items():
         runs = result["runs"].setdefault(budget, [])
         for seed in range(options.seeds):
-            for which in SETS:
+            for which in sets:
                 if any(run["set"] == which and run["seed"] == seed for run in runs):
                     continue
                 frozen = frozen_of(which, data, seed, plans)

@@ -34,9 +34,19 @@ from .bank import Bank
 from .objective import Objective
 from .statistics import bank_inputs, recalibrate
 
-__all__ = ["FIT_BELOW", "Recipe", "fine_tune", "prune_on_photographs", "save_weights"]
+__all__ = [
+    "FIT_BELOW",
+    "Recipe",
+    "fine_tune",
+    "norms_of",
+    "prepared",
+    "prune_on_photographs",
+    "save_weights",
+]
 
 SAVE_EVERY = 100  # steps of recovery
+# Norms whose scale and shift may train alone.
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 FIT_BELOW = 0.35  # of the weights; a fit of more takes minutes and training does as well
 WARM_UP = 20  # steps, in which Adam's second moments are still those of a few batches
 RECOVERY = "recovery.pt"
@@ -238,6 +248,7 @@ def fine_tune(
     lr: float,
     batch: int = 1,
     frozen: Iterable[str] = (),
+    affine_only: bool = False,
     sparse: bool = True,
     first: int = 0,
     seconds: float | None = None,
@@ -248,12 +259,23 @@ def fine_tune(
 
     The learning rate falls from ``lr`` to 0 along half a cosine, over steps or, with ``seconds``,
     over time: training then ends when they are over. Pruned weights stay zero. ``frozen`` layers
-    do not train. first: number of the first batch. path: continues from there, saved every 100
-    steps.
+    do not train, nor the norms behind them. affine_only: nothing trains but scales and shifts of
+    norms; gradients of weights are computed all the same. first: number of the first batch. path:
+    continues from there, saved every 100 steps.
+
+    Raises:
+        PlanError: ``affine_only`` and no norm, or a run in ``path`` with other settings.
+        OpenTransError: the loss is not finite.
     """
     names = list(frozen)
-    with _prepared(model, names, masks, sparse):
-        trained = [p for p in model.parameters() if p.requires_grad]
+    norms = norms_of(model)
+    if affine_only and not norms:
+        raise PlanError(
+            "affine_only: the network has no norm with a scale and a shift. Train all of it."
+        )
+    with prepared(model, names, masks, sparse):
+        parts = norms if affine_only else [model]
+        trained = [p for part in parts for p in part.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
         own = masks.match(model, strict=True).masks
         hooks = [
@@ -263,7 +285,7 @@ def fine_tune(
         ]
         settings = {
             "steps": steps, "lr": lr, "batch": batch, "first": first, "frozen": names,
-            "masks": masks.content_hash(),
+            "masks": masks.content_hash(), **({"affine_only": True} if affine_only else {}),
         }  # fmt: skip
         start = _load(path, model, optimizer, settings)
         began = time.perf_counter()
@@ -314,8 +336,15 @@ def _step(
     return loss.detach()
 
 
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    """The norms that have a scale and a shift."""
+    return [m for m in model.modules() if isinstance(m, NORMS) and m.weight is not None]
+
+
 @contextlib.contextmanager
-def _prepared(model: nn.Module, frozen: list[str], masks: MaskSet, sparse: bool) -> Iterator[None]:
+def prepared(
+    model: nn.Module, frozen: list[str], masks: MaskSet, sparse: bool = True
+) -> Iterator[None]:
     """Zeros, flags and kernels for training; undone at the end, but for the zeros."""
     masks.apply_(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
