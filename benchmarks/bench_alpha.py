@@ -3,6 +3,7 @@
     opentrans bench peers weightwatcher --setup --peer-envs /somewhere
     python benchmarks/bench_alpha.py --weightwatcher /somewhere/weightwatcher --json alpha.json
     python benchmarks/bench_alpha.py --solvers        # the table of spectrum/blas.py, here
+    python benchmarks/bench_alpha.py --trained hed    # a trained network (opentrans trained list)
 
 All sides take turns in every round, on the same pinned CPUs and with the same number of threads;
 ratios are taken within a round. WeightWatcher runs in a process and an environment of its own,
@@ -34,6 +35,7 @@ from opentrans.cli.bench import chosen_cpus  # noqa: E402
 from opentrans.cli.bench_rows import match_cell, ratio_cell, show_repeats  # noqa: E402
 from opentrans.cli.options import add_json, add_model, add_threads, positive  # noqa: E402
 from opentrans.cli.render import Output  # noqa: E402
+from opentrans.trained import NETWORKS  # noqa: E402
 from opentrans_kernels.bench.environment import (  # noqa: E402
     environment_block,
     isa_environment,
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_model(parser)
+    parser.add_argument(
+        "--trained", choices=sorted(NETWORKS), help="a trained network of opentrans, not --arch"
+    )
     add_threads(parser)
     parser.add_argument("--fits", nargs="+", choices=FITS, default=list(FITS), help="default: all")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds")
@@ -162,7 +167,7 @@ def run(options: argparse.Namespace, out: Output) -> int:
     out.finish(
         {
             "subject": label,
-            "synthetic_weights": options.checkpoint is None,
+            "synthetic_weights": options.checkpoint is None and options.trained is None,
             "sides": record,
             "fit_alone_ms": fit_ms,
             "peak_memory_bytes": memory,
@@ -180,9 +185,11 @@ def row_command(options: argparse.Namespace, fit: str) -> list[str]:
     """What measures one fit again, ours and published; WeightWatcher's ("") is beside ``ks``."""
     return command_words(
         ("python", "benchmarks/bench_alpha.py", "--fits", fit or "ks"),
-        arch=options.arch,
-        checkpoint=options.checkpoint,
-        seed=options.seed,
+        **(
+            {"trained": options.trained}
+            if options.trained
+            else {"arch": options.arch, "checkpoint": options.checkpoint, "seed": options.seed}
+        ),
         threads=options.threads,
         repeats=options.repeats,
         weightwatcher=None if fit else options.weightwatcher,
@@ -193,8 +200,11 @@ def network(options: argparse.Namespace, out: Output) -> tuple[Any, str]:
     """The tower and what it is; planted weights are announced."""
     from alpha_subject import plant_heavy_tails_
 
+    from opentrans.trained import load
     from opentrans_kernels.bench.subject import build_tower, load_weights
 
+    if options.trained is not None:
+        return load(options.trained).module, f"{options.trained}, trained"
     model = build_tower(options.arch, seed=options.seed)
     if options.checkpoint is not None:
         load_weights(model, options.checkpoint)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.errors import OpenTransError
 
 EMPTY = "No results are stored yet."
@@ -17,6 +18,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def by_machine(
+    header: Sequence[str], rows: Sequence[tuple[Mapping[str, Any], Sequence[object]]]
+) -> str:
+    """A table of (result, cells); rows of several machines get a column that names theirs."""
+    machines = [machine_slug(result["machine"]) for result, _ in rows]
+    if len(set(machines)) < 2:
+        return table(header, [cells for _, cells in rows])
+    named = [(*cells, at) for (_, cells), at in zip(rows, machines, strict=True)]
+    return table([*header, "machine"], named)
 
 
 def origin(results: Sequence[Mapping[str, Any]]) -> str:

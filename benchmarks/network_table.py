@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from markdown_tables import EMPTY, origin, table
+from markdown_tables import EMPTY, by_machine, origin
 from performance_tables import SHOWN
 
 from opentrans_kernels.bench.compare import run_label
@@ -51,10 +51,7 @@ def networks_table(
     if not found:
         return EMPTY
     used = [*shown, *models, *systems]
-    several = len({machine_slug(r["machine"]) for r in used}) > 1
-    head = [*COLUMNS, "machine"] if several else COLUMNS
-    rows = [(*row, machine_slug(r["machine"])) if several else row for r, row in found]
-    return f"{table(head, rows)}\n\n{origin(used)}"
+    return f"{by_machine(COLUMNS, found)}\n\n{origin(used)}"
 
 
 def _is_fuller(other: Result, r: Result) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from markdown_tables import EMPTY, table
+from markdown_tables import EMPTY, by_machine, table
 
 from opentrans_kernels.bench.compare import run_label
 from opentrans_kernels.bench.derive import agreeing, crossovers, layer_bytes
@@ -89,8 +89,8 @@ def peers_table(trunks: Sequence[Result]) -> str:
         label = f"{arch}, {label}" if ":" in arch else label  # the page's own network has no name
         for name, peer in result.get("peers", {}).items():
             ours = peer.get("ours_ms", result["accelerated"]["ms"])
-            rows.append((label, *_peer_cells(name, peer, ours)))
-    return table(PEERS.split("|"), rows) if rows else EMPTY
+            rows.append((result, (label, *_peer_cells(name, peer, ours))))
+    return by_machine(PEERS.split("|"), rows) if rows else EMPTY
 
 
 def _peer_cells(name: str, peer: Mapping[str, Any], ours: float | None) -> tuple[str, ...]:
@@ -130,10 +130,10 @@ def linears_table(ops: Sequence[Result]) -> str:
                 "speedup_of_ours": row["speedup"], "max_rel_err": row["dense_error"],
                 "note": f"{row['clock']} time in one process",
             }  # fmt: skip
-            name = f"torch {result['versions']['torch']}, {row['dense_kind']}"
-            rows.append((*where, *_peer_cells(name, dense, None)))
-            rows += [(*where, *_peer_cells(n, peer, None)) for n, peer in row["peers"].items()]
-    return f"{table(LINEARS.split('|'), rows)}\n\n{'; '.join(labels)}." if rows else EMPTY
+            torch_name = f"torch {result['versions']['torch']}, {row['dense_kind']}"
+            for name, side in {torch_name: dense, **row["peers"]}.items():
+                rows.append((result, (*where, *_peer_cells(name, side, None))))
+    return f"{by_machine(LINEARS.split('|'), rows)}\n\n{'; '.join(labels)}." if rows else EMPTY
 
 
 def _origin(result: Result) -> str:

@@ -31,7 +31,7 @@ import performance_tables  # noqa: E402
 import token_tables  # noqa: E402
 import trained_tables  # noqa: E402
 import training_tables  # noqa: E402
-from markdown_tables import EMPTY, origin, rewrite, table  # noqa: E402
+from markdown_tables import EMPTY, by_machine, origin, rewrite, table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 TRUNK = "mask|input|threads|ISA|baseline|dense ms|ours ms|speed-up (quartiles)|error, dense's own"
@@ -95,8 +95,8 @@ def trunk_table(results: Sequence[Result]) -> str:
         if r["canary"]["disturbed"]:
             ratio += ", disturbed machine"
         errors = f"{r['max_rel_err']:.1e}, {r['dense_own_rel_err']:.1e}"
-        rows.append((*_run(r), *times, ratio, errors))
-    return f"{table(TRUNK.split('|'), rows)}\n\n{origin(results)}" if rows else EMPTY
+        rows.append((r, (*_run(r), *times, ratio, errors)))
+    return f"{by_machine(TRUNK.split('|'), rows)}\n\n{origin(results)}" if rows else EMPTY
 
 
 def _spread(result: Result) -> dict[str, Any]:

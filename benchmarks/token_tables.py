@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markdown_tables import EMPTY, origin, table
+from markdown_tables import EMPTY, by_machine, origin
+
+from opentrans_kernels.bench.machines import machine_slug
 
 Result = Mapping[str, Any]
 TOKENS = "network, input|side|CPU ms|over the fastest dense (quartiles)|GMAC|less work|peak MB"
@@ -19,13 +21,15 @@ def tokens_table(results: Sequence[Result]) -> str:
     order = ("system", "height", "width")
     results = sorted(results, key=lambda r: (*(r[key] for key in order), r["plan"]["method"]))
     rows = [
-        (_network(result), *_cells(result, row)) for result in results for row in result["rows"]
+        (result, (_network(result), *_cells(result, row)))
+        for result in results
+        for row in result["rows"]
     ]
     if not rows:
         return EMPTY
-    return (
-        f"{table(TOKENS.split('|'), rows)}\n\n{' '.join(map(_below, results))} {_origin(results)}"
-    )
+    several = len({machine_slug(result["machine"]) for result in results}) > 1
+    below = " ".join(_below(result, several) for result in results)
+    return f"{by_machine(TOKENS.split('|'), rows)}\n\n{below} {_origin(results)}"
 
 
 def _origin(results: Sequence[Result]) -> str:
@@ -70,10 +74,11 @@ def _cells(result: Result, row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _below(result: Result) -> str:
+def _below(result: Result, several: bool) -> str:
     said = [f"{part['part']} takes {part['share']:.1%}" for part in result["parts"]]
     said += [f"{name} was not timed: {why}" for name, why in result["unavailable"].items()]
     said += ["a disturbed machine"] if result["canary"]["disturbed"] else []
     threads = result["threads"]
     told = f"{threads} thread{'s' * (threads != 1)}, {result['rounds']} rounds"
-    return f"{_network(result)}: {'; '.join([told, *said])}."
+    where = _network(result) + f" on {machine_slug(result['machine'])}" * several
+    return f"{where}: {'; '.join([told, *said])}."

@@ -64,7 +64,8 @@ def tables(folder: Path) -> dict[str, dict[str, str]]:
     for name in NETWORKS:
         made[f"untrained-{name}"] = untrained_table(name, results.get(name))
         made[f"trained-{name}"] = trained_table(name, results.get(name))
-        made[f"freezing-{name}"] = freezing_table(name, results.get(f"{name}-freezing"))
+        if freezing := results.get(f"{name}-freezing"):
+            made[f"freezing-{name}"] = freezing_table(name, freezing)
     made["alpha"] = alpha_table(results.get("alpha"))
     return {PAGE: made}
 
@@ -191,10 +192,8 @@ def _step(result: Result | None) -> str:
     )
 
 
-def freezing_table(name: str, result: Result | None) -> str:
+def freezing_table(name: str, result: Result) -> str:
     """Six freeze sets under equal steps and equal seconds, mean and standard error over seeds."""
-    if result is None:
-        return EMPTY
     key, title, digits = NETWORKS[name][1][0]
     rows = []
     for budget, sets in result["summary"].items():

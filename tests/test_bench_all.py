@@ -313,6 +313,20 @@ def test_a_weightwatcher_that_crashes_costs_only_itself(bench_alpha, answers: in
     assert peer.asked == min(answers + 1, 3), "a lost peer is not asked again"
 
 
+def test_alpha_of_a_trained_network_is_not_called_synthetic(bench_alpha, monkeypatch) -> None:
+    from torch import nn
+
+    import opentrans.trained
+
+    module = nn.Conv2d(4, 8, 3)
+    loaded = argparse.Namespace(module=module)
+    monkeypatch.setattr(opentrans.trained, "load", {"hed": loaded}.__getitem__)
+    options = argparse.Namespace(trained="hed", threads=1, repeats=2, weightwatcher=None)
+    assert bench_alpha.network(options, Output(None)) == (module, "hed, trained")
+    words = bench_alpha.row_command(options, "ks")
+    assert words[words.index("--trained") + 1] == "hed" and "--arch" not in words
+
+
 def test_a_weightwatcher_without_alphas_is_explained(bench_alpha, tmp_path: Path) -> None:
     class Peer:
         def ask(self, command: str) -> dict[str, str]:

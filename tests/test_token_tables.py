@@ -12,6 +12,7 @@ import bench_results as make
 import pytest
 
 from opentrans_kernels.bench.compare import compare, load_result
+from opentrans_kernels.bench.machines import machine_slug
 from opentrans_kernels.errors import OpenTransError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,16 @@ def test_what_a_result_may_leave_out_is_an_empty_cell(tables, tmp_path, plan, to
     assert f"{line}  |  |  |" in text
     assert "| smaller input, sparse | 125 |" in text and "640x640: 2 threads, 3 rounds;" in text
     assert compare({"a": one}, {"b": one}).changes
+
+
+def test_several_machines_are_told_apart(tables) -> None:
+    one, other = make.tokens(), make.tokens()
+    other["machine"] = {**other["machine"], "cpu": "Another Processor"}
+    slugs = {machine_slug(result["machine"]) for result in (one, other)}
+    assert len(slugs) == 2
+    both, alone = tables.tokens_table([one, other]), tables.tokens_table([one])
+    assert all(f"| {slug} |" in both for slug in slugs)
+    assert all(f"on {slug}: 1 thread" in both and f"| {slug} |" not in alone for slug in slugs)
 
 
 @pytest.mark.parametrize("place", ("grid", "smaller"))
