@@ -147,13 +147,22 @@ def test_scales_and_shifts_train_alone(sparse: bool, extension: None) -> None:
         assert same != (id(parameter) in affine), name
 
 
-def test_without_norms_nothing_would_train(dense: Hed, bank: Bank, extension: None) -> None:
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"affine_only": True}, "no norm"),
+        ({"frozen": ["blocks", "sides", "fuse"]}, "all is frozen"),
+    ],
+)
+def test_a_run_that_would_train_nothing_is_refused(
+    dense: Hed, bank: Bank, options: dict, why: str, extension: None
+) -> None:
     masks = MaskSet.from_tensors({SCOPE[0]: torch.rand(8, 8, 3, 3) < 0.4})
     model = copy.deepcopy(dense)
-    with pytest.raises(PlanError, match="no norm"):
-        fine_tune(model, EdgeMaps(), bank, prepare, masks, steps=1, lr=1.0, affine_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(),
-                                                 strict=True))  # fmt: skip
+    with pytest.raises(PlanError, match=f"nothing of the network would train: .*{why}"):
+        fine_tune(model, EdgeMaps(), bank, prepare, masks, steps=1, lr=1.0, **options)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any("Skip" in type(m).__name__ for m in model.modules())
 
 
 def test_a_budget_in_seconds_ends_the_training(

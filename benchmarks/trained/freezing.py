@@ -59,6 +59,16 @@ def frozen_of(which: str, data: Data, seed: int, plans: dict[str, FreezePlan]) -
     return sorted(plans[which].modules & set(convs))
 
 
+def _trains(which: str, model: nn.Module) -> bool:
+    """Whether a set of :func:`frozen_of` leaves anything to train."""
+    norms = {id(p) for norm in norms_of(model) for p in norm.parameters()}
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    inside = norms | {id(p) for conv in convs for p in conv.parameters()}
+    if which == "affine":
+        return bool(norms)
+    return which != "classifier" or any(id(p) not in inside for p in model.parameters())
+
+
 def saved_bytes(model: nn.Module, data: Data, batch: int) -> int:
     """Bytes of activations that autograd keeps for backward in one step; parameters not counted."""
     own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -170,10 +180,9 @@ def main() -> int:
         "frozen_of_dense_weights": sorted(plans["below"].modules),
         "frozen_of_pruned_weights": sorted(pruned.modules),
     }  # fmt: skip
-    sets = SETS
-    if not norms_of(data.dense):
-        say('no set "affine": the network has no norms')
-        sets = tuple(which for which in SETS if which != "affine")
+    sets = [which for which in SETS if _trains(which, data.dense)]
+    for which in sorted(set(SETS) - set(sets)):
+        say(f"no set {which!r}: nothing of this network would train")
     keys = tuple(result["before"]) + ("steps", "cpu_seconds", "kept_bytes", "frozen")
     for budget, chosen in budgets.items():
         runs = result["runs"].setdefault(budget, [])

@@ -264,18 +264,16 @@ def fine_tune(
     continues from there, saved every 100 steps.
 
     Raises:
-        PlanError: ``affine_only`` and no norm, or a run in ``path`` with other settings.
+        PlanError: nothing is left to train, or the run in ``path`` had other settings.
         OpenTransError: the loss is not finite.
     """
     names = list(frozen)
-    norms = norms_of(model)
-    if affine_only and not norms:
-        raise PlanError(
-            "affine_only: the network has no norm with a scale and a shift. Train all of it."
-        )
+    parts = norms_of(model) if affine_only else [model]  # the kernels stand in for norms
     with prepared(model, names, masks, sparse):
-        parts = norms if affine_only else [model]
         trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+        if not trained:
+            why = "it has no norm with a scale and a shift" if affine_only else "all is frozen"
+            raise PlanError(f"nothing of the network would train: {why}. Freeze less.")
         optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
         own = masks.match(model, strict=True).masks
         hooks = [
