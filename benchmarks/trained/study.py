@@ -210,7 +210,8 @@ def random_masks(model: nn.Module, scope: list[str], density: float, seed: int) 
 
 
 def speed_of_a_step(data: Data, masks: MaskSet, weights: nn.Module, steps: int) -> dict[str, Any]:
-    """Seconds of a training step: plain PyTorch against sparse kernels, interleaved; medians."""
+    """Seconds of a training step of the study's batch: plain PyTorch against sparse kernels,
+    interleaved; medians."""
     from statistics import median
 
     times: dict[str, list[float]] = {"plain": [], "sparse": []}
@@ -220,7 +221,7 @@ def speed_of_a_step(data: Data, masks: MaskSet, weights: nn.Module, steps: int) 
             began = time.process_time()
             fine_tune(
                 model, data.subject.objective, data.bank, data.prepare, masks, steps=steps,
-                lr=1e-5, sparse=way == "sparse", first=turn * steps,
+                lr=1e-5, batch=data.subject.batch, sparse=way == "sparse", first=turn * steps,
             )  # fmt: skip
             times[way].append((time.process_time() - began) / steps)
     ratios = [p / s for p, s in zip(times["plain"], times["sparse"], strict=True)]
@@ -301,7 +302,7 @@ def main() -> int:
         weights = copy.deepcopy(data.dense)
         weights.load_state_dict(load_file(timed / "weights.safetensors"))
         masks = MaskSet.load(timed / "masks.safetensors")
-        steps = 1 if options.quick else 5
+        steps = 1 if options.quick else 20
         found = speed_of_a_step(data, masks, weights, steps)
         result["training_step"] = {"cell": kept[0], **found}
         say(f"  training step, plain over sparse: {result['training_step']['ratio']:.2f}x")
