@@ -16,12 +16,16 @@ BINS = 100
 
 
 def estimate(weights: Mapping[str, torch.Tensor], fit: str) -> dict[str, float]:
-    """name -> alpha of weights [O, I] or [O, I, kh, kw]; ``fit`` is xmin_peak, xmin_mid or ks."""
-    return {name: layer_alpha(weight, fit) for name, weight in weights.items()}
+    """name -> alpha of weights [O, I] or [O, I, kh, kw]; ``fit`` is xmin_peak, xmin_mid or ks.
+
+    A layer with one eigenvalue, such as a map's last 1x1, has none and is left out.
+    """
+    found = {name: layer_alpha(weight, fit) for name, weight in weights.items()}
+    return {name: alpha for name, alpha in found.items() if alpha is not None}
 
 
-def layer_alpha(weight: torch.Tensor, fit: str) -> float:
-    """Alpha of one layer."""
+def layer_alpha(weight: torch.Tensor, fit: str) -> float | None:
+    """Alpha of one layer; None where there is one eigenvalue and nothing to fit."""
     matrix = weight.float()
     if matrix.dim() > 2:
         matrix = matrix.flatten(2).permute(2, 0, 1) * math.sqrt(0.5)
@@ -30,6 +34,8 @@ def layer_alpha(weight: torch.Tensor, fit: str) -> float:
     x = kept if len(kept) else values
     logs = torch.log(x)
     count = len(x)
+    if count < 2:
+        return None
     if fit == "xmin_mid":
         i = int(count / 2)
         n = float(count - i)
