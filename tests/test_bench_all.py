@@ -327,6 +327,14 @@ def test_alpha_of_a_trained_network_is_not_called_synthetic(bench_alpha, monkeyp
     assert words[words.index("--trained") + 1] == "hed" and "--arch" not in words
 
 
+def test_the_published_estimator_leaves_out_what_it_cannot_fit(bench_alpha) -> None:
+    import torch
+    from published_alpha import estimate
+
+    weights = {"one value": torch.ones(1, 8), "enough": torch.randn(16, 8)}
+    assert all(set(estimate(weights, fit)) == {"enough"} for fit in bench_alpha.FITS)
+
+
 def test_a_weightwatcher_without_alphas_is_explained(bench_alpha, tmp_path: Path) -> None:
     class Peer:
         def ask(self, command: str) -> dict[str, str]:
