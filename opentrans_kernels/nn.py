@@ -121,6 +121,10 @@ class Replacement(Operators):
     def _checked(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` as the kernels take it. Raises UnsupportedModelError with the fix."""
         self._require_ready()
+        return self._taken(x)
+
+    @staticmethod
+    def _taken(x: torch.Tensor) -> torch.Tensor:
         require_backward_alone(_OTHER_DERIVATIVES)
         if x.dtype != torch.float32:
             if torch.is_autocast_enabled("cpu"):

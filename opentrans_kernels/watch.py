@@ -22,7 +22,7 @@ from .errors import UnsupportedModelError
 from .masks.packed import pack_bits
 from .topology.behaviour import added_behaviour
 
-__all__ = ["Watch", "hooked"]
+__all__ = ["Untouched", "Watch", "hooked"]
 
 _log = logging.getLogger(__name__)
 RESTORE = "opentrans_kernels.restore(model)"
@@ -73,6 +73,26 @@ class _Seen:
     def same(self) -> bool:
         return list(map(len, self._states)) == self._sizes and all(
             map(operator.is_, map(dict.get, self._parents, self._keys), self._children)
+        )
+
+
+class Untouched:
+    """That nothing was added to parts that hang in one place, since their watches found nothing.
+
+    held: the ``_modules`` they hang in, and nothing else does.
+    """
+
+    def __init__(self, watches: Iterable[Watch], held: dict[str, Any]) -> None:
+        places = [place for watch in watches for place in watch._places]
+        self._seen = _Seen([*places, *(_Place(key, part, held) for key, part in held.items())])
+        self._held, self._count = held, len(held)
+        self._newest = RemovableHandle.next_id  # of the hooks, anywhere
+
+    def same(self) -> bool:
+        return (
+            RemovableHandle.next_id == self._newest
+            and len(self._held) == self._count
+            and self._seen.same()
         )
 
 

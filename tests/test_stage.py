@@ -78,8 +78,10 @@ def test_bits_of_the_blocks_one_by_one(extension: None, chain, threads: int) -> 
     for h, w in SIZES:
         for batch in (1, 3, 5):
             x = torch.randn(batch, channels(packs), h, w)
-            found = ops.sparse_stage(x, packs, pools)
-            assert torch.equal(found, one_by_one(x, packs, pools)), (h, w, batch)
+            expected = one_by_one(x, packs, pools)
+            for in_turn in (False, True):
+                found = ops.sparse_stage(x, packs, pools, in_turn)
+                assert torch.equal(found, expected), (h, w, batch, in_turn)
 
 
 @settings(
@@ -156,11 +158,12 @@ def test_opcheck_compile_and_flops(extension: None, chain: str) -> None:
     _, packs, pools = stage(CHAINS[chain])
     x = torch.randn(2, channels(packs), 14, 12)
     couts, downs = [pack[2].cout for pack in packs], [int(pack[3] is not None) for pack in packs]
-    torch.library.opcheck(
-        NATIVE.sparse_stage.default,
-        (x, flat(packs), couts, pools, downs, [pack[1].stride for pack in packs]),
-        test_utils=QUICK,
-    )
+    for more in ((), (True,)):
+        torch.library.opcheck(
+            NATIVE.sparse_stage.default,
+            (x, flat(packs), couts, pools, downs, [pack[1].stride for pack in packs], *more),
+            test_utils=QUICK,
+        )
     # Where torch may use no vectors, inductor's C++ does not always compile. One chain is enough
     # for it: to inductor a stage is one call, whatever its blocks are.
     plain = torch.backends.cpu.get_cpu_capability() == "DEFAULT" or chain != "a stride first"
@@ -296,9 +299,9 @@ def test_restore_brings_the_sequential_back(extension: None) -> None:
     assert after.keys() == before.keys() and all(after[n] is before[n] for n in before)
 
 
-@pytest.mark.parametrize("together", [1.0, 3.0])
-def test_a_slower_stage_is_left_alone_and_said(monkeypatch, extension, together: float) -> None:
-    monkeypatch.setattr(decisions, "_times", lambda blocks, x: (2.0, together))
+@pytest.mark.parametrize("turns", [1.0, 3.0])
+def test_the_faster_order_is_taken_and_said(monkeypatch, extension, turns: float) -> None:
+    monkeypatch.setattr(decisions, "_times", lambda blocks, x: (2.0, turns))
     monkeypatch.setattr(  # every block is sparse, however busy the machine is
         "opentrans_kernels.plan.choose.interleaved_ms",
         lambda calls, *_: {name: [0.5 if name == "sparse" else 1.0] for name in calls},
@@ -308,6 +311,7 @@ def test_a_slower_stage_is_left_alone_and_said(monkeypatch, extension, together:
     if not report.accelerated:
         pytest.skip("the narrow tower is faster dense on this machine")
     notes = [note for note in report.notes if note.startswith("layer2")]
-    assert isinstance(net.layer2, AcceleratedStage) == (together < 2)
-    text = "3 blocks run as one op, 1.00 ms" if together < 2 else "one by one, 2.00 ms; as one op"
-    assert len(notes) == 1 and text in notes[0]
+    assert net.layer2.opentrans_in_turn == (turns < 2) == ("in turn" in repr(net.layer2))
+    ways = ["rows apart 2.00 ms", f"one after the other {turns:.2f} ms"]
+    way, other = reversed(ways) if turns < 2 else ways
+    assert len(notes) == 1 and f"3 blocks run as one op, {way}; {other}" in notes[0]

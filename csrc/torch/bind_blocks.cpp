@@ -92,7 +92,7 @@ Tensor sparse_bottleneck(const Tensor& x, const Tensor& s1, const Tensor& v1, co
 
 Tensor sparse_stage(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> cout,
                     std::vector<int64_t> pool, std::vector<int64_t> down,
-                    std::vector<int64_t> stride) {
+                    std::vector<int64_t> stride, bool in_turn) {
   const char* op = "sparse_stage";
   check_isa();
   const size_t count = cout.size();
@@ -118,7 +118,7 @@ Tensor sparse_stage(const Tensor& x, std::vector<Tensor> weights, std::vector<in
     h = blocks.back().size(h);
     w = blocks.back().size(w);
   }
-  bool fits = true;
+  bool fits = !in_turn;
   for (const otk::Bottleneck& block : blocks) fits = fits && block_reaches(block, in);
   if (fits) {
     std::optional<Tensor> copy;

@@ -1,4 +1,4 @@
-"""Which stages run as one op: those whose fused blocks are faster together."""
+"""Which stages run as one op, and in which order their rows are computed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def stage_swaps(
     """Stages to replace beside ``swaps``, and what was found.
 
     A stage must be a plain ``nn.Sequential`` without hooks that holds fused blocks behind each
-    other. measure: time both ways and leave a stage alone that is not faster; else all are taken.
+    other. measure: time blocks a few rows behind each other against one after the other; else they
+    run a few rows behind each other.
     """
     found: dict[str, AcceleratedStage] = {}
     notes = []
@@ -39,27 +40,23 @@ def stage_swaps(
         longest = max((len(run) for run in fused_runs(future)), default=0)
         if longest < 2:
             continue
+        in_turn = False
         if measure and (x := _input(subject, path, batch)) is not None:
-            alone, together = _times(future, x)
-            if together >= alone:
-                notes.append(
-                    f"{path}: blocks run one by one, {alone:.2f} ms; as one op {together:.2f} ms"
-                )
-                continue
-            notes.append(
-                f"{path}: {longest} blocks run as one op, {together:.2f} ms; one by one "
-                f"{alone:.2f} ms"
-            )
-        found[path] = AcceleratedStage(original)
+            overlapping, turns = _times(future, x)
+            in_turn = turns < overlapping
+            ways = [f"rows apart {overlapping:.2f} ms", f"one after the other {turns:.2f} ms"]
+            way, other = reversed(ways) if in_turn else ways
+            notes.append(f"{path}: {longest} blocks run as one op, {way}; {other}")
+        found[path] = AcceleratedStage(original, in_turn)
     return found, notes
 
 
 def _times(blocks: nn.Sequential, x: torch.Tensor) -> tuple[float, float]:
-    """Milliseconds one by one and as one op."""
-    stage = AcceleratedStage(blocks)
-    calls = {"blocks": lambda: blocks(x), "stage": lambda: stage(x)}
+    """Milliseconds of blocks a few rows behind each other, and of one after the other."""
+    overlapping, turns = (AcceleratedStage(blocks, in_turn) for in_turn in (False, True))
+    calls = {"overlapping": lambda: overlapping(x), "turns": lambda: turns(x)}
     found = undisturbed(interleaved_ms(calls, 0.3, (3, 15)))
-    return found["blocks"], found["stage"]
+    return found["overlapping"], found["turns"]
 
 
 def _input(subject: PlanSubject, path: str, batch: int) -> torch.Tensor | None:

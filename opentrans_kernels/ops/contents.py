@@ -92,6 +92,14 @@ class Contents:
         else:
             self._sums = torch.cat([_sums_of(t).cpu() for t in stored])
 
+    @classmethod
+    def joined(cls, parts: Sequence[Contents]) -> Contents:
+        """Of the tensors of all ``parts``, in their order, as they were when those were made."""
+        found = cls(())
+        found.forms = [form for part in parts for form in part.forms]
+        found._sums = torch.cat([part._sums for part in parts])
+        return found
+
     def first_change(self, tensors: Sequence[torch.Tensor]) -> int:
         """Index of the first tensor that holds something else or has another form, or -1."""
         for index, (tensor, form) in enumerate(zip(tensors, self.forms, strict=True)):

@@ -3,7 +3,8 @@
 Equal, bit for bit, to :func:`sparse_bottleneck` of one block after the other. Blocks run a few rows
 behind each other, so that a block's output is read while it is in cache, and only the last one's
 goes to memory. With several threads an image is cut into ranges of rows; where too many rows would
-have to be computed twice, the blocks run one by one. Inference only.
+have to be computed twice, the blocks run one by one. So they do where that is asked for: outputs of
+small images stay in cache anyway, and bands leave tiles that are not full. Inference only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["sparse_stage"]
 Block = tuple[SparseWeight, SparseWeight, SparseWeight, SparseWeight | None]
 
 
-def _fake(x, weights, cout, pool, down, stride=()):
+def _fake(x, weights, cout, pool, down, stride=(), in_turn=False):
     size = image("sparse_stage", x)
     out = stage_sizes(size, pool, stride)[-1]
     return plane_padded(x, size[0], cout[-1], *out)
@@ -38,7 +39,8 @@ def _no_backward(ctx, grad):
 
 OP = define(
     "sparse_stage",
-    "(Tensor x, Tensor[] weights, int[] cout, int[] pool, int[] down, int[] stride=[]) -> Tensor",
+    "(Tensor x, Tensor[] weights, int[] cout, int[] pool, int[] down, int[] stride=[], "
+    "bool in_turn=False) -> Tensor",
     fake=_fake,
     fallback=f"{__name__}.reference:sparse_stage",
     backward=_no_backward,
@@ -46,7 +48,9 @@ OP = define(
 )
 
 
-def sparse_stage(x: torch.Tensor, blocks: Sequence[Block], pools: Sequence[int]) -> torch.Tensor:
+def sparse_stage(
+    x: torch.Tensor, blocks: Sequence[Block], pools: Sequence[int], in_turn: bool = False
+) -> torch.Tensor:
     """Run residual bottlenecks one after the other.
 
     Args:
@@ -54,6 +58,7 @@ def sparse_stage(x: torch.Tensor, blocks: Sequence[Block], pools: Sequence[int])
         blocks: (conv1, conv2, conv3, downsample or None) of each, as for
             :func:`sparse_bottleneck`.
         pools: the average-pool window of each block, 1 without a downsample.
+        in_turn: finish every block before the next one begins.
 
     Returns:
         The last block's output, dense rows, padded planes.
@@ -79,4 +84,5 @@ def sparse_stage(x: torch.Tensor, blocks: Sequence[Block], pools: Sequence[int])
         for t in (w.structure, w.values, w.bias)
     ]  # fmt: skip
     downs = [int(block[3] is not None) for block in blocks]
-    return run(x, tensors, [block[2].cout for block in blocks], list(pools), downs, strides)
+    couts = [block[2].cout for block in blocks]
+    return run(x, tensors, couts, list(pools), downs, strides, in_turn)

@@ -1,4 +1,4 @@
-"""A stage in plain PyTorch: its blocks one by one."""
+"""A stage in plain PyTorch: its blocks one by one, in turn or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["sparse_stage"]
 
 
 @in_float32
-def sparse_stage(x, weights, cout, pool, down, stride=()):
+def sparse_stage(x, weights, cout, pool, down, stride=(), in_turn=False):
     """See :func:`opentrans_kernels.ops.sparse_stage`; arguments in schema order."""
     stride = stride or [1] * len(cout)
     if not cout or not len(cout) == len(pool) == len(down) == len(stride):
