@@ -12,6 +12,7 @@ from torch import nn
 from . import dispatch, native
 from .activations import NONE, Activation
 from .compact import FoldedConv
+from .ops.library import past_autograd
 from .pack import SparseWeight
 from .pack.winograd import transform_weight
 
@@ -31,7 +32,7 @@ def operator_of(name: str) -> Callable[..., Any]:
     found = dispatch.resolve(name)
     if found.row.backend == "cpu" or not native.load():
         # Without the extension the registered op runs the reference, and still compiles.
-        return getattr(torch.ops.opentrans_kernels, name).default
+        return past_autograd(getattr(torch.ops.opentrans_kernels, name).default)
     return found.function()
 
 

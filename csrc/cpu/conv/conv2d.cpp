@@ -127,8 +127,8 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
       auto* table = reinterpret_cast<uint32_t*>(local.take(int64_t{w.chunk} * w.kernel * w.kernel));
       float* stage = local.take(stage_floats);
       float* grad = local.take(grad_floats);
-      window.tap_bytes(w.chunk, table);
-      decode_block(w, b, chunk, isa, table, 0, offsets);
+      const CodeMap map = window.code_map(w.chunk, table);
+      decode_block(w, b, chunk, isa, map, offsets);
       GradArgs a{};
       a.x = stage;
       a.offsets = offsets;

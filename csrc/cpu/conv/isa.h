@@ -129,15 +129,27 @@ struct EntrySums {
   uint32_t begun, finished;  // rows
 };
 
+// How codes become byte offsets. A code is a channel of a 1x1, else (channel * kernel + ky) *
+// kernel
+// + kx.
+struct CodeMap {
+  uint32_t channel_bytes;  // of a 1x1
+  const uint32_t* table;   // by code; null: computed
+  // (code * column + q * row + q / kernel * channel) mod 2^16, shifted, with q = code / kernel; a
+  // quotient is a product's upper half.
+  uint16_t reciprocal;  // 0: a 1x1
+  uint16_t column, row, channel;
+  int32_t shift;
+};
+
 struct Isa {
   int lanes;        // floats per vector
   int max_vectors;  // largest sub-tile
   void (*tile)(const TileArgs&);
   void (*grad)(const GradArgs&);
-  // offsets[i] = tap_bytes[codes[i]], or codes[i] * channel_bytes if tap_bytes is null. False if a
-  // code is `limit`, the size of the table, or more.
-  bool (*decode)(const uint16_t* codes, int64_t n, uint32_t limit, const uint32_t* tap_bytes,
-                 uint32_t channel_bytes, uint32_t* offsets);
+  // False if a code is `limit`, the size of the map's table, or more.
+  bool (*decode)(const uint16_t* codes, int64_t n, uint32_t limit, const CodeMap& map,
+                 uint32_t* offsets);
   // n: at most 65535, so that no sum overflows.
   EntrySums (*sum_entries)(const uint32_t* entries, int64_t n);
   // Copies neighbouring sub-tiles of each channel: sub-tile i has vectors[i] vectors and goes to

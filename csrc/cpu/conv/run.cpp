@@ -42,6 +42,13 @@ int subtile_vectors(const SparseWeight& w, const Isa& isa) {
   return std::clamp<int>(kTileFloats / (w.chunk * isa.lanes), 1, isa.max_vectors);
 }
 
+// Of a 1x1 whose channels are `channel` floats apart.
+CodeMap pointwise_map(int64_t channel) {
+  CodeMap map{};
+  map.channel_bytes = static_cast<uint32_t>(channel * 4);
+  return map;
+}
+
 // Sub-tiles copied together, 0 if they are read in place.
 int staged_subtiles(const Run& run, const Isa& isa) {
   const SparseWeight& w = *run.w;
@@ -79,6 +86,7 @@ void run_pointwise(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const
   const int64_t n_sub = (v1 - v0 + tile_vectors - 1) / tile_vectors;
   // Floats between the channels a nonzero's offset steps over.
   const int64_t channel = staged ? (v1 - v0 + n_sub - 1) / n_sub * isa.lanes : run.x_channel;
+  const CodeMap map = pointwise_map(channel);
   int64_t first[kGroup];  // position
   int vectors[kGroup];
   const float* x[kGroup];  // first channel
@@ -105,7 +113,7 @@ void run_pointwise(const Run& run, int64_t v0, int64_t v1, int b0, int b1, const
         a.entries = w.entries + block[0];
         a.n_entries = block[2] - block[0];
         a.values = w.values + block[1];
-        decode_block(w, b, c, isa, nullptr, static_cast<uint32_t>(channel * 4), offsets);
+        decode_block(w, b, c, isa, map, offsets);
         a.offsets = offsets;
         for (int i = 0; i < n; ++i) {
           a.x = x[i] + int64_t{c} * w.chunk * channel;
@@ -151,11 +159,11 @@ void run_window(const Run& run, int64_t t0, int64_t t1, int b0, int b1, const Is
   const int32_t first_nnz = block_of(w, b0, 0)[1], end_nnz = block_of(w, b1, 0)[1];
   auto* offsets = reinterpret_cast<uint32_t*>(local.take(end_nnz - first_nnz));
   auto* table = reinterpret_cast<uint32_t*>(local.take(int64_t{w.chunk} * taps));
-  g.tap_bytes(w.chunk, table);
+  const CodeMap map = g.code_map(w.chunk, table);
   for (int b = b0; b < b1; ++b) {
     check_rows(w, b, isa);
     for (int c = 0; c < w.n_chunks; ++c)
-      decode_block(w, b, c, isa, table, 0, offsets + (block_of(w, b, c)[1] - first_nnz));
+      decode_block(w, b, c, isa, map, offsets + (block_of(w, b, c)[1] - first_nnz));
   }
   const int64_t chunk_floats = w.chunk * g.channel_floats();
   const int64_t row_floats = int64_t{g.pitch} * g.lanes;
@@ -226,14 +234,12 @@ void check_rows(const SparseWeight& w, int b, const Isa& isa) {
   if (begun != rows || finished != rows || !alone) throw PackError{};
 }
 
-void decode_block(const SparseWeight& w, int b, int c, const Isa& isa, const uint32_t* tap_bytes,
-                  uint32_t channel_bytes, uint32_t* offsets) {
+void decode_block(const SparseWeight& w, int b, int c, const Isa& isa, const CodeMap& map,
+                  uint32_t* offsets) {
   const int32_t* block = block_of(w, b, c);
   const int channels = std::min(w.chunk, w.cin - c * w.chunk);
   const auto limit = static_cast<uint32_t>(channels * w.kernel * w.kernel);
-  if (!isa.decode(w.codes + block[1], block[3] - block[1], limit, tap_bytes, channel_bytes,
-                  offsets))
-    throw PackError{};
+  if (!isa.decode(w.codes + block[1], block[3] - block[1], limit, map, offsets)) throw PackError{};
 }
 
 int64_t chunk_floats(const SparseWeight& w) { return Arena::rounded(block_nnz(w)); }
@@ -243,10 +249,11 @@ void run_chunk(const Run& run, int c, int vectors, const float* x, const Isa& is
   const SparseWeight& w = *run.w;
   const int64_t mark = local.used();
   auto* offsets = reinterpret_cast<uint32_t*>(local.take(block_nnz(w)));
+  const CodeMap map = pointwise_map(run.x_channel);
   for (int b = 0; b < w.n_row_blocks; ++b) {
     const int32_t* block = block_of(w, b, c);
     if (block[2] == block[0]) continue;
-    decode_block(w, b, c, isa, nullptr, static_cast<uint32_t>(run.x_channel * 4), offsets);
+    decode_block(w, b, c, isa, map, offsets);
     TileArgs a = block_args(run, b);
     a.entries = w.entries + block[0];
     a.n_entries = block[2] - block[0];

@@ -66,7 +66,7 @@ void check_rows(const SparseWeight& w, int b, const Isa& isa);
 
 // Byte offsets of the nonzeros of block (b, c), see Isa::decode. Throws PackError for a code
 // outside the chunk's channels.
-void decode_block(const SparseWeight& w, int b, int c, const Isa& isa, const uint32_t* tap_bytes,
-                  uint32_t channel_bytes, uint32_t* offsets);
+void decode_block(const SparseWeight& w, int b, int c, const Isa& isa, const CodeMap& map,
+                  uint32_t* offsets);
 
 }  // namespace otk

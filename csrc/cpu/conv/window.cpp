@@ -60,14 +60,30 @@ Window::Tile Window::tile(int64_t i) const {
   return t;
 }
 
-void Window::tap_bytes(int chunk, uint32_t* table) const {
+CodeMap Window::code_map(int chunk, uint32_t* table) const {
+  CodeMap map{};
+  const int run = pitch + reach;  // vectors
+  const int reciprocal = 65536 / kernel + 1;
+  // A quotient is too large by code * (reciprocal * kernel - 65536) / 65536 parts of the kernel.
+  const int64_t codes = int64_t{chunk} * kernel * kernel;
+  const bool exact = codes * (reciprocal * kernel - 65536) <= 65536;
+  if (kernel > 1 && stride == 1 && exact && int64_t{chunk} * kernel * run <= 65536) {
+    map.reciprocal = static_cast<uint16_t>(reciprocal);
+    map.column = static_cast<uint16_t>(run);
+    map.row = static_cast<uint16_t>(dilation - kernel * run);
+    map.channel = static_cast<uint16_t>(kernel * (run - dilation));
+    for (int bytes = 4 * lanes; bytes > 1; bytes /= 2) ++map.shift;
+    return map;
+  }
+  map.table = table;
   for (int c = 0; c < chunk; ++c)
     for (int ky = 0; ky < kernel; ++ky)
       for (int kx = 0; kx < kernel; ++kx) {
         const int y = ky * dilation;
-        const int64_t run = int64_t{c} * kernel * phases + kx * phases + y % stride;
-        *table++ = static_cast<uint32_t>(4 * lanes * (run * (pitch + reach) + y / stride));
+        const int64_t at = int64_t{c} * kernel * phases + kx * phases + y % stride;
+        *table++ = static_cast<uint32_t>(4 * lanes * (at * run + y / stride));
       }
+  return map;
 }
 
 void Window::stage(const Isa& isa, const Tile& t, const float* x, int64_t x_channel, int channels,

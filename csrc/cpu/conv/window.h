@@ -26,8 +26,8 @@ struct Window {
   int64_t tiles() const { return int64_t{strips} * row_tiles; }
   // Staged floats per channel.
   int64_t channel_floats() const { return int64_t{kernel} * phases * (pitch + reach) * lanes; }
-  // Byte offset by code for one chunk of staged channels.
-  void tap_bytes(int chunk, uint32_t* table) const;
+  // Where the codes of `chunk` staged channels lie; `table` has room for all of them.
+  CodeMap code_map(int chunk, uint32_t* table) const;
   // Stages `channels` channels, of which the first begins at `x`, for a tile.
   void stage(const Isa& isa, const Tile& tile, const float* x, int64_t x_channel, int channels,
              float* dst) const;
