@@ -3,7 +3,8 @@
     python benchmarks/trained/latency.py --network hed
 
 Reads the JSON that ``study.py`` wrote and the weights it kept in ``--work``, and adds a "latency"
-entry to every cell: one process, all cells and the dense variants in turn, one thread.
+entry to every cell: one process, all cells and the dense variants in turn, one thread. The weights
+of the cell "shipped" come with the package.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch import nn
 
 from benchmarks.trained.study import folder_of, say, store
 from opentrans.trained import load
+from opentrans.trained.shipped import shipped
 from opentrans.trained.subjects import SUBJECTS
-from opentrans_kernels import accelerate
+from opentrans_kernels import accelerate, load_accelerated, restore
 from opentrans_kernels.bench.environment import environment_block
 from opentrans_kernels.bench.timing import interleave
 from opentrans_kernels.bench.variants import WholeModule, build_variants, relative_error
@@ -44,13 +46,25 @@ def kept_cells(result: dict[str, Any], work: Path, network: str) -> dict[str, Pa
     return found
 
 
-def accelerated(dense: nn.Module, folder: Path, x: torch.Tensor) -> tuple[nn.Module, float]:
-    """The cell's network on our kernels, and its largest relative error against itself dense."""
+def kept_network(dense: nn.Module, folder: Path) -> tuple[nn.Module, MaskSet]:
     model = copy.deepcopy(dense)
     model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return model, MaskSet.load(folder / "masks.safetensors")
+
+
+def shipped_network() -> nn.Module:
+    model, _ = load_accelerated(shipped("hed-090"))
+    restore(model)
+    return model
+
+
+def accelerated(
+    model: nn.Module, masks: MaskSet | None, x: torch.Tensor
+) -> tuple[nn.Module, float]:
+    """The network on our kernels, and its largest relative error against itself dense."""
     with torch.no_grad():
         wanted = copy.deepcopy(model).double()(x.double())
-        accelerate(model, MaskSet.load(folder / "masks.safetensors"), input_size=tuple(x.shape[2:]))
+        accelerate(model, masks, input_size=tuple(x.shape[2:]))
         return model, relative_error(model(x), wanted)
 
 
@@ -74,8 +88,14 @@ def main() -> int:
     x = loaded.prepare(image)
     calls: dict[str, Any] = {}
     errors: dict[str, float] = {}
-    for name, folder in kept_cells(result, options.work, options.network).items():
-        model, errors[name] = accelerated(loaded.module, folder, x)
+    networks: dict[str, tuple[nn.Module, MaskSet | None]] = {
+        name: kept_network(loaded.module, folder)
+        for name, folder in kept_cells(result, options.work, options.network).items()
+    }
+    if options.network == "hed" and "shipped" in result["cells"]:
+        networks["shipped"] = shipped_network(), None
+    for name, (model, masks) in networks.items():
+        model, errors[name] = accelerated(model, masks, x)
         calls[name] = lambda model=model: model(x)
         say(f"  {name}: error {errors[name]:.1e}")
     dense = {}

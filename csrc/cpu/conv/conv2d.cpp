@@ -144,11 +144,11 @@ void sparse_conv2d_wgrad(const SparseWeight& w, const Planes& x, const Planes& g
           // Rows past the tile's belong to the next one.
           Window grad_tile = grad_window;
           grad_tile.y1 = tile.row + tile.rows;
-          window.stage(isa, tile, x.data + n * x.batch_stride + c * x.plane_stride, x.plane_stride,
-                       std::min(w.chunk, w.cin - c), stage);
-          grad_tile.stage(isa, tile,
+          window.stage(isa, &tile, 1, x.data + n * x.batch_stride + c * x.plane_stride,
+                       x.plane_stride, std::min(w.chunk, w.cin - c), &stage);
+          grad_tile.stage(isa, &tile, 1,
                           grad_out.data + n * grad_out.batch_stride + row0 * grad_out.plane_stride,
-                          grad_out.plane_stride, std::min(w.row_block, w.cout - row0), grad);
+                          grad_out.plane_stride, std::min(w.row_block, w.cout - row0), &grad);
           a.vectors = tile.vectors;
           isa.grad(a);
         }

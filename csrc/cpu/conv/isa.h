@@ -43,8 +43,10 @@ struct StageArgs {
   int32_t pitch;    // vectors between runs
   int32_t piece;
   int32_t piece_rows;  // input rows between pieces
+  bool far;            // the image is larger than L2
   float* dst;
 };
+constexpr int kMaxStaged = 4;  // tiles that are copied together
 
 // One plane of a depthwise convolution.
 struct DepthwiseArgs {
@@ -156,7 +158,8 @@ struct Isa {
   // dst + i * dst_tile.
   void (*gather)(const float* src, int64_t src_stride, int channels, const int* vectors, int tiles,
                  float* dst, int64_t dst_stride, int64_t dst_tile);
-  void (*stage)(const StageArgs&);
+  // Tiles of one window; up to kMaxStaged that differ in place alone.
+  void (*stage)(const StageArgs* tiles, int count);
   void (*depthwise)(const DepthwiseArgs&);
   void (*winograd_input)(const WinogradInputArgs&);
   void (*winograd_product)(const WinogradProductArgs&);

@@ -13,6 +13,7 @@ constexpr int kGroup = 4;
 constexpr int64_t kStageReuse = 6;
 // ... and it stays in L2.
 constexpr int64_t kStageFloats = 96 * 1024;
+static_assert(kGroup <= kMaxStaged);
 constexpr int kTileFloats = 10 * 1024;  // of a chunk's sub-tile
 
 // More units than threads let the others go on while one thread is disturbed, but each of them
@@ -179,9 +180,8 @@ void run_window(const Run& run, int64_t t0, int64_t t1, int b0, int b1, const Is
     // Chunks outermost: a tile's copy of one chunk is read from L1 by all rows.
     for (int c = 0; c < w.n_chunks; ++c) {
       const int channels = std::min(w.chunk, w.cin - c * w.chunk);
-      for (int i = 0; i < n; ++i)
-        g.stage(isa, tiles[i], run.x + int64_t{c} * w.chunk * run.x_channel, run.x_channel,
-                channels, stage[i]);
+      g.stage(isa, tiles, n, run.x + int64_t{c} * w.chunk * run.x_channel, run.x_channel, channels,
+              stage);
       for (int b = b0; b < b1; ++b) {
         const int32_t* block = block_of(w, b, c);
         if (block[2] == block[0]) continue;

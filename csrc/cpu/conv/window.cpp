@@ -5,6 +5,9 @@
 namespace otk {
 namespace {
 
+// Images up to this size are read from L2, without asking ahead.
+constexpr int64_t kNearFloats = 128 * 1024;
+
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Vectors that rows x columns take in pieces of `piece` pixels.
@@ -17,7 +20,8 @@ int64_t cost(int rows, int columns, int piece, const Isa& isa) {
 }  // namespace
 
 Window::Window(const SparseWeight& weight, int h, int w_, int first, int last, const Isa& isa)
-    : kernel(weight.kernel),
+    : cin(weight.cin),
+      kernel(weight.kernel),
       stride(weight.stride),
       padding(weight.padding),
       dilation(weight.dilation),
@@ -86,31 +90,36 @@ CodeMap Window::code_map(int chunk, uint32_t* table) const {
   return map;
 }
 
-void Window::stage(const Isa& isa, const Tile& t, const float* x, int64_t x_channel, int channels,
-                   float* dst) const {
-  StageArgs a{};
-  a.x = x;
-  a.x_channel = x_channel;
-  a.channels = channels;
-  a.row_stride = row_stride;
-  a.col_stride = col_stride;
-  a.readable = readable;
-  a.readable_end = readable_end;
-  a.y0 = y0;
-  a.y1 = y1;
-  a.w = w;
-  a.iy = t.row * stride - padding;
-  a.ix = t.col * stride - padding;
-  a.kernel = kernel;
-  a.stride = stride;
-  a.dilation = dilation;
-  a.phases = phases;
-  a.vectors = t.vectors + reach;
-  a.pitch = pitch + reach;
-  a.piece = piece;
-  a.piece_rows = t.vectors * stride;
-  a.dst = dst;
-  isa.stage(a);
+void Window::stage(const Isa& isa, const Tile* tiles, int count, const float* x, int64_t x_channel,
+                   int channels, float* const* dst) const {
+  StageArgs staged[kMaxStaged];
+  for (int i = 0; i < count; ++i) {
+    const Tile& t = tiles[i];
+    StageArgs& a = staged[i] = {};
+    a.x = x;
+    a.x_channel = x_channel;
+    a.channels = channels;
+    a.row_stride = row_stride;
+    a.col_stride = col_stride;
+    a.readable = readable;
+    a.readable_end = readable_end;
+    a.y0 = y0;
+    a.y1 = y1;
+    a.w = w;
+    a.iy = t.row * stride - padding;
+    a.ix = t.col * stride - padding;
+    a.kernel = kernel;
+    a.stride = stride;
+    a.dilation = dilation;
+    a.phases = phases;
+    a.vectors = t.vectors + reach;
+    a.pitch = pitch + reach;
+    a.piece = piece;
+    a.piece_rows = t.vectors * stride;
+    a.far = cin * x_channel > kNearFloats;
+    a.dst = dst[i];
+  }
+  isa.stage(staged, count);
 }
 
 }  // namespace otk

@@ -28,11 +28,11 @@ struct Window {
   int64_t channel_floats() const { return int64_t{kernel} * phases * (pitch + reach) * lanes; }
   // Where the codes of `chunk` staged channels lie; `table` has room for all of them.
   CodeMap code_map(int chunk, uint32_t* table) const;
-  // Stages `channels` channels, of which the first begins at `x`, for a tile.
-  void stage(const Isa& isa, const Tile& tile, const float* x, int64_t x_channel, int channels,
-             float* dst) const;
+  // Stages `channels` channels, of which the first begins at `x`, for `count` tiles.
+  void stage(const Isa& isa, const Tile* tiles, int count, const float* x, int64_t x_channel,
+             int channels, float* const* dst) const;
 
-  int kernel, stride, padding, dilation, lanes;
+  int cin, kernel, stride, padding, dilation, lanes;
   int w, out_w;
   int row0, row1;
   int reach;   // vectors of a run beyond the tile's own: the last tap's distance over the stride
