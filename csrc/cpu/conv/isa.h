@@ -131,9 +131,8 @@ struct EntrySums {
   uint32_t begun, finished;  // rows
 };
 
-// How codes become byte offsets. A code is a channel of a 1x1, else (channel * kernel + ky) *
-// kernel
-// + kx.
+// How codes become byte offsets. A code of a 1x1 is its channel, of a window its tap, counted
+// through the channels.
 struct CodeMap {
   uint32_t channel_bytes;  // of a 1x1
   const uint32_t* table;   // by code; null: computed
