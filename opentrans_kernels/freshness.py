@@ -105,7 +105,8 @@ class Freshness:
             found._objects += part._objects
             found._numbers += part._numbers
         found._contents = Contents.joined([part._contents for part in parts])
-        found._seen = None  # what they hold now is still to be compared
+        # What they hold now is still to be compared.
+        found._seen = found._views = None  # type: ignore[assignment]
         return found
 
     def _register(self) -> None:

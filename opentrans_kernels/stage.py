@@ -49,7 +49,10 @@ class AcceleratedStage(Replacement, nn.Sequential):
         whole = self.opentrans_whole
         if whole is None or not whole.untouched() or (torch.is_grad_enabled() and x.requires_grad):
             return self._by_runs(x)
-        whole.freshness.require()
+        if whole.freshness.changed() is not None:
+            # Converted weights may be the same to the blocks, which followed every step of it.
+            self.opentrans_whole = None
+            return self._by_runs(x)
         return self._run(self._taken(x), whole.packs)
 
     def _by_runs(self, x: torch.Tensor) -> torch.Tensor:

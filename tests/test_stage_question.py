@@ -70,6 +70,24 @@ def test_a_write_after_the_one_question_is_noticed(model: nn.Module, path: str) 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("steps", ["double", "half", "half float", "double half float"])
+def test_converted_weights_are_no_change(model: nn.Module, steps: str, forwards: int) -> None:
+    x = torch.randn(1, 32, 16, 16)
+    model.layer2.opentrans_whole = None
+    for _ in range(forwards):
+        expected = model.layer2(x)
+    for step in steps.split():
+        getattr(model, step)()
+    for _ in range(3):
+        assert torch.equal(model.layer2(x), expected)
+    assert model.layer2.opentrans_whole.freshness.changed() is None
+    model.layer2[1].conv2.weight.mul_(2)
+    with pytest.raises(UnsupportedModelError, match=r"1\.conv2\.weight"):
+        model.layer2(x)
+
+
+@torch.no_grad()
 def test_changed_blocks_after_the_one_question(model: nn.Module) -> None:
     x = torch.randn(1, 32, 16, 16)
     stage = model.layer2
