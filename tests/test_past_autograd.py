@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +45,24 @@ def test_the_formula_is_called_with_gradients_only(conv: SparseConv2d) -> None:
     leaf = x.clone().requires_grad_()
     run(leaf, *arguments).sum().backward()
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+
+
+def test_accelerated_modules_do_not_call_the_formula(conv: SparseConv2d) -> None:
+    called = []
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_name == "autograd_impl":
+            called.append(torch.is_grad_enabled())
+
+    x = torch.randn(1, 4, 9, 9)
+    sys.setprofile(note)
+    try:
+        conv(x)
+        with torch.no_grad():
+            conv(x)
+    finally:
+        sys.setprofile(None)
+    assert called == [True]
 
 
 def test_modes_autocast_and_compilers_see_the_operator(conv: SparseConv2d) -> None:

@@ -26,8 +26,9 @@ from benchmarks.trained.study import folder_of, say, store
 from opentrans.trained import load
 from opentrans.trained.shipped import shipped
 from opentrans.trained.subjects import SUBJECTS
-from opentrans_kernels import accelerate, load_accelerated, restore
+from opentrans_kernels import accelerate
 from opentrans_kernels.bench.environment import environment_block
+from opentrans_kernels.bench.subject import load_weights
 from opentrans_kernels.bench.timing import interleave
 from opentrans_kernels.bench.variants import WholeModule, build_variants, relative_error
 from opentrans_kernels.masks import MaskSet
@@ -52,9 +53,9 @@ def kept_network(dense: nn.Module, folder: Path) -> tuple[nn.Module, MaskSet]:
     return model, MaskSet.load(folder / "masks.safetensors")
 
 
-def shipped_network() -> nn.Module:
-    model, _ = load_accelerated(shipped("hed-090"))
-    restore(model)
+def shipped_network(dense: nn.Module) -> nn.Module:
+    model = copy.deepcopy(dense)
+    load_weights(model, shipped("hed-090"))
     return model
 
 
@@ -93,7 +94,7 @@ def main() -> int:
         for name, folder in kept_cells(result, options.work, options.network).items()
     }
     if options.network == "hed" and "shipped" in result["cells"]:
-        networks["shipped"] = shipped_network(), None
+        networks["shipped"] = shipped_network(loaded.module), None
     for name, (model, masks) in networks.items():
         model, errors[name] = accelerated(model, masks, x)
         calls[name] = lambda model=model: model(x)
